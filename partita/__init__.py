@@ -1,0 +1,1 @@
+"""Train any PyTorch model on whatever machines are there."""

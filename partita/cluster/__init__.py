@@ -1,0 +1,1 @@
+"""Floor 1: machines, their detection, description and measurement."""

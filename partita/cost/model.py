@@ -1,0 +1,60 @@
+"""`CostModel`: the questions that the planner and the simulator ask about time."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from torch import fx
+
+CollectiveKind = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]
+
+
+class Place(Protocol):
+    """Where a worker lives; `partita.plan.Worker` is one."""
+
+    @property
+    def process(self) -> int: ...
+    @property
+    def machine(self) -> int: ...
+    @property
+    def cores(self) -> tuple[int, ...]: ...
+    @property
+    def gpu(self) -> int | None: ...
+
+
+class CostModel(Protocol):
+    """Predicted times, all in seconds. `num_active` is the number of workers of the same machine that compute at the
+    same time (they share memory bandwidth and, where not compiled, the interpreter)."""
+
+    def op_time_s(self, node: fx.Node, place: Place, *, num_active: int = 1) -> float:
+        """Time of one op with the local shapes in ``node.meta["val"]`` and its inputs', uncompiled."""
+        ...
+
+    def segment_time_s(self, module: fx.GraphModule, key: str, place: Place, *, compiled: bool, num_active: int = 1) -> float:
+        """Time of a whole segment; the measured one where the table has it, else the sum of its ops."""
+        ...
+
+    def update_time_s(self, num_elements: int, optimizer: str, place: Place, *, num_active: int = 1) -> float:
+        """Time of the optimizer (class name, e.g. "AdamW") on `num_elements` float32 parameters."""
+        ...
+
+    def transfer_time_s(self, num_bytes: int, source: Place, target: Place) -> float:
+        """Time until a value of `num_bytes` is at `target`."""
+        ...
+
+    def collective_time_s(self, kind: CollectiveKind, num_bytes: int, group: tuple[Place, ...]) -> float:
+        """Time of a collective, hierarchical where the group spans processes. `num_bytes` is that of the whole tensor."""
+        ...
+
+    def instruction_time_s(self) -> float:
+        """Fixed cost of one instruction of a worker."""
+        ...
+
+    def step_time_s(self) -> float:
+        """Fixed cost of one step: waking the workers and joining them."""
+        ...
+
+    @property
+    def uncertainty(self) -> float:
+        """Relative error expected of a predicted step time (0.1 = 10 %)."""
+        ...

@@ -1,0 +1,235 @@
+"""Instructions, segments and programs: what the simulator and the runtime both execute.
+
+One `Program` is the instruction list of one worker for one training step. Values live in named *registers* of the worker:
+
+    p:NAME    parameter (persistent; one storage per process, shared by its workers)
+    b:NAME    buffer (persistent, shared like a parameter)
+    c:NAME    constant (persistent)
+    x:LEAF@K  piece of batch leaf LEAF for microbatch K (a view, set before the step by a `Feed`)
+    d:NAME@K  piece of a random draw (set before the step by a `Feed`)
+    n:NAME@K  result of node NAME for microbatch K; n:NAME without @K: of the whole step (accumulated gradients, the loss)
+    g:I       reduced gradient of the worker's I-th slice
+
+Registers other than p:, b: and c: are gone after the step. Groups and peers are worker indices over the whole job.
+Collectives match by their `key`: all members of `group` execute, in order, collectives of equal key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from partita.graph.graph import Phase
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a value."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_elements(self) -> int:
+        result = 1
+        for extent in self.shape:
+            result *= extent
+        return result
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The ops of one worker between two communications: a functional graph of local shapes.
+
+    Segments with equal `key` have equal code; they are compiled and measured once. `module`'s placeholders and output
+    tuple match `input_specs` and `output_specs`. `random` says that it holds ops which draw random numbers.
+    """
+
+    key: str
+    module: fx.GraphModule
+    input_specs: tuple[TensorSpec, ...]
+    output_specs: tuple[TensorSpec, ...]
+    flops: int
+    num_bytes: int
+    workspace_bytes: int  # peak of the values that live inside the segment only
+    random: bool = False
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements ``start:end`` of the flattened parameter `parameter`, which one worker reduces and updates."""
+
+    parameter: str
+    start: int
+    end: int
+
+    @property
+    def num_elements(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run a segment. Outputs flagged in `accumulate` are added to the register where it exists already."""
+
+    segment: str  # Segment.key
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    phase: Phase
+    microbatch: int
+    stage: int
+    accumulate: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Send:
+    """Hand `register` to worker `peer`; within a process without a copy. Does not wait for the receiver."""
+
+    register: str
+    peer: int
+    key: str
+    spec: TensorSpec
+
+
+@dataclass(frozen=True)
+class Recv:
+    """Wait for the value with `key` from worker `peer`. A p: register is overwritten in place."""
+
+    register: str
+    peer: int
+    key: str
+    spec: TensorSpec
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """Replace every register by its sum over the group. Without registers it is a barrier."""
+
+    registers: tuple[str, ...]
+    specs: tuple[TensorSpec, ...]
+    group: tuple[int, ...]
+    key: str
+
+
+@dataclass(frozen=True)
+class ReduceScatter:
+    """Sum over the group, give each member its piece.
+
+    Either `dim`/`sizes` cut every register along a dim (result in `outputs`), or `slices` names, per member of the group in
+    order, the flat slices of the parameters that it receives: then `registers[i]` is the gradient of `parameters[i]` and
+    the member's results go to registers ``g:0, g:1, ...`` in the order of its slices. `replicated[i]` says that
+    register i already holds the whole gradient on every member, so it is only sliced.
+    """
+
+    registers: tuple[str, ...]
+    specs: tuple[TensorSpec, ...]
+    group: tuple[int, ...]
+    key: str
+    outputs: tuple[str, ...] = ()
+    dim: int = 0
+    sizes: tuple[int, ...] = ()
+    parameters: tuple[str, ...] = ()
+    slices: tuple[tuple[Slice, ...], ...] = ()
+    replicated: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class AllGather:
+    """Concatenate the members' registers along `dim`; member i brings `sizes[i]` entries."""
+
+    register: str
+    output: str
+    spec: TensorSpec  # of the local piece
+    group: tuple[int, ...]
+    key: str
+    dim: int
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AllToAll:
+    """Change the sharded dim: from `sizes` along `dim` to `new_sizes` along `new_dim`."""
+
+    register: str
+    output: str
+    spec: TensorSpec
+    group: tuple[int, ...]
+    key: str
+    dim: int
+    sizes: tuple[int, ...]
+    new_dim: int
+    new_sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """Apply the optimizer to `slices` with the gradients in ``g:0, g:1, ...``."""
+
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True)
+class Free:
+    """Drop registers that are not read again in this step."""
+
+    registers: tuple[str, ...]
+
+
+Instruction = Run | Send | Recv | AllReduce | ReduceScatter | AllGather | AllToAll | Update | Free
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Set `register` to entries ``start:start+length`` of dim `dim` of a batch leaf or draw (`dim` -1: the whole)."""
+
+    register: str
+    leaf: int = -1  # index of the batch leaf, or -1
+    draw: str = ""  # name of the draw, or ""
+    dim: int = -1
+    start: int = 0
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A random tensor that does not depend on data: drawn whole, once a step and process, from torch's default generator,
+    in the order of `ProgramSet.draws`, as plain PyTorch draws it. `module` is a graph without placeholders and one output."""
+
+    name: str
+    module: fx.GraphModule
+    spec: TensorSpec
+
+
+@dataclass(frozen=True)
+class Program:
+    """The instruction list of one worker for one training step.
+
+    `loss` is the register with the loss (the same value on every worker that has it; "" elsewhere); `buffers` maps a
+    buffer's name to the register with its new value, written back after all workers of the process have finished.
+    """
+
+    worker: int
+    process: int
+    stage: int
+    instructions: tuple[Instruction, ...]
+    feeds: tuple[Feed, ...]
+    loss: str = ""
+    buffers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ProgramSet:
+    """The programs of all workers of the job, with the segments that they share."""
+
+    programs: tuple[Program, ...]
+    segments: Mapping[str, Segment]
+    draws: tuple[Draw, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,44 @@
+"""`Timeline`: what happened when in one training step, simulated or measured, instruction by instruction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Event:
+    """One executed instruction. `index` is its place in the worker's program; times are seconds from the step's start."""
+
+    worker: int
+    index: int
+    kind: str  # class name of the instruction: "Run", "Send", ...
+    label: str
+    start_s: float
+    end_s: float
+
+    @property
+    def time_s(self) -> float:
+        return self.end_s - self.start_s
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Events of all workers (of this process, when measured) in one step.
+
+    `step_time_s` spans from the start to the last worker's end; `peak_memory_bytes` is per worker: registers and segments'
+    workspaces, without parameters, which `shared_memory_bytes` counts per process. `bytes_sent` counts messages between processes.
+    """
+
+    events: tuple[Event, ...]
+    step_time_s: float
+    peak_memory_bytes: Mapping[int, int] = field(default_factory=dict)
+    shared_memory_bytes: Mapping[int, int] = field(default_factory=dict)
+    bytes_sent: int = 0
+
+    def of_worker(self, worker: int) -> tuple[Event, ...]:
+        return tuple(event for event in self.events if event.worker == worker)
+
+    def busy_time_s(self, worker: int) -> float:
+        """Seconds that the worker spent in `Run` and `Update`."""
+        return sum(event.time_s for event in self.of_worker(worker) if event.kind in ("Run", "Update"))

@@ -1,0 +1,1 @@
+"""Floor 8: what people read of plans and timelines."""

@@ -1,0 +1,1 @@
+"""Floor 5: runs programs in virtual time."""

@@ -1,0 +1,1 @@
+"""Floor 6: the training step, optimizers over slices, checkpoints, data."""
