@@ -1,0 +1,1 @@
+"""Benchmarks: model families and programs that write figures to `benchmarks/results/`."""
