@@ -71,9 +71,12 @@ def show(console: Console, task: Task, plan: partita.Plan, outcome: Outcome) -> 
     if predicted is not None:
         error = outcome.partita_time_s / predicted - 1
         console.print(
-            f"  step time: predicted {predicted * 1e3:.1f} ms, measured {outcome.partita_time_s * 1e3:.1f} ms ({error:+.0%})"
+            f"  step time: predicted {predicted * 1e3:.1f} ms, "
+            f"measured {outcome.partita_time_s * 1e3:.1f} ms ({error:+.0%})"
         )
-    console.print(f"  final loss: {outcome.partita_loss:.4f} (plain PyTorch on the same batches: {outcome.plain_loss:.4f})")
+    console.print(
+        f"  final loss: {outcome.partita_loss:.4f} (plain PyTorch on the same batches: {outcome.plain_loss:.4f})"
+    )
     ratio = outcome.plain_time_s / outcome.partita_time_s
     console.print(
         f"  speed: [bold]{ratio:.2f}x[/bold] plain PyTorch with {torch.get_num_threads()} threads "
