@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from partita.cluster.model import Cluster
+from partita.errors import InputError, PlanError
+from partita.units import fingerprint
+
+if TYPE_CHECKING:
+    from partita.graph.graph import Graph
+
 Schedule = Literal["gpipe", "1f1b"]
+VERSION = 1
 
 
-class Worker(msgspec.Struct, frozen=True, kw_only=True):
+def cluster_fingerprint(cluster: Cluster) -> str:
+    """Hash of what a plan relies on: processes, their machine, how many cores they have and which GPUs. Measured rates and
+    core numbers are left out, so that the same job detected twice has the same fingerprint."""
+    parts: list[object] = []
+    for process in cluster.processes:
+        machine = cluster.machines[process.machine]
+        gpus = tuple(machine.gpus[gpu].name for gpu in process.gpus if gpu < len(machine.gpus))
+        parts.append((process.rank, process.machine, machine.cpu, len(process.cores), gpus))
+    return fingerprint(parts)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise PlanError(message)
+
+
+class Worker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One worker: a thread of process `process` that owns the device made of `cores` (or GPU `gpu`)."""
 
     index: int
@@ -21,7 +50,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     gpu: int | None = None
 
 
-class Prediction(msgspec.Struct, frozen=True, kw_only=True):
+class Prediction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the cost model says of a plan. `lower_bound_s` is proven for every plan of the searched space under the same
     cost model; `uncertainty` is the relative error that the cost model expects of `step_time_s`."""
 
@@ -37,7 +66,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True):
         return self.step_time_s / self.lower_bound_s - 1 if self.lower_bound_s > 0 else 0.0
 
 
-class Alternative(msgspec.Struct, frozen=True, kw_only=True):
+class Alternative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A plan that was considered and not taken."""
 
     description: str
@@ -46,7 +75,7 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class Constraints(msgspec.Struct, frozen=True, kw_only=True):
+class Constraints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Corners of the plan space fixed by the user; None leaves the choice to the planner.
 
     `num_workers` counts the workers of the whole job. `stage_starts` names the first op of every stage but the first.
@@ -64,8 +93,29 @@ class Constraints(msgspec.Struct, frozen=True, kw_only=True):
     stage_starts: tuple[str, ...] | None = None
     local_statistics: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("data", "tensor", "pipeline", "num_workers", "threads_per_worker", "num_microbatches"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InputError(f"Constraints.{name} must be a positive integer or None, but got {value!r}.")
+        if self.tensor not in (None, 1):
+            raise InputError(f"Constraints.tensor must be 1 or None: the tensor axis is not available in this version, but got {self.tensor}.")
+        if self.schedule not in (None, "gpipe", "1f1b"):
+            near = difflib.get_close_matches(str(self.schedule), ["gpipe", "1f1b"], n=1, cutoff=0.0)[0]
+            raise InputError(f'Constraints.schedule must be "gpipe" or "1f1b", but got {self.schedule!r}. Did you mean {near!r}?')
+        data, pipeline, total = self.data, self.pipeline, self.num_workers
+        if total is not None and data is not None and pipeline is not None and data * pipeline != total:
+            raise InputError(f"data * pipeline * tensor must equal num_workers, but got data={data}, pipeline={pipeline}, "
+                             f"tensor=1 and num_workers={total}. Drop num_workers, or set it to {data * pipeline}.")
+        for name, value in (("data", data), ("pipeline", pipeline)):
+            if total is not None and value is not None and total % value:
+                raise InputError(f"num_workers must be a multiple of {name}, but got num_workers={total} and {name}={value}.")
+        if self.stage_starts is not None and pipeline is not None and len(self.stage_starts) != pipeline - 1:
+            raise InputError(f"stage_starts must name the first op of every stage but the first: {pipeline - 1} names for "
+                             f"pipeline={pipeline}, but got {len(self.stage_starts)}.")
 
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one model's training step is split over workers.
 
     `mode` "graph" runs the captured graph as programs; "block" runs plain PyTorch on the whole batch on one worker (eager,
@@ -93,3 +143,170 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     reasons: tuple[str, ...] = ()
     local_statistics: bool = False
     version: int = 1
+
+    def __post_init__(self) -> None:
+        _check_workers(self)
+        for name in ("threads_per_worker", "num_microbatches"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} must be at least 1, but the plan has {value}.")
+        stages, data = self.axes.get("pipeline", 1), self.axes.get("data", 1)
+        _require(len(self.stage_starts) == stages - 1,
+                 f"stage_starts must name the first op of every stage but the first: {stages - 1} for "
+                 f"axes['pipeline']={stages}, but the plan has {len(self.stage_starts)}.")
+        _require(len(set(self.stage_starts)) == len(self.stage_starts), f"stage_starts must differ, but got {self.stage_starts}.")
+        _require(not self.shares or len(self.shares) == data,
+                 f"shares must give the rows of each of the {data} data coordinates, but has {len(self.shares)} entries.")
+        _require(all(share >= 1 for share in self.shares), f"every share must be at least 1 row, but got {self.shares}.")
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.workers)
+
+    @property
+    def hash(self) -> str:
+        """Hash of everything that decides what is run. Predictions, measurements and explanations do not count, so every
+        process of a job can compare it."""
+        told = ("prediction", "measured_step_time_s", "alternatives", "reasons")
+        parts = [(name, msgspec.json.encode(getattr(self, name), order="sorted").decode()) for name in self.__struct_fields__
+                 if name not in told]
+        return fingerprint(parts)
+
+    def to_json(self) -> bytes:
+        """The plan as indented JSON; `from_json` is the inverse."""
+        return msgspec.json.format(msgspec.json.encode(self, order="deterministic"), indent=2)
+
+    @classmethod
+    def from_json(cls, text: bytes, *, where: str = "plan") -> Plan:
+        """Parse what `to_json` gave. Raises `PlanError` naming `where` and the offending field."""
+        try:
+            raw: Any = msgspec.json.decode(text)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise PlanError(f"{where} must be a plan in JSON, but it is corrupt: {error}. Save the plan again.") from error
+        _require(isinstance(raw, dict), f"{where} must hold a JSON object, but it holds {type(raw).__name__}.")
+        version = raw.get("version")
+        _require(type(version) is int and version == VERSION,
+                 f"{where}: version must be {VERSION}, but got {version!r}. Make the plan again with this version of partita.")
+        _check_field_names(raw, where)
+        try:
+            return msgspec.convert(raw, cls)
+        except msgspec.ValidationError as error:
+            raise PlanError(f"{where} is not a valid plan: {error}.") from error
+        except PlanError as error:
+            raise PlanError(f"{where} is inconsistent: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to `path` as JSON; readers see the old file or the whole new one, never a part."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(self.to_json())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(name, target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that `save` wrote. Raises `PlanError` if the file is missing, corrupt or inconsistent."""
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise PlanError(f"A plan file must be readable, but {os.fspath(path)!r} is not: {error.strerror}.") from error
+        return cls.from_json(text, where=f"plan file {os.fspath(path)!r}")
+
+    def validate(self, graph: Graph | None, cluster: Cluster) -> None:
+        """Raise `PlanError`, naming what differs, unless this plan belongs to `graph` and `cluster`. `graph` is None for a
+        model that cannot be captured; then only a "block" plan is valid."""
+        again = "Make a new plan with partita.plan(...)."
+        if graph is None:
+            _require(self.mode == "block", f'The model cannot be captured as a graph, so its plan must have mode "block". {again}')
+        else:
+            self._validate_graph(graph, again)
+        differs = cluster_difference(self, cluster)
+        if not differs and self.cluster_fingerprint != cluster_fingerprint(cluster):
+            differs = (f"its fingerprint is {self.cluster_fingerprint}, that of the given one is {cluster_fingerprint(cluster)} "
+                       "(another number of processes or cores, another CPU or GPU model)")
+        _require(not differs, f"The plan is for another cluster: {differs}. {again}")
+
+    def _validate_graph(self, graph: Graph, again: str) -> None:
+        _require(self.graph_fingerprint == graph.fingerprint,
+                 f"The plan is for another model or batch shape: its graph has fingerprint {self.graph_fingerprint}, the given "
+                 f"one has {graph.fingerprint}. {again}")
+        rows = sum(self.shares)
+        _require(not self.shares or graph.batch_size in (0, rows),
+                 f"The plan's shares must add up to the {graph.batch_size} rows of the batch, but add up to {rows}. {again}")
+        positions = {node.name: index for index, node in enumerate(graph.nodes)}
+        for name in self.stage_starts:
+            near = difflib.get_close_matches(name, positions, n=1)
+            _require(name in positions, f"stage_starts must name ops of the graph, but it has no op {name!r}."
+                     + (f" The nearest is {near[0]!r}." if near else ""))
+        order = [positions[name] for name in self.stage_starts]
+        _require(order == sorted(order), f"stage_starts must be in the graph's order, but got {self.stage_starts}.")
+
+    def __str__(self) -> str:
+        from partita.planner.describe import table  # the planner imports this file
+
+        return table(self)
+
+    def explain(self) -> str:
+        """The long text: the split and why, stages, devices, predicted time beside the bound, and the alternatives."""
+        from partita.planner.describe import explanation
+
+        return explanation(self)
+
+    def diff(self, other: Plan) -> str:
+        """One line per field that differs, ``name: this -> other``; "" if both run the same."""
+        from partita.planner.describe import difference
+
+        return difference(self, other)
+
+
+def _check_workers(plan: Plan) -> None:
+    allowed = {"pipeline", "data", "tensor", "time"}
+    _require(set(plan.axes) <= allowed, f"axes must be among {sorted(allowed)}, but got {sorted(plan.axes)}.")
+    _require(all(extent >= 1 for extent in plan.axes.values()), f"every axis must have an extent of at least 1, but got {plan.axes}.")
+    _require(plan.axes.get("tensor", 1) == 1, "axes['tensor'] must be 1: the tensor axis is not available in this version.")
+    stages, data = plan.axes.get("pipeline", 1), plan.axes.get("data", 1)
+    _require(len(plan.workers) == stages * data,
+             f"a plan must have pipeline * data workers, but has {len(plan.workers)} for pipeline={stages} and data={data}.")
+    for place, worker in enumerate(plan.workers):
+        _require(worker.index == place, f"worker {place} must have index {place}, but has {worker.index}.")
+        _require(0 <= worker.stage < stages and 0 <= worker.data < data,
+                 f"worker {place} must lie on the mesh, but has stage {worker.stage} of {stages} and data {worker.data} of {data}.")
+        _require(worker.process >= 0 and worker.machine >= 0, f"worker {place} must have a process and a machine.")
+        _require(len(set(worker.cores)) == len(worker.cores), f"worker {place} must have different cores, but has {worker.cores}.")
+    taken = Counter((worker.stage, worker.data) for worker in plan.workers)
+    for coordinate, count in taken.items():
+        _require(count == 1, f"every (stage, data) must have one worker, but {coordinate} has {count}.")
+
+
+def _check_field_names(raw: dict[str, Any], where: str) -> None:
+    known = Plan.__struct_fields__
+    for name in raw:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise PlanError(f"{where}: unknown field {name!r}.{hint}")
+
+
+def cluster_difference(plan: Plan, cluster: Cluster) -> str:
+    """What of `plan` the cluster does not have, in words; "" if the plan can run there."""
+    ranks = {process.rank: process for process in cluster.processes}
+    wanted = {worker.process for worker in plan.workers}
+    if plan.mode == "graph" and wanted != set(ranks):
+        return f"the plan has workers on processes {sorted(wanted)}, the cluster has {sorted(ranks)}"
+    for worker in plan.workers:
+        process = ranks.get(worker.process)
+        if process is None:
+            return f"worker {worker.index} is on process {worker.process}, which the cluster does not have"
+        if worker.machine != process.machine:
+            return f"worker {worker.index} is on machine {worker.machine}, its process is on machine {process.machine}"
+        if not set(worker.cores) <= set(process.cores):
+            return f"worker {worker.index} owns cores {list(worker.cores)}, process {process.rank} has {list(process.cores)}"
+        if worker.gpu is not None and worker.gpu not in process.gpus:
+            return f"worker {worker.index} owns GPU {worker.gpu}, process {process.rank} has {list(process.gpus)}"
+    return ""

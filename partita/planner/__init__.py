@@ -1,1 +1,3 @@
-"""Floor 3: the search for the fastest plan, with a proven bound."""
+"""Floor 3: from a graph, a cluster and a cost model to ranked plans."""
+
+from partita.planner.layout import worker_layout as worker_layout
