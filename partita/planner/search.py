@@ -1,0 +1,222 @@
+"""`search`: the ranked plans of a step, by branch and bound over the corners of the space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from partita.cluster.model import Cluster
+from partita.cost.model import CostModel
+from partita.errors import InfeasibleError, PlanError, ProgramError
+from partita.graph.graph import Graph
+from partita.plan import Alternative, Constraints, Plan, Prediction, Worker, cluster_fingerprint
+from partita.planner.bound import space_bound_s
+from partita.planner.describe import title
+from partita.planner.layout import oversubscribed
+from partita.planner.price import Price, Pricer
+from partita.planner.space import Corner, corners
+from partita.planner.work import Work, measure_work
+from partita.units import format_bytes, format_time, split_evenly
+
+
+class Outcome(Protocol):
+    """What an evaluation of a plan tells; `partita.program.timeline.Timeline` is one."""
+
+    @property
+    def step_time_s(self) -> float: ...
+    @property
+    def peak_memory_bytes(self) -> Mapping[int, int]: ...
+    @property
+    def shared_memory_bytes(self) -> Mapping[int, int]: ...
+    @property
+    def bytes_sent(self) -> int: ...
+
+
+def search(
+    graph: Graph,
+    cluster: Cluster,
+    cost: CostModel,
+    *,
+    constraints: Constraints | None = None,
+    optimizer: str = "SGD",
+    optimizer_state_bytes_per_element: float = 0,
+    limit: int = 8,
+    microbatches: bool = False,
+    evaluate: Callable[[Plan], Outcome] | None = None,
+) -> tuple[Plan, ...]:
+    """Up to `limit` plans, best first: by predicted step time, then by fewer workers. Plain PyTorch (eager and compiled,
+    on one thread and on all) is among them unless `constraints` fix the mesh, the microbatches, schedule or stages.
+
+    `microbatches` says whether this graph may be cut into microbatches (nothing but sums crosses samples).
+    `evaluate`, usually lowering and simulation, replaces the formula's prediction of the best plans; a plan for which it raises
+    `PlanError` or `ProgramError` is dropped. Raises `InfeasibleError`, naming the binding limit, if no plan is left.
+    """
+    wanted = constraints if constraints is not None else Constraints()
+    if limit < 1:
+        raise PlanError(f"limit must be at least 1, but got {limit}.")
+    work = measure_work(graph)
+    pricer = Pricer(graph, work, cluster, cost, optimizer=optimizer, state_bytes_per_element=optimizer_state_bytes_per_element)
+    space = corners(cluster, wanted, batch_size=graph.batch_size, num_ops=len(work.names), microbatches=microbatches)
+    ranked, bounds, misses = _branch_and_bound(pricer, space, wanted.stage_starts, limit)
+    plans = [_graph_plan(graph, cluster, cost, work, candidate, wanted) for candidate in ranked]
+    plans += _blocks(graph, cluster, cost, pricer, wanted)
+    if evaluate is not None:
+        plans, dropped = _evaluated(plans, evaluate, cluster)
+        misses += dropped
+    if not plans:
+        raise InfeasibleError(misses[0] if misses else "No plan satisfies the constraints: free one of them.")
+    bounds += [_time_s(plan) for plan in plans]  # evaluated ones and blocks belong to the space as well
+    plans.sort(key=lambda plan: (_time_s(plan), plan.num_workers))
+    return _explained(_keep_blocks(plans, limit), space_bound_s(bounds), len(space))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    corner: Corner
+    price: Price
+
+
+def _branch_and_bound(
+    pricer: Pricer, space: tuple[Corner, ...], stage_starts: tuple[str, ...] | None, limit: int
+) -> tuple[list[_Candidate], list[float], list[str]]:
+    """The best `limit` candidates, the bounds of all corners, and why corners are infeasible. Corners are visited by rising bound;
+    the visit ends when a bound exceeds the worst of `limit` found, which no later corner can then improve."""
+    bounded = sorted(((pricer.bound_s(corner), place) for place, corner in enumerate(space)))
+    found: list[_Candidate] = []
+    misses: list[str] = []
+    for bound_s, place in bounded:
+        if len(found) >= limit and bound_s > found[limit - 1].price.step_time_s:
+            break
+        try:
+            found.append(_Candidate(space[place], pricer.price(space[place], stage_starts)))
+        except InfeasibleError as error:
+            misses.append(str(error))
+            continue
+        found.sort(key=lambda c: (c.price.step_time_s, len(c.corner.workers)))
+    return found[:limit], [bound_s for bound_s, _ in bounded], misses
+
+
+def _graph_plan(
+    graph: Graph, cluster: Cluster, cost: CostModel, work: Work, candidate: _Candidate, constraints: Constraints
+) -> Plan:
+    corner, price = candidate.corner, candidate.price
+    reasons = [f"stage {stage}: {format_time(time_s)} a microbatch"
+               for stage, time_s in enumerate(price.solution.stage_time_s) if corner.pipeline > 1]
+    if oversubscribed(cluster, len(corner.workers), corner.threads_per_worker):
+        reasons.append(f"{len(corner.workers)} workers share {cluster.num_cores} cores, as the constraints ask.")
+    return Plan(
+        mode="graph",
+        graph_fingerprint=graph.fingerprint,
+        cluster_fingerprint=cluster_fingerprint(cluster),
+        axes={"pipeline": corner.pipeline, "data": corner.data},
+        workers=corner.workers,
+        threads_per_worker=corner.threads_per_worker,
+        num_microbatches=corner.num_microbatches,
+        schedule=corner.schedule,
+        compiled=corner.compiled,
+        stage_starts=tuple(work.names[start] for start in price.solution.starts),
+        shares=split_evenly(graph.batch_size, corner.data) if graph.batch_size else (),
+        prediction=Prediction(
+            step_time_s=price.step_time_s, lower_bound_s=0.0, uncertainty=cost.uncertainty,
+            memory_bytes={str(rank): num_bytes for rank, num_bytes in price.memory_bytes.items()}, bytes_sent=price.bytes_sent,
+        ),
+        reasons=tuple(reasons),
+        local_statistics=constraints.local_statistics,
+    )
+
+
+def _blocks(graph: Graph, cluster: Cluster, cost: CostModel, pricer: Pricer, constraints: Constraints) -> list[Plan]:
+    fixed = (constraints.data, constraints.pipeline, constraints.num_workers, constraints.num_microbatches,
+             constraints.schedule, constraints.stage_starts)
+    if any(value is not None for value in fixed):
+        return []
+    process = min(cluster.processes, key=lambda item: item.rank)
+    most = max(len(process.cores), 1)
+    threads = {1, most} if constraints.threads_per_worker is None else {constraints.threads_per_worker}
+    need = pricer.whole_memory_bytes()
+    if process.memory_bytes and need > process.memory_bytes:
+        return []
+    plans = []
+    for count in sorted(count for count in threads if count <= most):
+        for compiled in (False, True) if constraints.compiled is None else (constraints.compiled,):
+            worker = Worker(index=0, process=process.rank, machine=process.machine, cores=process.cores[:count], stage=0,
+                            data=0, gpu=process.gpus[0] if process.gpus else None)
+            prediction = Prediction(step_time_s=pricer.whole_time_s(worker, compiled), lower_bound_s=0.0,
+                                    uncertainty=cost.uncertainty, memory_bytes={str(process.rank): need})
+            plans.append(Plan(
+                mode="block", graph_fingerprint=graph.fingerprint, cluster_fingerprint=cluster_fingerprint(cluster),
+                axes={"pipeline": 1, "data": 1}, workers=(worker,), threads_per_worker=count, compiled=compiled,
+                shares=(graph.batch_size,) if graph.batch_size else (), prediction=prediction,
+                reasons=("Plain PyTorch on the whole batch: the peer that every other plan must beat.",)))
+    return plans
+
+
+def _evaluated(plans: list[Plan], evaluate: Callable[[Plan], Outcome], cluster: Cluster) -> tuple[list[Plan], list[str]]:
+    """The plans with `evaluate`'s predictions, and why some were dropped. Blocks keep the formula's."""
+    kept, dropped = [], []
+    limits = {process.rank: process.memory_bytes for process in cluster.processes}
+    for plan in plans:
+        if plan.mode == "block":
+            kept.append(plan)
+            continue
+        try:
+            outcome = evaluate(plan)
+        except (PlanError, ProgramError) as error:
+            dropped.append(f"{title(plan)}: {error}")
+            continue
+        memory = {rank: outcome.shared_memory_bytes.get(rank, 0) for rank in {worker.process for worker in plan.workers}}
+        for worker in plan.workers:
+            memory[worker.process] += outcome.peak_memory_bytes.get(worker.index, 0)
+        over = [rank for rank, need in memory.items() if limits.get(rank) and need > limits[rank]]
+        if over:
+            rank = over[0]
+            dropped.append(f"{title(plan)} must fit the memory of process {rank}, but needs {format_bytes(memory[rank])} of "
+                           f"{format_bytes(limits[rank])}. The smallest change: {format_bytes(memory[rank] - limits[rank])} more.")
+            continue
+        assert plan.prediction is not None
+        prediction = msgspec.structs.replace(plan.prediction, step_time_s=outcome.step_time_s, bytes_sent=outcome.bytes_sent,
+                                             memory_bytes={str(rank): need for rank, need in sorted(memory.items())})
+        kept.append(msgspec.structs.replace(plan, prediction=prediction))
+    return kept, dropped
+
+
+def _time_s(plan: Plan) -> float:
+    assert plan.prediction is not None
+    return plan.prediction.step_time_s
+
+
+def _keep_blocks(plans: list[Plan], limit: int) -> list[Plan]:
+    """The first `limit`, plus the best plain eager and compiled plan: they are measured before anything is adopted."""
+    kept = plans[:limit]
+    for compiled in (False, True):
+        block = next((plan for plan in plans if plan.mode == "block" and plan.compiled is compiled), None)
+        if block is not None and block not in kept:
+            kept.append(block)
+    return kept
+
+
+def _explained(plans: list[Plan], bound_s: float, num_corners: int) -> tuple[Plan, ...]:
+    result = []
+    for plan in plans:
+        assert plan.prediction is not None
+        prediction = msgspec.structs.replace(plan.prediction, lower_bound_s=bound_s)
+        others, ties = [], []
+        for other in plans:
+            if other is plan:
+                continue
+            ratio = _time_s(other) / _time_s(plan) - 1 if _time_s(plan) > 0 else 0.0
+            tied = abs(ratio) <= prediction.uncertainty
+            if tied:
+                ties.append(title(other))
+            reason = "A tie within the uncertainty." if tied else f"{abs(ratio):.0%} {'slower' if ratio > 0 else 'faster'} by prediction."
+            others.append(Alternative(description=title(other), predicted_step_time_s=_time_s(other), measured_step_time_s=None,
+                                      reason=reason))
+        reasons = (*plan.reasons, f"{num_corners} combinations of workers, threads, mesh, microbatches, schedule and compilation were bounded; "
+                   "stage boundaries are optimal within each that the bound could not exclude.")
+        if ties:
+            reasons += (f"Within the uncertainty of {prediction.uncertainty:.0%} it ties with: " + "; ".join(ties) + ".",)
+        result.append(msgspec.structs.replace(plan, prediction=prediction, alternatives=tuple(others), reasons=reasons))
+    return tuple(result)

@@ -1,0 +1,93 @@
+"""The corners of the plan space: everything but the stage boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from partita.cluster.model import Cluster
+from partita.errors import InfeasibleError
+from partita.plan import Constraints, Schedule, Worker
+from partita.planner.layout import room, worker_layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corner:
+    """A plan without stage boundaries."""
+
+    data: int
+    pipeline: int
+    threads_per_worker: int
+    num_microbatches: int
+    schedule: Schedule
+    compiled: bool
+    workers: tuple[Worker, ...]
+
+
+def corners(
+    cluster: Cluster, constraints: Constraints, *, batch_size: int, num_ops: int, microbatches: bool
+) -> tuple[Corner, ...]:
+    """All corners within `constraints`. Workers share cores only if the constraints force it.
+
+    Raises `InfeasibleError`, with the reason of the nearest miss, if there is none.
+    """
+    reasons: list[str] = []
+    found: list[Corner] = []
+    for threads, data, pipeline in _meshes(cluster, constraints, num_ops):
+        if data > max(batch_size, 1):
+            reasons.append(f"data must be at most the {batch_size} rows of the batch, but got data={data}. Use a larger batch.")
+            continue
+        try:
+            workers = worker_layout(cluster, data, pipeline, data * pipeline, threads)
+        except InfeasibleError as error:
+            reasons.append(str(error))
+            continue
+        rows = batch_size // data
+        for num_microbatches in _microbatch_counts(constraints, rows, microbatches):
+            if num_microbatches > max(rows, 1):
+                reasons.append(f"num_microbatches must be at most the {rows} rows of a worker, but got {num_microbatches}.")
+                continue
+            for schedule in _schedules(constraints, pipeline, num_microbatches):
+                for compiled in (True, False) if constraints.compiled is None else (constraints.compiled,):
+                    found.append(Corner(data=data, pipeline=pipeline, threads_per_worker=threads,
+                                        num_microbatches=num_microbatches, schedule=schedule, compiled=compiled,
+                                        workers=workers))
+    if not found:
+        raise InfeasibleError(reasons[0] if reasons else "No mesh satisfies the constraints: free one of them.")
+    return tuple(found)
+
+
+def _meshes(cluster: Cluster, constraints: Constraints, num_ops: int) -> Iterator[tuple[int, int, int]]:
+    """(threads a worker, data, pipeline)."""
+    limit = min((len(process.cores) for process in cluster.processes if not process.gpus), default=1)
+    thread_counts = range(1, limit + 1) if constraints.threads_per_worker is None else (constraints.threads_per_worker,)
+    for threads in thread_counts:
+        most = max(sum(room(process, threads) for process in cluster.processes), len(cluster.processes))
+        if constraints.num_workers is not None:
+            totals: tuple[int, ...] = (constraints.num_workers,)
+        elif constraints.data is not None and constraints.pipeline is not None:
+            totals = (constraints.data * constraints.pipeline,)
+        else:
+            least = max(constraints.data or 1, constraints.pipeline or 1)
+            totals = tuple(range(len(cluster.processes), most + 1)) if least <= most else (least,)
+        for total in totals:
+            for pipeline in range(1, total + 1):
+                data, rest = divmod(total, pipeline)
+                wanted = constraints.pipeline in (None, pipeline) and constraints.data in (None, data)
+                named = constraints.stage_starts is None or len(constraints.stage_starts) == pipeline - 1
+                if not rest and wanted and named and pipeline <= max(num_ops, 1):
+                    yield threads, data, pipeline
+
+
+def _microbatch_counts(constraints: Constraints, rows: int, allowed: bool) -> tuple[int, ...]:
+    if constraints.num_microbatches is not None:
+        return (constraints.num_microbatches,)
+    if not allowed:
+        return (1,)
+    return tuple(2**power for power in range(0, 7) if 2**power <= max(rows, 1))
+
+
+def _schedules(constraints: Constraints, pipeline: int, num_microbatches: int) -> tuple[Schedule, ...]:
+    if constraints.schedule is not None:
+        return (constraints.schedule,)
+    return ("1f1b", "gpipe") if pipeline > 1 and num_microbatches > 1 else ("1f1b",)
