@@ -99,20 +99,30 @@ class Constraints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"Constraints.{name} must be a positive integer or None, but got {value!r}.")
         if self.tensor not in (None, 1):
-            raise InputError(f"Constraints.tensor must be 1 or None: the tensor axis is not available in this version, but got {self.tensor}.")
+            raise InputError(
+                f"Constraints.tensor must be 1 or None: the tensor axis is not available in this version, but got {self.tensor}."
+            )
         if self.schedule not in (None, "gpipe", "1f1b"):
             near = difflib.get_close_matches(str(self.schedule), ["gpipe", "1f1b"], n=1, cutoff=0.0)[0]
-            raise InputError(f'Constraints.schedule must be "gpipe" or "1f1b", but got {self.schedule!r}. Did you mean {near!r}?')
+            raise InputError(
+                f'Constraints.schedule must be "gpipe" or "1f1b", but got {self.schedule!r}. Did you mean {near!r}?'
+            )
         data, pipeline, total = self.data, self.pipeline, self.num_workers
         if total is not None and data is not None and pipeline is not None and data * pipeline != total:
-            raise InputError(f"data * pipeline * tensor must equal num_workers, but got data={data}, pipeline={pipeline}, "
-                             f"tensor=1 and num_workers={total}. Drop num_workers, or set it to {data * pipeline}.")
+            raise InputError(
+                f"data * pipeline * tensor must equal num_workers, but got data={data}, pipeline={pipeline}, "
+                f"tensor=1 and num_workers={total}. Drop num_workers, or set it to {data * pipeline}."
+            )
         for name, value in (("data", data), ("pipeline", pipeline)):
             if total is not None and value is not None and total % value:
-                raise InputError(f"num_workers must be a multiple of {name}, but got num_workers={total} and {name}={value}.")
+                raise InputError(
+                    f"num_workers must be a multiple of {name}, but got num_workers={total} and {name}={value}."
+                )
         if self.stage_starts is not None and pipeline is not None and len(self.stage_starts) != pipeline - 1:
-            raise InputError(f"stage_starts must name the first op of every stage but the first: {pipeline - 1} names for "
-                             f"pipeline={pipeline}, but got {len(self.stage_starts)}.")
+            raise InputError(
+                f"stage_starts must name the first op of every stage but the first: {pipeline - 1} names for "
+                f"pipeline={pipeline}, but got {len(self.stage_starts)}."
+            )
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -150,13 +160,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, but the plan has {value}.")
         stages, data = self.axes.get("pipeline", 1), self.axes.get("data", 1)
-        _require(len(self.stage_starts) == stages - 1,
-                 f"stage_starts must name the first op of every stage but the first: {stages - 1} for "
-                 f"axes['pipeline']={stages}, but the plan has {len(self.stage_starts)}.")
-        _require(len(set(self.stage_starts)) == len(self.stage_starts), f"stage_starts must differ, but got {self.stage_starts}.")
-        _require(not self.shares or len(self.shares) == data,
-                 f"shares must give the rows of each of the {data} data coordinates, but has {len(self.shares)} entries.")
-        _require(all(share >= 1 for share in self.shares), f"every share must be at least 1 row, but got {self.shares}.")
+        _require(
+            len(self.stage_starts) == stages - 1,
+            f"stage_starts must name the first op of every stage but the first: {stages - 1} for "
+            f"axes['pipeline']={stages}, but the plan has {len(self.stage_starts)}.",
+        )
+        _require(
+            len(set(self.stage_starts)) == len(self.stage_starts),
+            f"stage_starts must differ, but got {self.stage_starts}.",
+        )
+        _require(
+            not self.shares or len(self.shares) == data,
+            f"shares must give the rows of each of the {data} data coordinates, but has {len(self.shares)} entries.",
+        )
+        _require(
+            all(share >= 1 for share in self.shares), f"every share must be at least 1 row, but got {self.shares}."
+        )
 
     @property
     def num_workers(self) -> int:
@@ -167,8 +186,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """Hash of everything that decides what is run. Predictions, measurements and explanations do not count, so every
         process of a job can compare it."""
         told = ("prediction", "measured_step_time_s", "alternatives", "reasons")
-        parts = [(name, msgspec.json.encode(getattr(self, name), order="sorted").decode()) for name in self.__struct_fields__
-                 if name not in told]
+        parts = [
+            (name, msgspec.json.encode(getattr(self, name), order="sorted").decode())
+            for name in self.__struct_fields__
+            if name not in told
+        ]
         return fingerprint(parts)
 
     def to_json(self) -> bytes:
@@ -181,11 +203,15 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         try:
             raw: Any = msgspec.json.decode(text)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise PlanError(f"{where} must be a plan in JSON, but it is corrupt: {error}. Save the plan again.") from error
+            raise PlanError(
+                f"{where} must be a plan in JSON, but it is corrupt: {error}. Save the plan again."
+            ) from error
         _require(isinstance(raw, dict), f"{where} must hold a JSON object, but it holds {type(raw).__name__}.")
         version = raw.get("version")
-        _require(type(version) is int and version == VERSION,
-                 f"{where}: version must be {VERSION}, but got {version!r}. Make the plan again with this version of partita.")
+        _require(
+            type(version) is int and version == VERSION,
+            f"{where}: version must be {VERSION}, but got {version!r}. Make the plan again with this version of partita.",
+        )
         _check_field_names(raw, where)
         try:
             return msgspec.convert(raw, cls)
@@ -215,7 +241,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         try:
             text = Path(path).read_bytes()
         except OSError as error:
-            raise PlanError(f"A plan file must be readable, but {os.fspath(path)!r} is not: {error.strerror}.") from error
+            raise PlanError(
+                f"A plan file must be readable, but {os.fspath(path)!r} is not: {error.strerror}."
+            ) from error
         return cls.from_json(text, where=f"plan file {os.fspath(path)!r}")
 
     def validate(self, graph: Graph | None, cluster: Cluster) -> None:
@@ -223,27 +251,39 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         model that cannot be captured; then only a "block" plan is valid."""
         again = "Make a new plan with partita.plan(...)."
         if graph is None:
-            _require(self.mode == "block", f'The model cannot be captured as a graph, so its plan must have mode "block". {again}')
+            _require(
+                self.mode == "block",
+                f'The model cannot be captured as a graph, so its plan must have mode "block". {again}',
+            )
         else:
             self._validate_graph(graph, again)
         differs = cluster_difference(self, cluster)
         if not differs and self.cluster_fingerprint != cluster_fingerprint(cluster):
-            differs = (f"its fingerprint is {self.cluster_fingerprint}, that of the given one is {cluster_fingerprint(cluster)} "
-                       "(another number of processes or cores, another CPU or GPU model)")
+            differs = (
+                f"its fingerprint is {self.cluster_fingerprint}, that of the given one is {cluster_fingerprint(cluster)} "
+                "(another number of processes or cores, another CPU or GPU model)"
+            )
         _require(not differs, f"The plan is for another cluster: {differs}. {again}")
 
     def _validate_graph(self, graph: Graph, again: str) -> None:
-        _require(self.graph_fingerprint == graph.fingerprint,
-                 f"The plan is for another model or batch shape: its graph has fingerprint {self.graph_fingerprint}, the given "
-                 f"one has {graph.fingerprint}. {again}")
+        _require(
+            self.graph_fingerprint == graph.fingerprint,
+            f"The plan is for another model or batch shape: its graph has fingerprint {self.graph_fingerprint}, the given "
+            f"one has {graph.fingerprint}. {again}",
+        )
         rows = sum(self.shares)
-        _require(not self.shares or graph.batch_size in (0, rows),
-                 f"The plan's shares must add up to the {graph.batch_size} rows of the batch, but add up to {rows}. {again}")
+        _require(
+            not self.shares or graph.batch_size in (0, rows),
+            f"The plan's shares must add up to the {graph.batch_size} rows of the batch, but add up to {rows}. {again}",
+        )
         positions = {node.name: index for index, node in enumerate(graph.nodes)}
         for name in self.stage_starts:
             near = difflib.get_close_matches(name, positions, n=1)
-            _require(name in positions, f"stage_starts must name ops of the graph, but it has no op {name!r}."
-                     + (f" The nearest is {near[0]!r}." if near else ""))
+            _require(
+                name in positions,
+                f"stage_starts must name ops of the graph, but it has no op {name!r}."
+                + (f" The nearest is {near[0]!r}." if near else ""),
+            )
         order = [positions[name] for name in self.stage_starts]
         _require(order == sorted(order), f"stage_starts must be in the graph's order, but got {self.stage_starts}.")
 
@@ -268,17 +308,29 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 def _check_workers(plan: Plan) -> None:
     allowed = {"pipeline", "data", "tensor", "time"}
     _require(set(plan.axes) <= allowed, f"axes must be among {sorted(allowed)}, but got {sorted(plan.axes)}.")
-    _require(all(extent >= 1 for extent in plan.axes.values()), f"every axis must have an extent of at least 1, but got {plan.axes}.")
-    _require(plan.axes.get("tensor", 1) == 1, "axes['tensor'] must be 1: the tensor axis is not available in this version.")
+    _require(
+        all(extent >= 1 for extent in plan.axes.values()),
+        f"every axis must have an extent of at least 1, but got {plan.axes}.",
+    )
+    _require(
+        plan.axes.get("tensor", 1) == 1, "axes['tensor'] must be 1: the tensor axis is not available in this version."
+    )
     stages, data = plan.axes.get("pipeline", 1), plan.axes.get("data", 1)
-    _require(len(plan.workers) == stages * data,
-             f"a plan must have pipeline * data workers, but has {len(plan.workers)} for pipeline={stages} and data={data}.")
+    _require(
+        len(plan.workers) == stages * data,
+        f"a plan must have pipeline * data workers, but has {len(plan.workers)} for pipeline={stages} and data={data}.",
+    )
     for place, worker in enumerate(plan.workers):
         _require(worker.index == place, f"worker {place} must have index {place}, but has {worker.index}.")
-        _require(0 <= worker.stage < stages and 0 <= worker.data < data,
-                 f"worker {place} must lie on the mesh, but has stage {worker.stage} of {stages} and data {worker.data} of {data}.")
+        _require(
+            0 <= worker.stage < stages and 0 <= worker.data < data,
+            f"worker {place} must lie on the mesh, but has stage {worker.stage} of {stages} and data {worker.data} of {data}.",
+        )
         _require(worker.process >= 0 and worker.machine >= 0, f"worker {place} must have a process and a machine.")
-        _require(len(set(worker.cores)) == len(worker.cores), f"worker {place} must have different cores, but has {worker.cores}.")
+        _require(
+            len(set(worker.cores)) == len(worker.cores),
+            f"worker {place} must have different cores, but has {worker.cores}.",
+        )
     taken = Counter((worker.stage, worker.data) for worker in plan.workers)
     for coordinate, count in taken.items():
         _require(count == 1, f"every (stage, data) must have one worker, but {coordinate} has {count}.")

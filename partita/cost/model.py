@@ -30,7 +30,9 @@ class CostModel(Protocol):
         """Time of one op with the local shapes in ``node.meta["val"]`` and its inputs', uncompiled."""
         ...
 
-    def segment_time_s(self, module: fx.GraphModule, key: str, place: Place, *, compiled: bool, num_active: int = 1) -> float:
+    def segment_time_s(
+        self, module: fx.GraphModule, key: str, place: Place, *, compiled: bool, num_active: int = 1
+    ) -> float:
         """Time of a whole segment; the measured one where the table has it, else the sum of its ops."""
         ...
 

@@ -31,8 +31,15 @@ def table(plan: Plan) -> str:
     if prediction is not None:
         rows.append(("predicted step", f"{format_time(prediction.step_time_s)} +-{prediction.uncertainty:.0%}"))
         rows.append(("lower bound", f"{format_time(prediction.lower_bound_s)} (gap {prediction.gap:.0%})"))
-        rows.append(("peak memory", ", ".join(f"process {rank}: {format_bytes(num_bytes)}"
-                                              for rank, num_bytes in prediction.memory_bytes.items()) or "unknown"))
+        rows.append(
+            (
+                "peak memory",
+                ", ".join(
+                    f"process {rank}: {format_bytes(num_bytes)}" for rank, num_bytes in prediction.memory_bytes.items()
+                )
+                or "unknown",
+            )
+        )
         rows.append(("sent per step", format_bytes(prediction.bytes_sent)))
     if plan.measured_step_time_s is not None:
         rows.append(("measured step", format_time(plan.measured_step_time_s)))
@@ -42,8 +49,12 @@ def table(plan: Plan) -> str:
         rows.append((f"stage {stage} from", start))
     for worker in plan.workers:
         device = f"GPU {worker.gpu}" if worker.gpu is not None else f"cores {_ranges(worker.cores)}"
-        rows.append((f"worker {worker.index}",
-                     f"stage {worker.stage}, data {worker.data}: process {worker.process}, machine {worker.machine}, {device}"))
+        rows.append(
+            (
+                f"worker {worker.index}",
+                f"stage {worker.stage}, data {worker.data}: process {worker.process}, machine {worker.machine}, {device}",
+            )
+        )
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -62,8 +73,10 @@ def explanation(plan: Plan) -> str:
             lines.append(f"- {other.description}: {times}. {other.reason}")
         parts.append("Alternatives\n" + "\n".join(lines))
     if plan.placements:
-        lines = [f"- {name}: " + ", ".join(f"{axis} {text}" for axis, text in axes.items())
-                 for name, axes in sorted(plan.placements.items())]
+        lines = [
+            f"- {name}: " + ", ".join(f"{axis} {text}" for axis, text in axes.items())
+            for name, axes in sorted(plan.placements.items())
+        ]
         parts.append("Placements\n" + "\n".join(lines))
     parts.append(f"Model {plan.graph_fingerprint}, cluster {plan.cluster_fingerprint}, plan {plan.hash}.")
     return "\n\n".join(parts)

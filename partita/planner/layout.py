@@ -46,8 +46,15 @@ def worker_layout(
             gpu = process.gpus[slot % len(process.gpus)] if process.gpus else None
             stage, coordinate = divmod(index, data)
             workers.append(
-                Worker(index=index, process=process.rank, machine=process.machine, cores=cores, stage=stage,
-                       data=coordinate, gpu=gpu)
+                Worker(
+                    index=index,
+                    process=process.rank,
+                    machine=process.machine,
+                    cores=cores,
+                    stage=stage,
+                    data=coordinate,
+                    gpu=gpu,
+                )
             )
     return tuple(workers)
 

@@ -42,8 +42,16 @@ class Price:
 class Pricer:
     """Prices the corners of one search; op times are asked once per (op, kind of device, number of active workers)."""
 
-    def __init__(self, graph: Graph, work: Work, cluster: Cluster, cost: CostModel, *, optimizer: str,
-                 state_bytes_per_element: float) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        work: Work,
+        cluster: Cluster,
+        cost: CostModel,
+        *,
+        optimizer: str,
+        state_bytes_per_element: float,
+    ) -> None:
         self._graph, self._work, self._cluster, self._cost = graph, work, cluster, cost
         self._optimizer, self._state_bytes = optimizer, state_bytes_per_element
         self._op_times: dict[tuple[object, ...], float] = {}
@@ -63,9 +71,14 @@ class Pricer:
         problem = self._problem(corner)
         solution = solve_stages(problem) if stage_starts is None else self._forced(problem, stage_starts)
         memory = self._memory(corner, problem, solution)
-        if self._too_much(memory) is not None and stage_starts is None:  # several stages in one process: give each an equal share
+        if (
+            self._too_much(memory) is not None and stage_starts is None
+        ):  # several stages in one process: give each an equal share
             hosted = Counter(worker.process for worker in corner.workers if worker.data == 0)
-            shares = [limit / max(hosted[self._of_stage(corner, s)[0].process], 1) for s, limit in enumerate(problem.limit_bytes)]
+            shares = [
+                limit / max(hosted[self._of_stage(corner, s)[0].process], 1)
+                for s, limit in enumerate(problem.limit_bytes)
+            ]
             problem = replace(problem, limit_bytes=np.array(shares))
             solution = solve_stages(problem)
             memory = self._memory(corner, problem, solution)
@@ -79,8 +92,12 @@ class Pricer:
             )
         edges = (0, *solution.starts, len(self._work.names))
         end_s = max(self._end_s(corner, s, slice(edges[s], edges[s + 1])) for s in range(corner.pipeline))
-        return Price(step_time_s=self._fixed_s(corner) + solution.objective_s + end_s, solution=solution, memory_bytes=memory,
-                     bytes_sent=self._bytes_sent(corner, edges))
+        return Price(
+            step_time_s=self._fixed_s(corner) + solution.objective_s + end_s,
+            solution=solution,
+            memory_bytes=memory,
+            bytes_sent=self._bytes_sent(corner, edges),
+        )
 
     def whole_time_s(self, place: Worker, compiled: bool) -> float:
         """Forward, backward and update of the whole batch as one plain PyTorch block on `place`."""
@@ -96,7 +113,9 @@ class Pricer:
 
     def _fixed_s(self, corner: Corner) -> float:
         per_microbatch = 2 if corner.pipeline == 1 else 6
-        return self._cost.step_time_s() + (per_microbatch * corner.num_microbatches + 2) * self._cost.instruction_time_s()
+        return (
+            self._cost.step_time_s() + (per_microbatch * corner.num_microbatches + 2) * self._cost.instruction_time_s()
+        )
 
     def _of_stage(self, corner: Corner, stage: int) -> list[Worker]:
         return [worker for worker in corner.workers if worker.stage == stage]
@@ -141,8 +160,10 @@ class Pricer:
         key = (*self._kind(worker), active)
         if key not in self._factors:
             name = f"whole:{self._graph.fingerprint}"
-            times = [self._cost.segment_time_s(self._graph.module, name, worker, compiled=compiled, num_active=active)
-                     for compiled in (True, False)]
+            times = [
+                self._cost.segment_time_s(self._graph.module, name, worker, compiled=compiled, num_active=active)
+                for compiled in (True, False)
+            ]
             self._factors[key] = times[0] / times[1] if times[1] > 0 else 1.0
         return self._factors[key]
 
@@ -154,12 +175,19 @@ class Pricer:
             workers = self._of_stage(corner, stage)
             if stage:
                 transfer[stage] = self._transfers(self._of_stage(corner, stage - 1)[0], workers[0], fraction)
-            in_flight = min(corner.num_microbatches, stages - stage) if corner.schedule == "1f1b" else corner.num_microbatches
+            in_flight = (
+                min(corner.num_microbatches, stages - stage) if corner.schedule == "1f1b" else corner.num_microbatches
+            )
             together = max(Counter(worker.process for worker in workers).values())
             memory[stage] = self._static_bytes() + self._work.saved_bytes * fraction * in_flight * together
             limits[stage] = min(self._memory_limits[worker.process] for worker in workers)
-        return StageProblem(time_s=self._stage_times(corner), transfer_s=transfer, memory_bytes=memory, limit_bytes=limits,
-                            num_microbatches=corner.num_microbatches)
+        return StageProblem(
+            time_s=self._stage_times(corner),
+            transfer_s=transfer,
+            memory_bytes=memory,
+            limit_bytes=limits,
+            num_microbatches=corner.num_microbatches,
+        )
 
     def _transfers(self, source: Worker, target: Worker, fraction: float) -> Array:
         sizes, index = np.unique((self._work.crossing_bytes * fraction).astype(np.int64), return_inverse=True)
@@ -174,7 +202,9 @@ class Pricer:
                 raise PlanError(f"stage_starts must name forward ops of the graph, but it has no {name!r}.{hint}")
         solution = evaluate_starts(problem, tuple(index[name] for name in names))
         if solution is None:
-            raise InfeasibleError(f"stage_starts must be in the graph's order, start after the first op and fit the memory, but got {names}.")
+            raise InfeasibleError(
+                f"stage_starts must be in the graph's order, start after the first op and fit the memory, but got {names}."
+            )
         return solution
 
     def _memory(self, corner: Corner, problem: StageProblem, solution: StageSolution) -> dict[int, int]:
@@ -195,7 +225,9 @@ class Pricer:
         elements = int(self._work.parameter_elements[ops].sum())
         fewest = min(Counter(worker.process for worker in workers).values())
         active = self._active(corner, workers[0].machine)
-        update_s = max(self._cost.update_time_s(-(-elements // fewest), self._optimizer, w, num_active=active) for w in workers)
+        update_s = max(
+            self._cost.update_time_s(-(-elements // fewest), self._optimizer, w, num_active=active) for w in workers
+        )
         if len(workers) == 1:
             return update_s
         group: tuple[Worker, ...] = tuple(workers)
@@ -211,5 +243,3 @@ class Pricer:
                 if by_mesh[stage, data].process != by_mesh[stage - 1, data].process:
                     sent += float(self._work.crossing_bytes[edges[stage]]) / corner.data
         return int(sent)
-
-

@@ -58,7 +58,9 @@ def search(
     if limit < 1:
         raise PlanError(f"limit must be at least 1, but got {limit}.")
     work = measure_work(graph)
-    pricer = Pricer(graph, work, cluster, cost, optimizer=optimizer, state_bytes_per_element=optimizer_state_bytes_per_element)
+    pricer = Pricer(
+        graph, work, cluster, cost, optimizer=optimizer, state_bytes_per_element=optimizer_state_bytes_per_element
+    )
     space = corners(cluster, wanted, batch_size=graph.batch_size, num_ops=len(work.names), microbatches=microbatches)
     ranked, bounds, misses = _branch_and_bound(pricer, space, wanted.stage_starts, limit)
     plans = [_graph_plan(graph, cluster, cost, work, candidate, wanted) for candidate in ranked]
@@ -103,8 +105,11 @@ def _graph_plan(
     graph: Graph, cluster: Cluster, cost: CostModel, work: Work, candidate: _Candidate, constraints: Constraints
 ) -> Plan:
     corner, price = candidate.corner, candidate.price
-    reasons = [f"stage {stage}: {format_time(time_s)} a microbatch"
-               for stage, time_s in enumerate(price.solution.stage_time_s) if corner.pipeline > 1]
+    reasons = [
+        f"stage {stage}: {format_time(time_s)} a microbatch"
+        for stage, time_s in enumerate(price.solution.stage_time_s)
+        if corner.pipeline > 1
+    ]
     if oversubscribed(cluster, len(corner.workers), corner.threads_per_worker):
         reasons.append(f"{len(corner.workers)} workers share {cluster.num_cores} cores, as the constraints ask.")
     return Plan(
@@ -120,8 +125,11 @@ def _graph_plan(
         stage_starts=tuple(work.names[start] for start in price.solution.starts),
         shares=split_evenly(graph.batch_size, corner.data) if graph.batch_size else (),
         prediction=Prediction(
-            step_time_s=price.step_time_s, lower_bound_s=0.0, uncertainty=cost.uncertainty,
-            memory_bytes={str(rank): num_bytes for rank, num_bytes in price.memory_bytes.items()}, bytes_sent=price.bytes_sent,
+            step_time_s=price.step_time_s,
+            lower_bound_s=0.0,
+            uncertainty=cost.uncertainty,
+            memory_bytes={str(rank): num_bytes for rank, num_bytes in price.memory_bytes.items()},
+            bytes_sent=price.bytes_sent,
         ),
         reasons=tuple(reasons),
         local_statistics=constraints.local_statistics,
@@ -129,8 +137,14 @@ def _graph_plan(
 
 
 def _blocks(graph: Graph, cluster: Cluster, cost: CostModel, pricer: Pricer, constraints: Constraints) -> list[Plan]:
-    fixed = (constraints.data, constraints.pipeline, constraints.num_workers, constraints.num_microbatches,
-             constraints.schedule, constraints.stage_starts)
+    fixed = (
+        constraints.data,
+        constraints.pipeline,
+        constraints.num_workers,
+        constraints.num_microbatches,
+        constraints.schedule,
+        constraints.stage_starts,
+    )
     if any(value is not None for value in fixed):
         return []
     process = min(cluster.processes, key=lambda item: item.rank)
@@ -142,19 +156,41 @@ def _blocks(graph: Graph, cluster: Cluster, cost: CostModel, pricer: Pricer, con
     plans = []
     for count in sorted(count for count in threads if count <= most):
         for compiled in (False, True) if constraints.compiled is None else (constraints.compiled,):
-            worker = Worker(index=0, process=process.rank, machine=process.machine, cores=process.cores[:count], stage=0,
-                            data=0, gpu=process.gpus[0] if process.gpus else None)
-            prediction = Prediction(step_time_s=pricer.whole_time_s(worker, compiled), lower_bound_s=0.0,
-                                    uncertainty=cost.uncertainty, memory_bytes={str(process.rank): need})
-            plans.append(Plan(
-                mode="block", graph_fingerprint=graph.fingerprint, cluster_fingerprint=cluster_fingerprint(cluster),
-                axes={"pipeline": 1, "data": 1}, workers=(worker,), threads_per_worker=count, compiled=compiled,
-                shares=(graph.batch_size,) if graph.batch_size else (), prediction=prediction,
-                reasons=("Plain PyTorch on the whole batch: the peer that every other plan must beat.",)))
+            worker = Worker(
+                index=0,
+                process=process.rank,
+                machine=process.machine,
+                cores=process.cores[:count],
+                stage=0,
+                data=0,
+                gpu=process.gpus[0] if process.gpus else None,
+            )
+            prediction = Prediction(
+                step_time_s=pricer.whole_time_s(worker, compiled),
+                lower_bound_s=0.0,
+                uncertainty=cost.uncertainty,
+                memory_bytes={str(process.rank): need},
+            )
+            plans.append(
+                Plan(
+                    mode="block",
+                    graph_fingerprint=graph.fingerprint,
+                    cluster_fingerprint=cluster_fingerprint(cluster),
+                    axes={"pipeline": 1, "data": 1},
+                    workers=(worker,),
+                    threads_per_worker=count,
+                    compiled=compiled,
+                    shares=(graph.batch_size,) if graph.batch_size else (),
+                    prediction=prediction,
+                    reasons=("Plain PyTorch on the whole batch: the peer that every other plan must beat.",),
+                )
+            )
     return plans
 
 
-def _evaluated(plans: list[Plan], evaluate: Callable[[Plan], Outcome], cluster: Cluster) -> tuple[list[Plan], list[str]]:
+def _evaluated(
+    plans: list[Plan], evaluate: Callable[[Plan], Outcome], cluster: Cluster
+) -> tuple[list[Plan], list[str]]:
     """The plans with `evaluate`'s predictions, and why some were dropped. Blocks keep the formula's."""
     kept, dropped = [], []
     limits = {process.rank: process.memory_bytes for process in cluster.processes}
@@ -167,18 +203,26 @@ def _evaluated(plans: list[Plan], evaluate: Callable[[Plan], Outcome], cluster: 
         except (PlanError, ProgramError) as error:
             dropped.append(f"{title(plan)}: {error}")
             continue
-        memory = {rank: outcome.shared_memory_bytes.get(rank, 0) for rank in {worker.process for worker in plan.workers}}
+        memory = {
+            rank: outcome.shared_memory_bytes.get(rank, 0) for rank in {worker.process for worker in plan.workers}
+        }
         for worker in plan.workers:
             memory[worker.process] += outcome.peak_memory_bytes.get(worker.index, 0)
         over = [rank for rank, need in memory.items() if limits.get(rank) and need > limits[rank]]
         if over:
             rank = over[0]
-            dropped.append(f"{title(plan)} must fit the memory of process {rank}, but needs {format_bytes(memory[rank])} of "
-                           f"{format_bytes(limits[rank])}. The smallest change: {format_bytes(memory[rank] - limits[rank])} more.")
+            dropped.append(
+                f"{title(plan)} must fit the memory of process {rank}, but needs {format_bytes(memory[rank])} of "
+                f"{format_bytes(limits[rank])}. The smallest change: {format_bytes(memory[rank] - limits[rank])} more."
+            )
             continue
         assert plan.prediction is not None
-        prediction = msgspec.structs.replace(plan.prediction, step_time_s=outcome.step_time_s, bytes_sent=outcome.bytes_sent,
-                                             memory_bytes={str(rank): need for rank, need in sorted(memory.items())})
+        prediction = msgspec.structs.replace(
+            plan.prediction,
+            step_time_s=outcome.step_time_s,
+            bytes_sent=outcome.bytes_sent,
+            memory_bytes={str(rank): need for rank, need in sorted(memory.items())},
+        )
         kept.append(msgspec.structs.replace(plan, prediction=prediction))
     return kept, dropped
 
@@ -211,12 +255,27 @@ def _explained(plans: list[Plan], bound_s: float, num_corners: int) -> tuple[Pla
             tied = abs(ratio) <= prediction.uncertainty
             if tied:
                 ties.append(title(other))
-            reason = "A tie within the uncertainty." if tied else f"{abs(ratio):.0%} {'slower' if ratio > 0 else 'faster'} by prediction."
-            others.append(Alternative(description=title(other), predicted_step_time_s=_time_s(other), measured_step_time_s=None,
-                                      reason=reason))
-        reasons = (*plan.reasons, f"{num_corners} combinations of workers, threads, mesh, microbatches, schedule and compilation were bounded; "
-                   "stage boundaries are optimal within each that the bound could not exclude.")
+            reason = (
+                "A tie within the uncertainty."
+                if tied
+                else f"{abs(ratio):.0%} {'slower' if ratio > 0 else 'faster'} by prediction."
+            )
+            others.append(
+                Alternative(
+                    description=title(other),
+                    predicted_step_time_s=_time_s(other),
+                    measured_step_time_s=None,
+                    reason=reason,
+                )
+            )
+        reasons = (
+            *plan.reasons,
+            f"{num_corners} combinations of workers, threads, mesh, microbatches, schedule and compilation were bounded; "
+            "stage boundaries are optimal within each that the bound could not exclude.",
+        )
         if ties:
-            reasons += (f"Within the uncertainty of {prediction.uncertainty:.0%} it ties with: " + "; ".join(ties) + ".",)
+            reasons += (
+                f"Within the uncertainty of {prediction.uncertainty:.0%} it ties with: " + "; ".join(ties) + ".",
+            )
         result.append(msgspec.structs.replace(plan, prediction=prediction, alternatives=tuple(others), reasons=reasons))
     return tuple(result)

@@ -35,7 +35,9 @@ def corners(
     found: list[Corner] = []
     for threads, data, pipeline in _meshes(cluster, constraints, num_ops):
         if data > max(batch_size, 1):
-            reasons.append(f"data must be at most the {batch_size} rows of the batch, but got data={data}. Use a larger batch.")
+            reasons.append(
+                f"data must be at most the {batch_size} rows of the batch, but got data={data}. Use a larger batch."
+            )
             continue
         try:
             workers = worker_layout(cluster, data, pipeline, data * pipeline, threads)
@@ -45,13 +47,23 @@ def corners(
         rows = batch_size // data
         for num_microbatches in _microbatch_counts(constraints, rows, microbatches):
             if num_microbatches > max(rows, 1):
-                reasons.append(f"num_microbatches must be at most the {rows} rows of a worker, but got {num_microbatches}.")
+                reasons.append(
+                    f"num_microbatches must be at most the {rows} rows of a worker, but got {num_microbatches}."
+                )
                 continue
             for schedule in _schedules(constraints, pipeline, num_microbatches):
                 for compiled in (True, False) if constraints.compiled is None else (constraints.compiled,):
-                    found.append(Corner(data=data, pipeline=pipeline, threads_per_worker=threads,
-                                        num_microbatches=num_microbatches, schedule=schedule, compiled=compiled,
-                                        workers=workers))
+                    found.append(
+                        Corner(
+                            data=data,
+                            pipeline=pipeline,
+                            threads_per_worker=threads,
+                            num_microbatches=num_microbatches,
+                            schedule=schedule,
+                            compiled=compiled,
+                            workers=workers,
+                        )
+                    )
     if not found:
         raise InfeasibleError(reasons[0] if reasons else "No mesh satisfies the constraints: free one of them.")
     return tuple(found)

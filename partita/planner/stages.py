@@ -68,7 +68,9 @@ def solve_stages(problem: StageProblem) -> StageSolution:
     """The best starts. Raises `InfeasibleError` where there are fewer ops than stages or no split fits the memory."""
     num_stages, num_ops = problem.time_s.shape
     if num_stages > num_ops:
-        raise InfeasibleError(f"pipeline must be at most the number of ops, but got {num_stages} stages for {num_ops} ops.")
+        raise InfeasibleError(
+            f"pipeline must be at most the number of ops, but got {num_stages} stages for {num_ops} ops."
+        )
     best: StageSolution | None = None
     bound_s = np.inf
     while True:
@@ -98,8 +100,11 @@ def _shortest(problem: StageProblem, bound_s: float) -> tuple[float, tuple[int, 
     for stage in range(num_stages):
         times = np.concatenate([[0.0], np.cumsum(problem.time_s[stage])])
         memory = np.concatenate([[0.0], np.cumsum(problem.memory_bytes[stage])])
-        low = np.searchsorted(times, times - bound_s * (1 + 1e-15), side="left") if np.isfinite(bound_s) else np.zeros(
-            num_ops + 1, dtype=np.int64)
+        low = (
+            np.searchsorted(times, times - bound_s * (1 + 1e-15), side="left")
+            if np.isfinite(bound_s)
+            else np.zeros(num_ops + 1, dtype=np.int64)
+        )
         if np.isfinite(problem.limit_bytes[stage]):
             low = np.maximum(low, np.searchsorted(memory, memory - problem.limit_bytes[stage], side="left"))
         entry = cost[:-1] - times[:-1]

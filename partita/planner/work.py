@@ -75,9 +75,14 @@ def measure_work(graph: Graph) -> Work:
             saved[here] += num_bytes
     elements, num_bytes_of = _parameters(graph, position, count)
     return Work(
-        names=names, position=position, nodes=tuple(n for n in nodes if isinstance(n.meta.get("op"), OpInfo)),
-        rows=frozenset(rows), crossing_bytes=np.maximum(np.cumsum(crossing)[:count], 0.0), saved_bytes=saved,
-        parameter_elements=elements, parameter_bytes=num_bytes_of,
+        names=names,
+        position=position,
+        nodes=tuple(n for n in nodes if isinstance(n.meta.get("op"), OpInfo)),
+        rows=frozenset(rows),
+        crossing_bytes=np.maximum(np.cumsum(crossing)[:count], 0.0),
+        saved_bytes=saved,
+        parameter_elements=elements,
+        parameter_bytes=num_bytes_of,
     )
 
 
