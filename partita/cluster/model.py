@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
+
+from partita.units import GIB, fingerprint
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,3 +67,79 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def num_cores(self) -> int:
         return sum(len(process.cores) for process in self.processes)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what a plan relies on: machines (hardware), processes, their cores and GPUs.
+
+        Names of machines and measured rates do not enter, so that a plan stays valid on the same hardware after a new
+        measurement or under another host name; memory counts in whole GiB, because kernels keep varying bits of it.
+        """
+        machines = [
+            (machine.cpu, machine.cores, machine.num_sockets, round(machine.memory_bytes / GIB), _gpu_facts(machine))
+            for machine in self.machines
+        ]
+        processes = [(process.rank, process.machine, process.cores, process.gpus) for process in self.processes]
+        return fingerprint([machines, processes])
+
+    @staticmethod
+    def detect() -> Cluster:
+        """This machine, or all machines of the running torchrun, mpirun or srun job (then every process must call it).
+
+        Example:
+            >>> Cluster.detect().num_cores >= 1
+            True
+
+        Raises:
+            ClusterError: the launcher's environment is contradictory, or the other processes cannot be reached.
+        """
+        from partita.cluster.detect import detect
+
+        return detect()
+
+    @staticmethod
+    def load(path: str | Path) -> Cluster:
+        """The cluster described by a TOML file (schema: `partita.cluster.files`).
+
+        Raises:
+            ClusterError: the file is absent, is not TOML, or an entry is unknown, of the wrong type or impossible.
+        """
+        from partita.cluster.files import load
+
+        return load(Path(path))
+
+    @staticmethod
+    def preset(name: str) -> Cluster:
+        """A cluster by name: machines x processes x kind, e.g. ``"4x8xH100"`` or ``"2x1xcpu-16"``.
+
+        Raises:
+            ClusterError: the name is unknown (names the nearest kinds and the grammar).
+        """
+        from partita.cluster.presets import preset
+
+        return preset(name)
+
+    def save(self, path: str | Path) -> None:
+        """Write this cluster as a TOML file that `load` reads back equal (but for `is_here`: a file only describes)."""
+        from partita.cluster.files import save
+
+        save(self, Path(path))
+
+
+def _gpu_facts(machine: Machine) -> list[tuple[str, int]]:
+    return [(gpu.name, round(gpu.memory_bytes / GIB)) for gpu in machine.gpus]
+
+
+def machine_fingerprint(machine: Machine) -> str:
+    """A hash of one machine's hardware, without its name and measured rates: the key of measurements made on it."""
+    return fingerprint(
+        [
+            machine.cpu,
+            machine.cores,
+            machine.num_sockets,
+            machine.numa_nodes,
+            sorted(machine.cache_bytes.items()),
+            round(machine.memory_bytes / GIB),
+            _gpu_facts(machine),
+        ]
+    )

@@ -1,0 +1,246 @@
+"""Clusters by name: ``"4x8xH100"`` is 4 machines x 8 GPUs x kind H100; ``"2x1xcpu-16"`` 2 machines x 1 process x 16 cores.
+
+Figures are the vendors' own, dense (without structured sparsity), of the boards that data centres use; the source stands
+beside each kind. Rates that a vendor does not give are left out, not guessed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from partita.errors import ClusterError
+from partita.units import split_evenly
+
+if TYPE_CHECKING:
+    from partita.cluster.model import Cluster
+
+from partita.cluster.model import Gpu, Link, Machine, Process
+
+GRAMMAR = (
+    "MACHINESxPROCESSESxKIND, e.g. '4x8xH100' (4 machines with 8 GPUs, one process a GPU) or '2x1xcpu-16' (2 machines with "
+    "16 cores, one process each); a leading '1x' may be left out"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuKind:
+    """A kind of GPU and the machine it is usually sold in.
+
+    `link` joins the GPUs of one machine, per GPU and direction; `network` is what one machine has to the others.
+    """
+
+    gpu: Gpu
+    link: Link
+    network: Link
+    cores_per_gpu: int
+    host_memory_bytes_per_gpu: int
+
+
+def _kind(
+    name: str,
+    *,
+    memory_gib: int,
+    tflops: dict[str, float],
+    memory_gb_per_s: float,
+    link_gb_per_s: float,
+    network_gbit_per_s: float,
+    cores: int,
+    host_gib: int,
+) -> GpuKind:
+    # Latencies: NVLink and PCIe peer copies take microseconds (NCCL's own tuning table, `src/graph/tuning.cc`, says 4-15 us
+    # for a small ring step); InfiniBand or RoCE with NCCL about 10-20 us; plain Ethernet (T4, V100 cloud hosts) about 50 us.
+    return GpuKind(
+        gpu=Gpu(
+            name=name,
+            memory_bytes=memory_gib * 2**30,
+            flops_per_s={dtype: rate * 1e12 for dtype, rate in tflops.items()},
+            memory_bytes_per_s=memory_gb_per_s * 1e9,
+        ),
+        link=Link(bytes_per_s=link_gb_per_s * 1e9, latency_s=5e-6),
+        network=Link(bytes_per_s=network_gbit_per_s * 1e9 / 8, latency_s=1.5e-5 if network_gbit_per_s >= 200 else 5e-5),
+        cores_per_gpu=cores,
+        host_memory_bytes_per_gpu=host_gib * 2**30,
+    )
+
+
+# "tfloat32" is what float32 matrix products reach when torch.backends.cuda.matmul.allow_tf32 permits it.
+GPU_KINDS: dict[str, GpuKind] = {
+    # NVIDIA T4 datasheet (2018): 8.1 TF FP32, 65 TF FP16, 16 GB GDDR6 at 300 GB/s (320 in later editions), PCIe 3.0 x16.
+    "T4": _kind("T4", memory_gib=16, tflops={"float32": 8.1, "float16": 65}, memory_gb_per_s=300,
+                link_gb_per_s=15.75, network_gbit_per_s=25, cores=8, host_gib=32),
+    # NVIDIA V100 datasheet (SXM2): 15.7 TF FP32, 7.8 FP64, 125 FP16 tensor, 900 GB/s, NVLink 2: 300 GB/s both directions.
+    "V100-16": _kind("V100-16", memory_gib=16, tflops={"float64": 7.8, "float32": 15.7, "float16": 125},
+                     memory_gb_per_s=900, link_gb_per_s=150, network_gbit_per_s=100, cores=5, host_gib=64),
+    "V100-32": _kind("V100-32", memory_gib=32, tflops={"float64": 7.8, "float32": 15.7, "float16": 125},
+                     memory_gb_per_s=900, link_gb_per_s=150, network_gbit_per_s=100, cores=5, host_gib=96),
+    # NVIDIA A100 datasheet (SXM4): 19.5 TF FP32, 156 TF32, 312 FP16/BF16; 40 GB: 1555 GB/s, 80 GB: 2039 GB/s; NVLink 3:
+    # 600 GB/s both directions; DGX A100: 8 x 200 Gbit/s InfiniBand, 128 cores, 1 or 2 TB.
+    "A100-40": _kind("A100-40", memory_gib=40, memory_gb_per_s=1555, link_gb_per_s=300, network_gbit_per_s=1600,
+                     tflops={"float64": 9.7, "float32": 19.5, "tfloat32": 156, "float16": 312, "bfloat16": 312},
+                     cores=16, host_gib=128),
+    "A100-80": _kind("A100-80", memory_gib=80, memory_gb_per_s=2039, link_gb_per_s=300, network_gbit_per_s=1600,
+                     tflops={"float64": 9.7, "float32": 19.5, "tfloat32": 156, "float16": 312, "bfloat16": 312},
+                     cores=16, host_gib=256),
+    # NVIDIA H100 datasheet (SXM5; given with sparsity, halved here): 67 TF FP32, 494.5 TF32, 989.5 FP16/BF16, 1979 FP8,
+    # 80 GB HBM3 at 3350 GB/s, NVLink 4: 900 GB/s both directions; DGX H100: 8 x 400 Gbit/s, 112 cores, 2 TB.
+    "H100": _kind("H100", memory_gib=80, memory_gb_per_s=3350, link_gb_per_s=450, network_gbit_per_s=3200,
+                  tflops={"float64": 34, "float32": 67, "tfloat32": 494.5, "float16": 989.5, "bfloat16": 989.5,
+                          "float8_e4m3fn": 1979},
+                  cores=14, host_gib=256),
+    # NVIDIA H200 datasheet (SXM): H100's arithmetic, 141 GB HBM3e at 4800 GB/s. 141 GB = 131 GiB; torch shows about 139.8 GiB
+    # because the parts are 144 GB; the datasheet's smaller figure is kept.
+    "H200": _kind("H200", memory_gib=131, memory_gb_per_s=4800, link_gb_per_s=450, network_gbit_per_s=3200,
+                  tflops={"float64": 34, "float32": 67, "tfloat32": 494.5, "float16": 989.5, "bfloat16": 989.5,
+                          "float8_e4m3fn": 1979},
+                  cores=14, host_gib=256),
+    # NVIDIA DGX B200 datasheet (8 GPUs: 1440 GB at 64 TB/s, 36 PF FP16/BF16 dense 18, 72 PF FP8 sparse): per GPU 180 GB,
+    # 8 TB/s, 2250 TF BF16, 4500 FP8; HGX B200: 75 TF FP32, 37 FP64, TF32 1100; NVLink 5: 1800 GB/s both directions.
+    "B200": _kind("B200", memory_gib=167, memory_gb_per_s=8000, link_gb_per_s=900, network_gbit_per_s=3200,
+                  tflops={"float64": 37, "float32": 75, "tfloat32": 1100, "float16": 2250, "bfloat16": 2250,
+                          "float8_e4m3fn": 4500},
+                  cores=14, host_gib=256),
+    # NVIDIA GB200 NVL72 datasheet (72 GPUs, 36 Grace CPUs of 72 cores and 480 GB): per GPU 186 GB HBM3e at 8 TB/s, 2500 TF BF16
+    # dense, 5000 FP8, 80 FP32, 40 FP64, NVLink 5: 1800 GB/s both directions; one compute tray: 4 GPUs, 2 CPUs.
+    "GB200": _kind("GB200", memory_gib=173, memory_gb_per_s=8000, link_gb_per_s=900, network_gbit_per_s=1600,
+                   tflops={"float64": 40, "float32": 80, "tfloat32": 1250, "float16": 2500, "bfloat16": 2500,
+                           "float8_e4m3fn": 5000},
+                   cores=36, host_gib=223),
+}  # fmt: skip
+ALIASES = {"V100": "V100-16", "A100": "A100-80", "V100-16GB": "V100-16", "V100-32GB": "V100-32",
+           "A100-40GB": "A100-40", "A100-80GB": "A100-80"}  # fmt: skip
+
+# A described CPU core, until `partita profile` measured a real one: 3.0 GHz x 8 float32 lanes (AVX2) x 2 FMA units x 2 FLOP =
+# 96 GFLOP/s at the peak (Agner Fog, "Instruction tables": two 256-bit FMAs a cycle since Haswell and Zen 2). Memory: a DDR4-3200
+# channel gives 25.6 GB/s (JEDEC JESD79-4); servers of these generations have about one channel for eight cores.
+CPU_FLOPS_PER_S_PER_CORE = 96e9
+CPU_MEMORY_BYTES_PER_S_PER_CHANNEL = 25.6e9
+CPU_CORES_PER_CHANNEL = 8
+CPU_MEMORY_BYTES_PER_CORE = 4 * 2**30  # the "general purpose" ratio of cloud hosts
+CPU_NETWORK = Link(bytes_per_s=10e9 / 8, latency_s=5e-5)  # 10 Gbit/s Ethernet (IEEE 802.3ae); TCP round trips of 100 us
+LOOPBACK = Link(bytes_per_s=2e9, latency_s=3e-5)  # gloo over the loopback interface, the order of magnitude of one TCP stream
+MAX_PROCESSES = 1_000_000
+
+
+def preset(name: str) -> Cluster:
+    """The cluster that `name` describes.
+
+    Example:
+        >>> preset("2x1xcpu-16").num_cores
+        32
+
+    Raises:
+        ClusterError: `name` does not follow the grammar, or its kind is unknown (names the nearest kinds).
+    """
+    from partita.cluster.model import Cluster
+
+    match = re.fullmatch(r"(?:(\d+)x)?(\d+)x([A-Za-z].*)", name.strip())
+    num_machines, num_processes, kind = (match[1] or "1", match[2], match[3]) if match else ("1", "1", name.strip())
+    machine_count, process_count = int(num_machines), int(num_processes)
+    if machine_count < 1 or process_count < 1 or machine_count * process_count > MAX_PROCESSES:
+        raise ClusterError(
+            f"a preset must have 1 to {MAX_PROCESSES:,} processes, but {name!r} has {machine_count} machines x "
+            f"{process_count} processes. The grammar is {GRAMMAR}."
+        )
+    cpu = re.fullmatch(r"cpu-(\d+)", kind, flags=re.IGNORECASE)
+    if cpu is not None:
+        return _cpu_cluster(name, machine_count, process_count, int(cpu[1]))
+    found = find_kind(kind)
+    if found is None:
+        raise ClusterError(_unknown(name, kind))
+    machine = Machine(
+        name="",
+        cores=tuple(range(found.cores_per_gpu * process_count)),
+        memory_bytes=found.host_memory_bytes_per_gpu * process_count,
+        numa_nodes=(tuple(range(found.cores_per_gpu * process_count)),),
+        flops_per_s_per_core=CPU_FLOPS_PER_S_PER_CORE,
+        memory_bytes_per_s=_memory_rate(found.cores_per_gpu * process_count),
+        gpus=(found.gpu,) * process_count,
+        gpu_link=found.link,
+    )
+    return Cluster(
+        machines=_named(machine, machine_count),
+        processes=_processes(machine, machine_count, process_count),
+        network=found.network,
+        process_link=found.link,
+    )
+
+
+def find_kind(name: str) -> GpuKind | None:
+    """The GPU kind called `name` ("A100" and "a100-80GB" both name the 80 GB one), or None."""
+    wanted = name.strip().upper()
+    for key, kind in GPU_KINDS.items():
+        if key.upper() == wanted:
+            return kind
+    alias = ALIASES.get(wanted)
+    return GPU_KINDS[alias] if alias else None
+
+
+def gpu_by_name(driver_name: str, memory_bytes: int) -> GpuKind | None:
+    """The kind behind a driver's name such as ``"NVIDIA A100-SXM4-40GB"``; of several sizes the nearest in memory."""
+    words = set(re.split(r"[^A-Z0-9]+", driver_name.upper()))
+    matches = [kind for key, kind in GPU_KINDS.items() if key.split("-")[0] in words]
+    return min(matches, key=lambda kind: abs(kind.gpu.memory_bytes - memory_bytes), default=None)
+
+
+def _cpu_cluster(name: str, num_machines: int, num_processes: int, num_cores: int) -> Cluster:
+    from partita.cluster.model import Cluster
+
+    if num_cores < num_processes:
+        raise ClusterError(
+            f"every process must have a core, but {name!r} has {num_processes} processes on {num_cores} cores. Use fewer "
+            f"processes or 'cpu-{num_processes}'."
+        )
+    machine = Machine(
+        name="",
+        cores=tuple(range(num_cores)),
+        memory_bytes=num_cores * CPU_MEMORY_BYTES_PER_CORE,
+        numa_nodes=(tuple(range(num_cores)),),
+        flops_per_s_per_core=CPU_FLOPS_PER_S_PER_CORE,
+        memory_bytes_per_s=_memory_rate(num_cores),
+    )
+    return Cluster(
+        machines=_named(machine, num_machines),
+        processes=_processes(machine, num_machines, num_processes),
+        network=CPU_NETWORK,
+        process_link=LOOPBACK,
+    )
+
+
+def _memory_rate(num_cores: int) -> float:
+    return CPU_MEMORY_BYTES_PER_S_PER_CHANNEL * max(1, -(-num_cores // CPU_CORES_PER_CHANNEL))
+
+
+def _named(machine: Machine, count: int) -> tuple[Machine, ...]:
+    import msgspec
+
+    return tuple(msgspec.structs.replace(machine, name=f"machine{index}") for index in range(count))
+
+
+def _processes(machine: Machine, num_machines: int, per_machine: int) -> tuple[Process, ...]:
+    sizes = split_evenly(len(machine.cores), per_machine)
+    starts = [sum(sizes[:index]) for index in range(per_machine)]
+    return tuple(
+        Process(
+            rank=number * per_machine + local,
+            machine=number,
+            cores=machine.cores[starts[local] : starts[local] + sizes[local]],
+            gpus=(local,) if machine.gpus else (),
+            memory_bytes=machine.memory_bytes // per_machine,
+        )
+        for number in range(num_machines)
+        for local in range(per_machine)
+    )
+
+
+def _unknown(name: str, kind: str) -> str:
+    known = [*GPU_KINDS, *ALIASES, "cpu-16"]
+    upper = {key.upper(): key for key in known}
+    near = difflib.get_close_matches(kind.upper(), list(upper), n=3, cutoff=0.4)
+    nearest = ", ".join(repr(upper[key]) for key in near) or "none is close"
+    return (
+        f"unknown preset {name!r}: there is no kind {kind!r}. Nearest: {nearest}. Known kinds: {', '.join(GPU_KINDS)}, "
+        f"cpu-N. The grammar is {GRAMMAR}."
+    )
