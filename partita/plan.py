@@ -23,7 +23,8 @@ VERSION = 1
 
 
 def cluster_fingerprint(cluster: Cluster) -> str:
-    """Hash of what a plan relies on: processes, their machine, how many cores they have and which GPUs. Measured rates and
+    """Hash of what a plan relies on: processes, their machine, how many cores they have and which GPUs. Measured
+    rates and
     core numbers are left out, so that the same job detected twice has the same fingerprint."""
     parts: list[object] = []
     for process in cluster.processes:
@@ -100,7 +101,8 @@ class Constraints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 raise InputError(f"Constraints.{name} must be a positive integer or None, but got {value!r}.")
         if self.tensor not in (None, 1):
             raise InputError(
-                f"Constraints.tensor must be 1 or None: the tensor axis is not available in this version, but got {self.tensor}."
+                f"Constraints.tensor must be 1 or None: the tensor axis is not available in this version, but got "
+                f"{self.tensor}."
             )
         if self.schedule not in (None, "gpipe", "1f1b"):
             near = difflib.get_close_matches(str(self.schedule), ["gpipe", "1f1b"], n=1, cutoff=0.0)[0]
@@ -128,8 +130,10 @@ class Constraints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one model's training step is split over workers.
 
-    `mode` "graph" runs the captured graph as programs; "block" runs plain PyTorch on the whole batch on one worker (eager,
-    or `torch.compile` if `compiled`), with `reasons` saying why. Mesh axes are "pipeline" (stages) and "data" (rows of the
+    `mode` "graph" runs the captured graph as programs; "block" runs plain PyTorch on the whole batch on one worker
+    (eager,
+    or `torch.compile` if `compiled`), with `reasons` saying why. Mesh axes are "pipeline" (stages) and "data" (rows
+    of the
     batch); `axes` gives their extents. `stage_starts` holds the name of the first forward op (in the graph's order)
     of every stage but the first. `shares` gives the rows of the global batch of each data coordinate. `placements` maps
     op names to placement texts per mesh axis, e.g. ``{"addmm": {"data": "S(0)"}}``.
@@ -183,7 +187,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def hash(self) -> str:
-        """Hash of everything that decides what is run. Predictions, measurements and explanations do not count, so every
+        """Hash of everything that decides what is run. Predictions, measurements and explanations do not count, so
+        every
         process of a job can compare it."""
         told = ("prediction", "measured_step_time_s", "alternatives", "reasons")
         parts = [
@@ -210,7 +215,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         version = raw.get("version")
         _require(
             type(version) is int and version == VERSION,
-            f"{where}: version must be {VERSION}, but got {version!r}. Make the plan again with this version of partita.",
+            f"{where}: version must be {VERSION}, but got {version!r}. Make the plan again with this version of "
+            f"partita.",
         )
         _check_field_names(raw, where)
         try:
@@ -247,7 +253,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return cls.from_json(text, where=f"plan file {os.fspath(path)!r}")
 
     def validate(self, graph: Graph | None, cluster: Cluster) -> None:
-        """Raise `PlanError`, naming what differs, unless this plan belongs to `graph` and `cluster`. `graph` is None for a
+        """Raise `PlanError`, naming what differs, unless this plan belongs to `graph` and `cluster`. `graph` is None
+        for a
         model that cannot be captured; then only a "block" plan is valid."""
         again = "Make a new plan with partita.plan(...)."
         if graph is None:
@@ -260,7 +267,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         differs = cluster_difference(self, cluster)
         if not differs and self.cluster_fingerprint != cluster_fingerprint(cluster):
             differs = (
-                f"its fingerprint is {self.cluster_fingerprint}, that of the given one is {cluster_fingerprint(cluster)} "
+                f"its fingerprint is {self.cluster_fingerprint}, that of the given one is "
+                f"{cluster_fingerprint(cluster)} "
                 "(another number of processes or cores, another CPU or GPU model)"
             )
         _require(not differs, f"The plan is for another cluster: {differs}. {again}")
@@ -268,7 +276,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def _validate_graph(self, graph: Graph, again: str) -> None:
         _require(
             self.graph_fingerprint == graph.fingerprint,
-            f"The plan is for another model or batch shape: its graph has fingerprint {self.graph_fingerprint}, the given "
+            f"The plan is for another model or batch shape: its graph has fingerprint {self.graph_fingerprint}, the "
+            f"given "
             f"one has {graph.fingerprint}. {again}",
         )
         rows = sum(self.shares)
@@ -324,7 +333,8 @@ def _check_workers(plan: Plan) -> None:
         _require(worker.index == place, f"worker {place} must have index {place}, but has {worker.index}.")
         _require(
             0 <= worker.stage < stages and 0 <= worker.data < data,
-            f"worker {place} must lie on the mesh, but has stage {worker.stage} of {stages} and data {worker.data} of {data}.",
+            f"worker {place} must lie on the mesh, but has stage {worker.stage} of {stages} and data {worker.data} of "
+            f"{data}.",
         )
         _require(worker.process >= 0 and worker.machine >= 0, f"worker {place} must have a process and a machine.")
         _require(
@@ -358,7 +368,10 @@ def cluster_difference(plan: Plan, cluster: Cluster) -> str:
         if worker.machine != process.machine:
             return f"worker {worker.index} is on machine {worker.machine}, its process is on machine {process.machine}"
         if not set(worker.cores) <= set(process.cores):
-            return f"worker {worker.index} owns cores {list(worker.cores)}, process {process.rank} has {list(process.cores)}"
+            return (
+                f"worker {worker.index} owns cores {list(worker.cores)}, process {process.rank} has "
+                f"{list(process.cores)}"
+            )
         if worker.gpu is not None and worker.gpu not in process.gpus:
             return f"worker {worker.index} owns GPU {worker.gpu}, process {process.rank} has {list(process.gpus)}"
     return ""

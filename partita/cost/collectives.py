@@ -7,7 +7,8 @@ With p participants, B bytes of the whole tensor, latency a and bandwidth b:
     all_gather          (p-1) a +   (p-1)/p B / b
     all_to_all          (p-1) a +   (p-1)/p B / b / p  (each worker holds B/p and keeps 1/p of it)
 
-Inside a process of k workers nothing is sent: each worker sums its slice of k tensors in shared memory, (k+1) B bytes over
+Inside a process of k workers nothing is sent: each worker sums its slice of k tensors in shared memory, (k+1) B bytes
+over
 the memory's bandwidth, between two waits; gathers read and write B. Across processes: reduce inside, exchange between
 processes once, share the result.
 """

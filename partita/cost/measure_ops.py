@@ -35,7 +35,8 @@ def make_tensor(spec: torch.Tensor, high: int = 1) -> torch.Tensor:
 
 
 def make_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Real arguments for one op node, from the FakeTensors of its inputs. Raises `KeyError` if one has no ``meta["val"]``."""
+    """Real arguments for one op node, from the FakeTensors of its inputs. Raises `KeyError` if one has no
+    ``meta["val"]``."""
     high = index_bound(node)
 
     def real(leaf: Any) -> Any:
@@ -44,17 +45,18 @@ def make_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return pytree.tree_map_only(torch.Tensor, lambda spec: make_tensor(spec, high), leaf.meta["val"])
 
     arguments = fx.map_arg((node.args, node.kwargs), lambda n: n)
-    args, kwargs = fx.node.map_aggregate(arguments, real)  # type: ignore[misc]
+    args, kwargs = fx.node.map_aggregate(arguments, real)
     return tuple(args), dict(kwargs)
 
 
 def index_bound(node: fx.Node) -> int:
-    """A bound below which integer inputs of the op are valid indices: exact where the op is known, else 1 (all zeros)."""
+    """A bound below which integer inputs of the op are valid indices: exact where the op is known, else 1 (all
+    zeros)."""
     name = str(node.target)
     values = [arg.meta.get("val") if isinstance(arg, fx.Node) else arg for arg in node.args]
     first = values[0] if values else None
     if "embedding_dense_backward" in name:
-        return int(values[2])
+        return int(str(values[2]))
     if not isinstance(first, torch.Tensor) or not first.dim():
         return 1
     if "aten.embedding" in name:
@@ -86,7 +88,8 @@ def time_call(call: Callable[[], object], *, repeat_s: float = REPEAT_S) -> floa
 
 
 def measure_nodes(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s: float) -> list[float | None]:
-    """Seconds of each op on a thread pinned to `cores` with that many torch threads; None where the budget had run out or the op
+    """Seconds of each op on a thread pinned to `cores` with that many torch threads; None where the budget had run
+    out or the op
     cannot be run alone (the caller then uses the roofline)."""
     results: list[float | None] = []
 
@@ -133,7 +136,7 @@ def measure_concurrent(
             barrier.abort()
             raise
 
-    _on_pinned_threads(cores, [lambda call=call: guarded(call) for call in calls])  # type: ignore[misc]
+    _on_pinned_threads(cores, [lambda call=call: guarded(call) for call in calls])
     return statistics.median(samples)
 
 

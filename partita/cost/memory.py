@@ -19,7 +19,8 @@ STATE_ELEMENTS = {
     "ASGD": 1,
     "Muon": 1,
 }
-# Elements that an update reads and writes per parameter element: gradient and parameter read, parameter written, state both ways.
+# Elements that an update reads and writes per parameter element: gradient and parameter read, parameter written,
+# state both ways.
 _BASE_TRAFFIC = 3
 
 

@@ -2,8 +2,10 @@
 
     time = launch + max(flops / (efficiency * peak), bytes / bandwidth)
 
-`peak` and `bandwidth` are those of the device (cores of a machine, or a GPU); bandwidth is shared by the workers that are active
-on the machine. Source: Williams, Waterman and Patterson, "Roofline" (2009); the launch term is the fixed price of a call.
+`peak` and `bandwidth` are those of the device (cores of a machine, or a GPU); bandwidth is shared by the workers that
+are active
+on the machine. Source: Williams, Waterman and Patterson, "Roofline" (2009); the launch term is the fixed price of a
+call.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from dataclasses import dataclass
 from partita.cluster.model import Machine
 from partita.cost.model import Place
 
-# Used where a description is silent. A core of a server CPU with 256-bit FMA at 2.5 GHz does 2*8*2*2.5e9 = 8e10 float32 FLOP/s;
+# Used where a description is silent. A core of a server CPU with 256-bit FMA at 2.5 GHz does 2*8*2*2.5e9 = 8e10
+# float32 FLOP/s;
 # one socket with eight channels of DDR4 moves about 1.2e11 bytes a second, one core alone about 1e10.
 DEFAULT_FLOPS_PER_S_PER_CORE = 8e10
 DEFAULT_MEMORY_BYTES_PER_S = 1.2e11
@@ -24,7 +27,8 @@ DEFAULT_GPU_BYTES_PER_S = 1e12
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What one device does. `machine_bytes_per_s` is shared by all workers of the machine (infinity on a GPU of its own)."""
+    """What one device does. `machine_bytes_per_s` is shared by all workers of the machine (infinity on a GPU of its
+    own)."""
 
     flops_per_s: float
     bytes_per_s: float

@@ -1,7 +1,9 @@
 """`CostTable`: measured op and segment times of this machine, kept on disk; a roofline where nothing was measured.
 
-Contention: `num_active` workers share the memory, so an op that moves n bytes takes at least ``num_active * n / bandwidth``; and
-not-compiled ops hold the interpreter for `dispatch_s` each, so `num_active` workers together need at least ``num_active * dispatch_s``
+Contention: `num_active` workers share the memory, so an op that moves n bytes takes at least ``num_active * n /
+bandwidth``; and
+not-compiled ops hold the interpreter for `dispatch_s` each, so `num_active` workers together need at least
+``num_active * dispatch_s``
 for one op each. A compiled segment that was not measured is taken as its ops without dispatch, where ops other than
 contractions cost `FUSED_SHARE` (fusion saves the writing and reading of what lies between them).
 """
@@ -39,7 +41,8 @@ MeasureNodes = Callable[..., list[float | None]]
 
 
 def op_key(node: fx.Node, num_threads: int) -> str:
-    """What the time of an op depends on: the op, its inputs' shapes, strides and dtypes, other arguments, and threads."""
+    """What the time of an op depends on: the op, its inputs' shapes, strides and dtypes, other arguments, and
+    threads."""
 
     def text(leaf: Any) -> str:
         if not isinstance(leaf, fx.Node):
@@ -51,7 +54,7 @@ def op_key(node: fx.Node, num_threads: int) -> str:
         )
 
     leaves: list[str] = []
-    structure = fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: leaves.append(text(leaf)))  # type: ignore[func-returns-value]
+    structure = fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: leaves.append(text(leaf)))
     return f"{node.target}|{fingerprint([structure, *leaves])}|{num_threads}"
 
 
@@ -159,7 +162,8 @@ class CostTable:
         budget_s: float,
         measurer: MeasureNodes = measure_nodes,
     ) -> int:
-        """Measure what `missing` names on `cores`, the ops that move most first, for about `budget_s` seconds, and keep the results.
+        """Measure what `missing` names on `cores`, the ops that move most first, for about `budget_s` seconds, and
+        keep the results.
         Returns the number of ops measured. Does nothing for a cluster that is only described."""
         if not self._cluster.is_here:
             return 0
@@ -185,8 +189,10 @@ class CostTable:
         budget_s: float,
         compiler: Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., object]] | None = None,
     ) -> int:
-        """Run each module on ``len(cores)`` pinned threads at once and keep its time under its key. `compiler` turns a module and example
-        inputs into a callable; it is required if `compiled`. The values kept replace the sum of ops. Returns the number measured."""
+        """Run each module on ``len(cores)`` pinned threads at once and keep its time under its key. `compiler` turns
+        a module and example
+        inputs into a callable; it is required if `compiled`. The values kept replace the sum of ops. Returns the
+        number measured."""
         if compiled and compiler is None:
             raise ValueError("measure_segments(compiled=True) needs a compiler.")
         if not self._cluster.is_here or not modules:
@@ -196,7 +202,7 @@ class CostTable:
             placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
             inputs = [make_tensor(node.meta["val"], _placeholder_bound(node)) for node in placeholders]
             run = compiler(module, inputs) if compiled and compiler is not None else module
-            calls = [lambda run=run, inputs=inputs: run(*inputs) for _ in cores]  # type: ignore[misc]
+            calls = [lambda run=run, inputs=inputs: run(*inputs) for _ in cores]
             seconds = measure_concurrent(calls, cores, budget_s=share_s)
             self._segments[_segment_key(key, len(cores[0]), compiled, len(cores))] = seconds
         self._store()

@@ -1,6 +1,7 @@
 """Proven lower bounds on the step time under the cost model.
 
-For one corner of the space (S stages, m microbatches, op times t_i of one microbatch on the fastest device of the corner)
+For one corner of the space (S stages, m microbatches, op times t_i of one microbatch on the fastest device of the
+corner)
 every choice of stage boundaries has
 
     sum_s t_s + (m - 1) max_s t_s + transfers  >=  T + (m - 1) max(T / S, max_i t_i),     T = sum_i t_i,

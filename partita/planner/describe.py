@@ -52,7 +52,8 @@ def table(plan: Plan) -> str:
         rows.append(
             (
                 f"worker {worker.index}",
-                f"stage {worker.stage}, data {worker.data}: process {worker.process}, machine {worker.machine}, {device}",
+                f"stage {worker.stage}, data {worker.data}: process {worker.process}, machine {worker.machine}, "
+                f"{device}",
             )
         )
     width = max(len(name) for name, _ in rows)

@@ -12,10 +12,12 @@ def worker_layout(
 ) -> tuple[Worker, ...]:
     """Place the ``pipeline * data`` workers on the processes of `cluster`; worker ``stage * data + d`` is (stage, d).
 
-    Workers are dealt to processes in that order in contiguous runs, so with several processes the stages land in different
+    Workers are dealt to processes in that order in contiguous runs, so with several processes the stages land in
+    different
     processes and a stage's data group stays inside one where it fits. Every process gets at least one worker. Within a
     process, workers get consecutive cores and stay inside a NUMA node where possible. More workers than cores share
-    cores (see `oversubscribed`). Raises `InfeasibleError` where a process would stay without a worker, or a worker needs more
+    cores (see `oversubscribed`). Raises `InfeasibleError` where a process would stay without a worker, or a worker
+    needs more
     threads than its process has cores.
 
     Example: 4 workers as pipeline 2 x data 2 on two processes: stage 0 on process 0, stage 1 on process 1.
@@ -33,7 +35,8 @@ def worker_layout(
     for process in processes:
         if not process.gpus and len(process.cores) < threads_per_worker:
             raise InfeasibleError(
-                f"threads_per_worker must be at most the cores of every process, but got {threads_per_worker} and process "
+                f"threads_per_worker must be at most the cores of every process, but got {threads_per_worker} and "
+                f"process "
                 f"{process.rank} has {len(process.cores)}. Set threads_per_worker={len(process.cores)}."
             )
     workers: list[Worker] = []
@@ -70,7 +73,8 @@ def oversubscribed(cluster: Cluster, num_workers: int, threads_per_worker: int) 
 
 
 def core_chunks(process: Process, machine: Machine, size: int) -> list[tuple[int, ...]]:
-    """Disjoint groups of `size` cores of the process: first groups inside one NUMA node, then groups of what is left."""
+    """Disjoint groups of `size` cores of the process: first groups inside one NUMA node, then groups of what is
+    left."""
     nodes = [tuple(core for core in node if core in process.cores) for node in machine.numa_nodes] or [process.cores]
     listed = {core for node in nodes for core in node}
     nodes.append(tuple(core for core in process.cores if core not in listed))

@@ -2,16 +2,18 @@
 
     step = fixed + [sum_s t_s + (m - 1) max_s t_s + transfers] + max_s (r_s + u_s) + instructions
 
-t_s: forward and backward of one microbatch on stage s (worker with the most rows); r_s: reduction of the stage's gradients over
-its data workers; u_s: optimizer on the slice of one worker. The bracket is minimised exactly by `partita.planner.stages`; r and u follow
-from its solution. Simulation of the lowered programs, where the caller offers it, replaces the formula for the best plans.
+t_s: forward and backward of one microbatch on stage s (worker with the most rows); r_s: reduction of the stage's
+gradients over
+its data workers; u_s: optimizer on the slice of one worker. The bracket is minimised exactly by
+`partita.planner.stages`; r and u follow
+from its solution. Simulation of the lowered programs, where the caller offers it, replaces the formula for the best
+plans.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -67,7 +69,8 @@ class Pricer:
         return self._fixed_s(corner) + pipeline_s + update_s * (1 - 1e-12)
 
     def price(self, corner: Corner, stage_starts: tuple[str, ...] | None) -> Price:
-        """The best split of the corner. Raises `InfeasibleError` where none fits the memory, `PlanError` for unknown starts."""
+        """The best split of the corner. Raises `InfeasibleError` where none fits the memory, `PlanError` for unknown
+        starts."""
         problem = self._problem(corner)
         solution = solve_stages(problem) if stage_starts is None else self._forced(problem, stage_starts)
         memory = self._memory(corner, problem, solution)
@@ -86,7 +89,8 @@ class Pricer:
         if worst is not None:
             limit = self._memory_limits[worst]
             raise InfeasibleError(
-                f"The plan must fit the memory of every process, but process {worst} needs {format_bytes(memory[worst])} and has "
+                f"The plan must fit the memory of every process, but process {worst} needs "
+                f"{format_bytes(memory[worst])} and has "
                 f"{format_bytes(limit)}. The smallest change: {format_bytes(memory[worst] - limit)} more memory there, "
                 "more stages or microbatches, or a smaller batch."
             )
@@ -203,7 +207,8 @@ class Pricer:
         solution = evaluate_starts(problem, tuple(index[name] for name in names))
         if solution is None:
             raise InfeasibleError(
-                f"stage_starts must be in the graph's order, start after the first op and fit the memory, but got {names}."
+                f"stage_starts must be in the graph's order, start after the first op and fit the memory, but got "
+                f"{names}."
             )
         return solution
 

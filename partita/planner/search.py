@@ -47,11 +47,13 @@ def search(
     microbatches: bool = False,
     evaluate: Callable[[Plan], Outcome] | None = None,
 ) -> tuple[Plan, ...]:
-    """Up to `limit` plans, best first: by predicted step time, then by fewer workers. Plain PyTorch (eager and compiled,
+    """Up to `limit` plans, best first: by predicted step time, then by fewer workers. Plain PyTorch (eager and
+    compiled,
     on one thread and on all) is among them unless `constraints` fix the mesh, the microbatches, schedule or stages.
 
     `microbatches` says whether this graph may be cut into microbatches (nothing but sums crosses samples).
-    `evaluate`, usually lowering and simulation, replaces the formula's prediction of the best plans; a plan for which it raises
+    `evaluate`, usually lowering and simulation, replaces the formula's prediction of the best plans; a plan for which
+    it raises
     `PlanError` or `ProgramError` is dropped. Raises `InfeasibleError`, naming the binding limit, if no plan is left.
     """
     wanted = constraints if constraints is not None else Constraints()
@@ -84,7 +86,8 @@ class _Candidate:
 def _branch_and_bound(
     pricer: Pricer, space: tuple[Corner, ...], stage_starts: tuple[str, ...] | None, limit: int
 ) -> tuple[list[_Candidate], list[float], list[str]]:
-    """The best `limit` candidates, the bounds of all corners, and why corners are infeasible. Corners are visited by rising bound;
+    """The best `limit` candidates, the bounds of all corners, and why corners are infeasible. Corners are visited by
+    rising bound;
     the visit ends when a bound exceeds the worst of `limit` found, which no later corner can then improve."""
     bounded = sorted(((pricer.bound_s(corner), place) for place, corner in enumerate(space)))
     found: list[_Candidate] = []
@@ -270,7 +273,8 @@ def _explained(plans: list[Plan], bound_s: float, num_corners: int) -> tuple[Pla
             )
         reasons = (
             *plan.reasons,
-            f"{num_corners} combinations of workers, threads, mesh, microbatches, schedule and compilation were bounded; "
+            f"{num_corners} combinations of workers, threads, mesh, microbatches, schedule and compilation were "
+            f"bounded; "
             "stage boundaries are optimal within each that the bound could not exclude.",
         )
         if ties:

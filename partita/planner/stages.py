@@ -3,22 +3,30 @@
 Variables    starts 0 = c_0 < c_1 < ... < c_{S-1} < n: stage s holds the ops c_s .. c_{s+1} - 1.
 Given        time_s[s, i]      forward and backward time of op i on the device of stage s, for one microbatch
              transfer_s[s, c]  time to move what crosses a cut before op c between stage s - 1 and s, there and back
-             memory_bytes[s, i]  what op i adds to the memory of stage s (weights, and activations of all microbatches in flight)
-Objective    sum_s t_s + (m - 1) max_s t_s + sum_{s>0} transfer_s[s, c_s],   t_s = sum of time_s[s, i] over the ops of stage s
+             memory_bytes[s, i]  what op i adds to the memory of stage s (weights, and activations of all microbatches
+             in flight)
+Objective    sum_s t_s + (m - 1) max_s t_s + sum_{s>0} transfer_s[s, c_s],   t_s = sum of time_s[s, i] over the ops of
+stage s
 Constraints  (1) every stage holds at least one op;  (2) the memory of stage s is at most limit_bytes[s].
 
-Method: fix an upper bound B on max_s t_s. What is left, C(B) = min of the first and third term with t_s <= B, is a shortest
-path: F[s, j] = P_s[j] + min over i of (F[s-1, i] - P_s[i] + transfer_s[s, i]), P_s the prefix sums of time; the i allowed by B and
-(2) form an interval [low(j), j), because times and bytes are not negative. B starts at infinity; a solution with max below B that beats
+Method: fix an upper bound B on max_s t_s. What is left, C(B) = min of the first and third term with t_s <= B, is a
+shortest
+path: F[s, j] = P_s[j] + min over i of (F[s-1, i] - P_s[i] + transfer_s[s, i]), P_s the prefix sums of time; the i
+allowed by B and
+(2) form an interval [low(j), j), because times and bytes are not negative. B starts at infinity; a solution with max
+below B that beats
 the best objective v must satisfy C(B) + (m - 1) max < v, so B falls to the smaller of the last maximum (exclusive) and
-(v - C(B)) / (m - 1), until the path does not exist. Every skipped B is excluded by that inequality: the result is exact.
+(v - C(B)) / (m - 1), until the path does not exist. Every skipped B is excluded by that inequality: the result is
+exact.
 Source: the bottleneck enumeration of Alpa (Zheng et al. 2022, section 5.2) and Piper (Tarnawski et al. 2021) over the
-linear partitioning of PipeDream (Narayanan et al. 2019, section 3.1), with interval minima in place of pair enumeration.
+linear partitioning of PipeDream (Narayanan et al. 2019, section 3.1), with interval minima in place of pair
+enumeration.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +59,7 @@ def evaluate_starts(problem: StageProblem, starts: tuple[int, ...]) -> StageSolu
     """The objective of given starts; None where they break constraint (1) or (2)."""
     num_stages, num_ops = problem.time_s.shape
     edges = (0, *starts, num_ops)
-    if len(edges) != num_stages + 1 or any(a >= b for a, b in zip(edges, edges[1:], strict=False)):
+    if len(edges) != num_stages + 1 or any(a >= b for a, b in pairwise(edges)):
         return None
     times = []
     for stage in range(num_stages):
@@ -123,7 +131,8 @@ def _shortest(problem: StageProblem, bound_s: float) -> tuple[float, tuple[int, 
 
 
 def _interval_minima(values: Array, low: npt.NDArray[np.int64]) -> tuple[Array, npt.NDArray[np.int64]]:
-    """For each j the minimum of values[low[j]:j] and where it is (a monotone queue); infinity where the interval is empty."""
+    """For each j the minimum of values[low[j]:j] and where it is (a monotone queue); infinity where the interval is
+    empty."""
     result = np.full(len(values) + 1, np.inf)
     where = np.zeros(len(values) + 1, dtype=np.int64)
     queue: list[int] = []
@@ -147,6 +156,7 @@ def _why_not(problem: StageProblem) -> str:
     need = max(smallest / problem.memory_bytes.shape[0], largest)
     return (
         f"The stages must fit the memory: all ops together need at least {format_bytes(smallest)} and one op alone "
-        f"{format_bytes(largest)}, but the {len(problem.limit_bytes)} stage(s) have {format_bytes(room)}. The smallest change: "
+        f"{format_bytes(largest)}, but the {len(problem.limit_bytes)} stage(s) have {format_bytes(room)}. The "
+        f"smallest change: "
         f"at least {format_bytes(need)} for each stage, more stages, or a smaller batch."
     )

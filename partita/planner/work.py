@@ -19,7 +19,8 @@ from partita.planner.stages import Array
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The step as positions 0 .. n-1. `rows` marks ops whose work grows with the rows of the batch (they depend on it)."""
+    """The step as positions 0 .. n-1. `rows` marks ops whose work grows with the rows of the batch (they depend on
+    it)."""
 
     names: tuple[str, ...]  # of the forward op at each position
     position: dict[str, int]  # of every op node
@@ -31,7 +32,8 @@ class Work:
     parameter_bytes: Array
 
     def times(self, op_time_s: Callable[[fx.Node], float], fraction: float, floor_s: float) -> Array:
-        """Seconds of each position for `fraction` of the batch's rows; `floor_s` is the part of an op that no size removes."""
+        """Seconds of each position for `fraction` of the batch's rows; `floor_s` is the part of an op that no size
+        removes."""
         result = np.zeros(len(self.names))
         for node in self.nodes:
             whole = op_time_s(node)

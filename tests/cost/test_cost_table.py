@@ -1,0 +1,191 @@
+"""Cost tables with a fake measurer, the roofline, collectives, and real measurements of small ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from partita.cluster.model import Cluster, Gpu, Link, Machine, Process
+from partita.cost.collectives import collective_time_s, link_time_s
+from partita.cost.measure_ops import make_arguments, make_tensor, measure_concurrent, measure_nodes
+from partita.cost.roofline import rates_of, roofline_s
+from partita.cost.table import CostTable, op_key
+from partita.graph.graph import OpInfo, Phase
+
+
+@dataclass(frozen=True)
+class Place:
+    process: int = 0
+    machine: int = 0
+    cores: tuple[int, ...] = (0,)
+    gpu: int | None = None
+
+
+def make_cluster(is_here: bool = True) -> Cluster:
+    gpu = Gpu(name="g", memory_bytes=2**34, flops_per_s={"float32": 1e13}, memory_bytes_per_s=1e12)
+    machines = tuple(
+        Machine(name=str(i), cores=(0, 1), memory_bytes=2**34, flops_per_s_per_core=1e10, memory_bytes_per_s=1e10, gpus=(gpu,))
+        for i in range(2)
+    )
+    processes = tuple(Process(rank=r, machine=r // 2, cores=(r % 2,)) for r in range(4))
+    return Cluster(
+        machines=machines, processes=processes, network=Link(bytes_per_s=1e8, latency_s=1e-4),
+        process_link=Link(bytes_per_s=1e9, latency_s=1e-5), is_here=is_here,
+    )
+
+
+def make_module(rows: int = 4) -> fx.GraphModule:
+    graph = fx.Graph()
+    with FakeTensorMode():
+        x = graph.placeholder("x")
+        x.meta["val"] = torch.empty(rows, 8)
+        y = graph.call_function(torch.ops.aten.relu.default, (x,))
+        y.meta.update(val=torch.empty(rows, 8), op=OpInfo(32, 256, Phase.FORWARD, "", ""))
+        z = graph.call_function(torch.ops.aten.mm.default, (y, y))
+        z.args = (y, graph.call_function(torch.ops.aten.t.default, (y,)))
+        z.meta.update(val=torch.empty(rows, rows), op=OpInfo(256, 320, Phase.FORWARD, "", ""))
+        z.args[1].meta.update(val=torch.empty(8, rows), op=OpInfo(0, 0, Phase.FORWARD, "", ""))  # type: ignore[union-attr]
+    graph.output((z,))
+    ordered = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in (x, y, z.args[1], z):
+        assert isinstance(node, fx.Node)
+        env[node] = ordered.node_copy(node, lambda n: env[n])
+    ordered.output((env[z],))
+    return fx.GraphModule(torch.nn.Module(), ordered)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
+
+
+def fake_measurer(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s: float) -> list[float | None]:
+    return [0.5 if "mm" in str(node.target) else None for node in nodes]
+
+
+def test_measured_times_are_used_kept_and_read_again() -> None:
+    module = make_module()
+    mm = next(node for node in module.graph.nodes if "mm" in str(node.target))
+    table = CostTable(make_cluster())
+    assert table.op_time_s(mm, Place()) < 0.01
+    assert len(table.missing([module], 1)) == 3
+    assert table.measure([module], (0,), budget_s=1.0, measurer=fake_measurer) == 1
+    assert table.op_time_s(mm, Place()) == 0.5
+    again = CostTable(make_cluster())
+    assert again.op_time_s(mm, Place()) == 0.5
+    assert len(again.missing([module], 1)) == 2
+    assert again.op_time_s(mm, Place(cores=(0, 1))) < 0.01  # other threads, other key
+
+
+def test_keys_see_shapes_and_arguments() -> None:
+    def mm_of(module: fx.GraphModule) -> fx.Node:
+        return next(node for node in module.graph.nodes if "mm" in str(node.target))
+
+    assert op_key(mm_of(make_module()), 1) == op_key(mm_of(make_module()), 1)
+    assert op_key(mm_of(make_module(4)), 1) != op_key(mm_of(make_module(5)), 1)
+    assert op_key(mm_of(make_module()), 1) != op_key(mm_of(make_module()), 2)
+
+
+def test_a_described_cluster_measures_nothing() -> None:
+    def never(*args: Any, **kwargs: Any) -> list[float | None]:
+        raise AssertionError
+
+    table = CostTable(make_cluster(is_here=False))
+    assert table.measure([make_module()], (0,), budget_s=1.0, measurer=never) == 0
+    assert table.segment_time_s(make_module(), "k", Place(gpu=0), compiled=False) > 0
+
+
+def test_damaged_cache_is_not_there(tmp_path: Path) -> None:
+    module = make_module()
+    CostTable(make_cluster()).measure([module], (0,), budget_s=1.0, measurer=fake_measurer)
+    (file,) = (tmp_path / "cost").iterdir()
+    file.write_text("{oops")
+    assert CostTable(make_cluster()).num_measured_ops == 0
+
+
+def test_contention_and_compilation_order_times() -> None:
+    table, module = CostTable(make_cluster()), make_module()
+    one = table.segment_time_s(module, "k", Place(), compiled=False)
+    assert table.segment_time_s(module, "k", Place(), compiled=False, num_active=4) > one
+    assert table.segment_time_s(module, "k", Place(), compiled=True) < one
+
+
+def test_measured_segments_replace_the_sum() -> None:
+    table, module = CostTable(make_cluster()), make_module()
+    assert table.measure_segments({"k": module}, [(0,), (0,)], compiled=False, budget_s=0.01) == 1
+    measured = table.segment_time_s(module, "k", Place(), compiled=False, num_active=2)
+    again = CostTable(make_cluster())
+    assert again.segment_time_s(module, "k", Place(), compiled=False, num_active=2) == measured
+    with pytest.raises(ValueError, match="compiler"):
+        table.measure_segments({"k": module}, [(0,)], compiled=True, budget_s=0.01)
+
+
+def test_real_ops_are_measured_and_torch_threads_restored() -> None:
+    before = torch.get_num_threads()
+    nodes = [node for node in make_module().graph.nodes if node.op == "call_function"]
+    times = measure_nodes(nodes, (0,), budget_s=5.0)
+    assert all(time_s is not None and 0 < time_s < 1 for time_s in times)
+    assert measure_nodes(nodes, (0,), budget_s=0.0) == [None] * 3
+    assert torch.get_num_threads() == before
+
+
+def test_a_failing_call_is_raised_and_does_not_hang() -> None:
+    def fail() -> None:
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        measure_concurrent([fail, lambda: None], [(0,), (0,)], budget_s=0.01)
+
+
+@given(st.lists(st.integers(1, 4), max_size=3), st.sampled_from([torch.float32, torch.int64, torch.bool]))
+def test_made_tensors_have_shape_strides_and_type(shape: list[int], dtype: torch.dtype) -> None:
+    spec = torch.zeros(shape, dtype=dtype)
+    spec = spec.transpose(0, -1) if spec.dim() > 1 else spec
+    made = make_tensor(spec, 3)
+    assert (made.shape, made.stride(), made.dtype) == (spec.shape, spec.stride(), dtype)
+    if dtype is torch.int64 and made.numel():
+        assert 0 <= int(made.min()) and int(made.max()) < 3
+
+
+def test_index_inputs_are_valid() -> None:
+    graph = fx.Graph()
+    weight, index = graph.placeholder("w"), graph.placeholder("i")
+    weight.meta["val"], index.meta["val"] = torch.empty(5, 2), torch.zeros(100, dtype=torch.int64)
+    args, _ = make_arguments(graph.call_function(torch.ops.aten.embedding.default, (weight, index)))
+    assert int(args[1].max()) in range(1, 5)
+    assert torch.ops.aten.embedding.default(*args).shape == (100, 2)
+
+
+def test_roofline_has_two_slopes() -> None:
+    rates = rates_of(make_cluster().machines[0], Place(), launch_s=1e-6)
+    assert roofline_s(rates, 0, 0) == 1e-6
+    assert roofline_s(rates, 6e9, 0) == pytest.approx(1 + 1e-6)
+    assert roofline_s(rates, 0, 1e10, num_active=2) == pytest.approx(2 + 1e-6)
+
+
+def test_collectives_are_hierarchical() -> None:
+    cluster = make_cluster()
+    near = collective_time_s(cluster, "all_reduce", 10**6, (Place(0), Place(1, 0, (1,))), wait_s=0)
+    far = collective_time_s(cluster, "all_reduce", 10**6, (Place(0), Place(2, 1)), wait_s=0)
+    inside = collective_time_s(cluster, "all_reduce", 10**6, (Place(), Place(cores=(1,))), wait_s=0)
+    assert inside < near < far
+    assert far == pytest.approx(2e-4 + 1e6 / 1e8)
+    both = collective_time_s(cluster, "all_reduce", 10**6, (Place(), Place(cores=(1,)), Place(2, 1)), wait_s=0)
+    assert both == pytest.approx(inside + far)
+
+
+@given(st.sampled_from(["all_reduce", "reduce_scatter", "all_gather", "all_to_all"]), st.integers(1, 8))
+def test_collective_times_do_not_fall_with_size(kind: Any, count: int) -> None:
+    link = Link(bytes_per_s=1e9, latency_s=1e-5)
+    assert link_time_s(link, kind, 100, count) <= link_time_s(link, kind, 200, count)
+    assert (link_time_s(link, kind, 100, 1)) == 0
