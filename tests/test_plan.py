@@ -164,7 +164,17 @@ def test_texts_tell_the_plan() -> None:
     plan = make_plan()
     assert "4 workers: data 2 x pipeline 2" in str(plan)
     text = plan.explain()
-    for part in ("200 ms", "100 ms", "gap 100%", "15%", "It is fast.", "other", "measured 400 ms", "cores 3", plan.hash):
+    for part in (
+        "200 ms",
+        "100 ms",
+        "gap 100%",
+        "15%",
+        "It is fast.",
+        "other",
+        "measured 400 ms",
+        "cores 3",
+        plan.hash,
+    ):
         assert part in text
     assert plan.diff(plan) == ""
     assert plan.diff(msgspec.structs.replace(plan, compiled=True)) == "compiled: false -> true"

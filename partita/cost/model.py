@@ -45,7 +45,7 @@ class CostModel(Protocol):
         ...
 
     def collective_time_s(self, kind: CollectiveKind, num_bytes: int, group: tuple[Place, ...]) -> float:
-        """Time of a collective, hierarchical where the group spans processes. `num_bytes` is that of the whole tensor."""
+        """Time of a collective, hierarchical where the group spans processes. `num_bytes`: of the whole tensor."""
         ...
 
     def instruction_time_s(self) -> float:

@@ -83,6 +83,8 @@ def _meshes(cluster: Cluster, constraints: Constraints, num_ops: int) -> Iterato
             least = max(constraints.data or 1, constraints.pipeline or 1)
             totals = tuple(range(len(cluster.processes), most + 1)) if least <= most else (least,)
         for total in totals:
+            if total > most and threads > 1 and constraints.threads_per_worker is None:
+                continue  # more workers than cores are forced: more threads each would only share them further
             for pipeline in range(1, total + 1):
                 data, rest = divmod(total, pipeline)
                 wanted = constraints.pipeline in (None, pipeline) and constraints.data in (None, data)

@@ -92,7 +92,10 @@ def solve_stages(problem: StageProblem) -> StageSolution:
             best = solution
         if problem.num_microbatches == 1:
             break
-        below_s = np.nextafter(max(solution.stage_time_s), 0.0) * (1 - 1e-12)
+        largest_s = max(solution.stage_time_s)
+        if largest_s <= 0.0:
+            break  # no smaller maximum exists
+        below_s = largest_s * (1 - 1e-9)  # "exclusive" with room for the rounding of prefix sums
         bound_s = min(below_s, (best.objective_s - cost_s) / (problem.num_microbatches - 1))
     if best is None:
         raise InfeasibleError(_why_not(problem))

@@ -54,10 +54,10 @@ def measure_work(graph: Graph) -> Work:
     nodes = graph.nodes
     forward = {node.name for node in nodes if _phase(node) is Phase.FORWARD}
     names = tuple(node.name for node in nodes if node.name in forward and isinstance(node.meta.get("op"), OpInfo))
-    position = _positions(nodes, forward, names)
+    batch = {item.node for item in graph.inputs_of(InputKind.BATCH)}
+    position = _positions(nodes, forward, names, batch)
     count = len(names)
     crossing, saved = np.zeros(count + 1), np.zeros(count)
-    batch = {item.node for item in graph.inputs_of(InputKind.BATCH)}
     rows: set[str] = set()
     for node in nodes:
         if any(source.name in batch or source.name in rows for source in node.all_input_nodes):
@@ -102,17 +102,22 @@ def _is_view(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
-def _positions(nodes: list[fx.Node], forward: set[str], names: tuple[str, ...]) -> dict[str, int]:
+def _positions(nodes: list[fx.Node], forward: set[str], names: tuple[str, ...], batch: set[str]) -> dict[str, int]:
     index = {name: place for place, name in enumerate(names)}
     position: dict[str, int] = {}
+    weights: dict[str, int] = {}  # a weight lives where the forward phase first reads it
     last = 0
     for node in nodes:
         if node.name in forward:
             last = index.get(node.name, last)
+            for source in node.all_input_nodes:
+                if source.op == "placeholder" and source.name not in batch:
+                    weights.setdefault(source.name, last)
             sources = [position[s.name] for s in node.all_input_nodes if s.name in position]
             position[node.name] = index.get(node.name, max(sources, default=last))
             continue
         read = [position[s.name] for s in node.all_input_nodes if s.name in forward]
+        read += [weights[s.name] for s in node.all_input_nodes if s.name in weights]
         gradients = [position[s.name] for s in node.all_input_nodes if s.name in position and s.name not in forward]
         end = max(len(names) - 1, 0)
         position[node.name] = min(max(read, default=end), min(gradients, default=end))

@@ -33,13 +33,23 @@ class Place:
 def make_cluster(is_here: bool = True) -> Cluster:
     gpu = Gpu(name="g", memory_bytes=2**34, flops_per_s={"float32": 1e13}, memory_bytes_per_s=1e12)
     machines = tuple(
-        Machine(name=str(i), cores=(0, 1), memory_bytes=2**34, flops_per_s_per_core=1e10, memory_bytes_per_s=1e10, gpus=(gpu,))
+        Machine(
+            name=str(i),
+            cores=(0, 1),
+            memory_bytes=2**34,
+            flops_per_s_per_core=1e10,
+            memory_bytes_per_s=1e10,
+            gpus=(gpu,),
+        )
         for i in range(2)
     )
     processes = tuple(Process(rank=r, machine=r // 2, cores=(r % 2,)) for r in range(4))
     return Cluster(
-        machines=machines, processes=processes, network=Link(bytes_per_s=1e8, latency_s=1e-4),
-        process_link=Link(bytes_per_s=1e9, latency_s=1e-5), is_here=is_here,
+        machines=machines,
+        processes=processes,
+        network=Link(bytes_per_s=1e8, latency_s=1e-4),
+        process_link=Link(bytes_per_s=1e9, latency_s=1e-5),
+        is_here=is_here,
     )
 
 
@@ -154,7 +164,7 @@ def test_made_tensors_have_shape_strides_and_type(shape: list[int], dtype: torch
     made = make_tensor(spec, 3)
     assert (made.shape, made.stride(), made.dtype) == (spec.shape, spec.stride(), dtype)
     if dtype is torch.int64 and made.numel():
-        assert 0 <= int(made.min()) and int(made.max()) < 3
+        assert int(made.min()) >= 0 and int(made.max()) < 3
 
 
 def test_index_inputs_are_valid() -> None:

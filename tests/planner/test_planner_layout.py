@@ -19,9 +19,7 @@ def cluster_of(core_counts: list[int]) -> Cluster:
     )
 
 
-@given(
-    st.lists(st.integers(2, 6), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 2)
-)
+@given(st.lists(st.integers(2, 6), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4), st.integers(1, 2))
 @settings(max_examples=200, deadline=None)
 def test_every_coordinate_once_and_cores_shared_only_if_they_must(
     counts: list[int], data: int, pipeline: int, threads: int

@@ -29,9 +29,11 @@ def make_graph() -> Graph:
 
     def fake(*shape: int) -> torch.Tensor:
         with mode:
-            return torch.empty(*shape)
+            return torch.empty(shape)
 
-    def op(target: Callable[..., Any], args: tuple[Any, ...], shape: tuple[int, ...], phase: Phase, flops: int) -> fx.Node:
+    def op(
+        target: Callable[..., Any], args: tuple[Any, ...], shape: tuple[int, ...], phase: Phase, flops: int
+    ) -> fx.Node:
         node = graph.call_function(target, args)
         node.meta["val"] = fake(*shape)
         node.meta["op"] = OpInfo(flops=flops, num_bytes=4 * BATCH * WIDTH * 3, phase=phase, module="", source="")
@@ -66,8 +68,14 @@ def make_graph() -> Graph:
         Output(kind=OutputKind.GRADIENT, target=f"p{LAYERS - 1 - i}", node=g.name) for i, g in enumerate(gradients)
     ]
     return Graph(
-        module=fx.GraphModule(torch.nn.Module(), graph), inputs=tuple(inputs), outputs=tuple(outputs), constants={},
-        aliases={}, without_gradient=(), batch_spec=pytree.tree_flatten(torch.ones(1))[1], batch_size=BATCH,
+        module=fx.GraphModule(torch.nn.Module(), graph),
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        constants={},
+        aliases={},
+        without_gradient=(),
+        batch_spec=pytree.tree_flatten(torch.ones(1))[1],
+        batch_size=BATCH,
         fingerprint="graph",
     )
 
@@ -83,7 +91,9 @@ class SimpleCost:
     def op_time_s(self, node: fx.Node, place: Any, *, num_active: int = 1) -> float:
         return 1e-6 + float(node.meta["op"].flops) * 1e-6 / len(place.cores)
 
-    def segment_time_s(self, module: fx.GraphModule, key: str, place: Any, *, compiled: bool, num_active: int = 1) -> float:
+    def segment_time_s(
+        self, module: fx.GraphModule, key: str, place: Any, *, compiled: bool, num_active: int = 1
+    ) -> float:
         nodes = [node for node in module.graph.nodes if "op" in node.meta]
         return sum(self.op_time_s(node, place) for node in nodes) * (self.compiled if compiled else 1.0)
 
@@ -107,7 +117,9 @@ def make_cluster(processes: int = 1, cores: int = 2, memory_bytes: int = 0) -> C
     machine = Machine(name="m", cores=tuple(range(processes * cores)), memory_bytes=2**30)
     link = Link(bytes_per_s=1e9)
     return Cluster(
-        machines=(machine,), network=link, process_link=link,
+        machines=(machine,),
+        network=link,
+        process_link=link,
         processes=tuple(
             Process(rank=r, machine=0, cores=tuple(range(r * cores, r * cores + cores)), memory_bytes=memory_bytes)
             for r in range(processes)
@@ -117,9 +129,11 @@ def make_cluster(processes: int = 1, cores: int = 2, memory_bytes: int = 0) -> C
 
 def test_backward_ops_follow_their_forward_ops() -> None:
     work = measure_work(make_graph())
-    forward = [work.position[name] for name in ("mm", "mm_1", "mm_2", "mm_3", "sum_1")]
+    forward = [
+        work.position[name] for name in ("mm_default", "mm_default_1", "mm_default_2", "mm_default_3", "sum_default")
+    ]
     assert forward == [0, 1, 2, 3, 4]
-    assert work.position["mm_4"] <= 3 and work.position["mm_10"] == 0
+    assert work.position["mm_default_4"] <= 3 and work.position["mm_default_11"] == 0
     assert work.parameter_elements.tolist() == [WIDTH**2] * LAYERS + [0]
     assert work.crossing_bytes[0] == 0 and (work.crossing_bytes[1:] > 0).all()
 
@@ -155,11 +169,19 @@ def test_constraints_force_a_corner() -> None:
 
 def test_forced_stage_starts() -> None:
     plans = search(
-        make_graph(), make_cluster(), SimpleCost(), constraints=Constraints(pipeline=2, data=1, stage_starts=("mm_1",))
+        make_graph(),
+        make_cluster(),
+        SimpleCost(),
+        constraints=Constraints(pipeline=2, data=1, stage_starts=("mm_default_1",)),
     )
-    assert plans[0].stage_starts == ("mm_1",)
-    with pytest.raises(PlanError, match="mm_1"):
-        search(make_graph(), make_cluster(), SimpleCost(), constraints=Constraints(pipeline=2, stage_starts=("mm1",)))
+    assert plans[0].stage_starts == ("mm_default_1",)
+    with pytest.raises(PlanError, match="mm_default_1"):
+        search(
+            make_graph(),
+            make_cluster(),
+            SimpleCost(),
+            constraints=Constraints(pipeline=2, stage_starts=("mm_default1",)),
+        )
 
 
 def test_a_slow_link_puts_no_price_inside_a_process() -> None:
