@@ -6,6 +6,7 @@ The only file of the cost model with effects: it allocates tensors, runs kernels
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import statistics
 import threading
@@ -136,7 +137,7 @@ def measure_concurrent(
             barrier.abort()
             raise
 
-    _on_pinned_threads(cores, [lambda call=call: guarded(call) for call in calls])
+    _on_pinned_threads(cores, [functools.partial(guarded, call) for call in calls])
     return statistics.median(samples)
 
 
