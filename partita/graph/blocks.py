@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import fx
 
@@ -47,5 +47,5 @@ def _signature(node: fx.Node) -> str:
     return f"{node.target}{shapes}{arguments if not _holds_node(arguments) else ''}"
 
 
-def _holds_node(arguments: list[object]) -> bool:
+def _holds_node(arguments: Sequence[object]) -> bool:
     return any(isinstance(item, (list, tuple)) and any(isinstance(i, fx.Node) for i in item) for item in arguments)

@@ -105,13 +105,15 @@ def _raise_capture_error(error: Exception) -> NoReturn:
     if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
         op = str(error.func)
         raise CaptureError(
-            f"the step must not depend on values of tensors, but {op} at {source} makes Python or a shape depend on one; "
-            "use tensor operations (torch.where, masks) instead of .item(), nonzero or `if`, or move it out of loss_fn",
+            f"the step must not depend on values of tensors, but {op} at {source} makes Python or a shape depend on "
+            "one; use tensor operations (torch.where, masks) instead of .item(), nonzero or `if`, or move it out of "
+            "loss_fn",
             op=op,
             source=source,
         ) from error
+    reason = str(error).partition("\n")[0]
     raise CaptureError(
-        f"the step could not be traced: {type(error).__name__} at {source}: {str(error).splitlines()[0] if str(error) else ''}",
+        f"the step could not be traced: {type(error).__name__} at {source}: {reason}",
         op=type(error).__name__,
         source=source,
     ) from error

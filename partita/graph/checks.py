@@ -27,8 +27,8 @@ def check_batch(batch: Any) -> int:
     rows = [tensor.shape[0] for tensor in tensors if tensor.dim() > 0]
     if 0 in rows:
         raise InputError(
-            f"every tensor of the batch must have at least one row, but got shapes {[tuple(t.shape) for t in tensors]}; "
-            "skip empty batches"
+            "every tensor of the batch must have at least one row, but got shapes "
+            f"{[tuple(t.shape) for t in tensors]}; skip empty batches"
         )
     return max(rows, key=lambda extent: (rows.count(extent), -rows.index(extent))) if rows else 0
 

@@ -1,7 +1,7 @@
 """FLOPs and bytes of one op from the shapes in its node's meta.
 
 Matrix products, convolutions and attention come from torch's own FLOP registry (`torch.utils.flop_counter`); every
-other op counts one FLOP per element it gives, or per element it reads where that is more (reductions); views count none.
+other op counts one FLOP per element it gives, or per element it reads where that is more; views count none.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class InputKind(enum.Enum):
 
     PARAMETER = "parameter"  # of the model; `Input.name` is its fully qualified name
     BUFFER = "buffer"  # of the model; `Input.name` is its fully qualified name
-    BATCH = "batch"  # tensor leaf of the batch; `Input.name` is its pytree path, `Input.leaf` its index among all leaves
+    BATCH = "batch"  # tensor leaf of the batch; `Input.name` is its pytree path, `Input.leaf` its index among leaves
     CONSTANT = "constant"  # tensor that the loss closes over; its value is in `Graph.constants`
     SEED = "seed"  # the scalar 1.0 from which the backward phase starts
 

@@ -1,8 +1,8 @@
-"""Tracing of one training step: loss, gradients and buffer updates as ATen ops, each op tagged with where it came from.
+"""Tracing of one training step: loss, gradients and buffer updates as ATen ops, each tagged with where it came from.
 
-Two passes. The first runs `loss_fn(model, batch)` and `torch.autograd.grad` on tensors without storage and records every
-op with its phase, module and source line. The second replays the recorded graph under `functionalize`, which turns
-in-place ops and views of mutated tensors into values; tags are inherited by what each op becomes.
+Two passes. The first runs `loss_fn(model, batch)` and `torch.autograd.grad` on tensors without storage and records
+every op with its phase, module and source line. The second replays the recorded graph under `functionalize`, which
+turns in-place ops and views of mutated tensors into values; tags are inherited by what each op becomes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.func import functional_call, functionalize
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from partita.graph.custom_ops import replacement
 from partita.graph.graph import Phase
 from partita.graph.torch_adapter import (
     FakeTensorMode,
@@ -60,7 +61,7 @@ class _Recorder(TorchDispatchMode):
     """
 
     def __init__(self, modules: Sequence[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.modules = modules  # the stack of module paths being called; its owner pushes and pops
         self.outer_backward = False
         self.last_source = ""
@@ -70,7 +71,7 @@ class _Recorder(TorchDispatchMode):
         graph = traced_graph()
         last = _last_node(graph)
         self.last_source = user_source(sys._getframe(1)) or self.last_source
-        result = func(*args, **(kwargs or {}))
+        result = replacement(func)(*args, **(kwargs or {}))
         if graph is not None:
             tag = self._tag()
             for node in _nodes_after(graph, last):
