@@ -1,13 +1,15 @@
 """Detection: this machine, and all machines of the running job.
 
 A process that runs alone reads files and does no networking at all. In a job, every process writes what it sees into a
-key-value store (torch's TCPStore at the job's master address, or the initialised process group) and reads what the others
-wrote; all compute the same cluster from the same descriptions.
+key-value store (torch's TCPStore at the job's master address, or the initialised process group) and reads what the
+others wrote; all compute the same cluster from the same descriptions.
 """
 
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,7 @@ from partita.cluster.presets import CPU_NETWORK, LOOPBACK
 from partita.errors import ClusterError
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch._C._distributed_c10d import Store
 
 
 class Sighting(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,11 +42,12 @@ def detect(*, timeout_s: float = 60.0) -> Cluster:
     """This machine as a cluster of one process, or all machines of the job that this process belongs to.
 
     In a job every process must call it. Rates that `partita profile` has measured on this hardware are filled in; links
-    that were never measured get the rate that the network driver reports, else a nominal one (10 Gbit/s between machines).
+    that were never measured get the rate that the network driver reports, else a nominal one (10 Gbit/s between
+    machines).
 
     Raises:
-        ClusterError: the environment of the launcher is contradictory, the master cannot be reached within `timeout_s`, or
-            the processes of one host are bound to cores that overlap in part.
+        ClusterError: the environment of the launcher is contradictory, the master cannot be reached within `timeout_s`,
+            or the processes of one host are bound to cores that overlap in part.
     """
     job = current_job()
     sighting = look(0 if job is None else job.rank)
@@ -115,8 +118,8 @@ def _share(members: list[Sighting]) -> tuple[Machine, tuple[tuple[int, ...], ...
     if sum(len(cores) for cores in bound) != len(union):
         raise ClusterError(
             "the processes of one host must be bound either all to the same cores or to separate ones, but on "
-            f"{first.name!r} they may use {', '.join(str(list(cores)) for cores in bound)}. Change the launcher's binding, "
-            "e.g. `mpirun --bind-to none` or `srun --cpu-bind=none`."
+            f"{first.name!r} they may use {', '.join(str(list(cores)) for cores in bound)}. Change the launcher's "
+            "binding, e.g. `mpirun --bind-to none` or `srun --cpu-bind=none`."
         )
     # NUMA nodes of the union: merge the members' nodes by the order in which the members list them.
     nodes = tuple(node for member in members for node in member.machine.numa_nodes)
@@ -131,7 +134,7 @@ def exchange(sighting: Sighting, job: Job, *, timeout_s: float) -> tuple[Sightin
         ClusterError: the master is unknown or unreachable, or some process did not report within `timeout_s` (named).
     """
     store = _initialised_store() or job_store(job, timeout_s=timeout_s)
-    turn = int(store.add(f"partita/turn/{job.rank}", 1))  # every process counts its own calls, so that keys never repeat
+    turn = int(store.add(f"partita/turn/{job.rank}", 1))  # each counts its own calls: keys never repeat
     store.set(f"partita/cluster/{turn}/{job.rank}", msgspec.json.encode(sighting).decode())
     sightings: list[Sighting] = []
     for rank in range(job.world_size):
@@ -141,8 +144,9 @@ def exchange(sighting: Sighting, job: Job, *, timeout_s: float) -> tuple[Sightin
             sightings.append(msgspec.json.decode(store.get(key), type=Sighting))
         except (RuntimeError, msgspec.DecodeError) as error:
             raise ClusterError(
-                f"every process of the job must describe its machine, but rank {rank} of {job.world_size} did not within "
-                f"{timeout_s:g} s ({error}). See whether it started, and whether every process calls Cluster.detect()."
+                f"every process of the job must describe its machine, but rank {rank} of {job.world_size} did not "
+                f"within {timeout_s:g} s ({error}). See whether it started, and whether every process calls "
+                "Cluster.detect()."
             ) from error
     return tuple(sightings)
 
@@ -157,14 +161,12 @@ def job_store(job: Job, *, timeout_s: float = 60.0) -> Store:
     Raises:
         ClusterError: the master address is unknown or cannot be reached within `timeout_s`.
     """
-    import os
-
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # exported, but not declared so
 
     if job.master_address is None:
         raise ClusterError(
-            f"{job.launcher} does not tell where rank 0 runs, so MASTER_ADDR must name its host, but it is not set. Pass it "
-            "on, e.g. `mpirun -x MASTER_ADDR=host0 -x MASTER_PORT=29500 ...`."
+            f"{job.launcher} does not tell where rank 0 runs, so MASTER_ADDR must name its host, but it is not set. "
+            "Pass it on, e.g. `mpirun -x MASTER_ADDR=host0 -x MASTER_PORT=29500 ...`."
         )
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -179,8 +181,8 @@ def job_store(job: Job, *, timeout_s: float = 60.0) -> Store:
         )
     except RuntimeError as error:
         raise ClusterError(
-            f"the job's master must be reachable, but {job.master_address}:{job.master_port} is not within {timeout_s:g} s "
-            f"({error}). Check MASTER_ADDR, MASTER_PORT and the firewall; `partita doctor` tests them."
+            f"the job's master must be reachable, but {job.master_address}:{job.master_port} is not within "
+            f"{timeout_s:g} s ({error}). Check MASTER_ADDR, MASTER_PORT and the firewall; `partita doctor` tests them."
         ) from error
     # torchrun restarts a job on the same store; its attempt number keeps the attempts apart.
     return PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -188,8 +190,6 @@ def job_store(job: Job, *, timeout_s: float = 60.0) -> Store:
 
 def _initialised_store() -> Store | None:
     """The store of the process group that is already initialised, if torch is loaded and there is one."""
-    import sys
-
     if "torch.distributed" not in sys.modules:
         return None
     import torch.distributed as dist

@@ -175,7 +175,8 @@ def validate(cluster: Cluster, *, source: str) -> None:
 def _check_machine(machine: Machine, source: str, place: str) -> None:
     cores = machine.cores
     _need(len(cores) > 0, source, f"{place}.cores", "there must be at least one core", cores)
-    _need(_distinct(cores) and min(cores) >= 0, source, f"{place}.cores", "core numbers must be distinct and >= 0", cores)
+    rule = "core numbers must be distinct and >= 0"
+    _need(_distinct(cores) and min(cores) >= 0, source, f"{place}.cores", rule, cores)
     if machine.numa_nodes:
         flat = sorted(core for node in machine.numa_nodes for core in node)
         rule = "every core must be in exactly one NUMA node"
@@ -197,7 +198,8 @@ def _check_machine(machine: Machine, source: str, place: str) -> None:
 
 
 def _check_process(process: Process, index: int, machines: tuple[Machine, ...], source: str, place: str) -> None:
-    _need(process.rank == index, source, f"{place}.rank", f"ranks must count up from 0, so this must be {index}", process.rank)
+    rule = f"ranks must count up from 0, so this must be {index}"
+    _need(process.rank == index, source, f"{place}.rank", rule, process.rank)
     rule = f"must be the index of one of the {len(machines)} machines"
     _need(0 <= process.machine < len(machines), source, f"{place}.machine", rule, process.machine)
     machine = machines[process.machine]

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]  # has no type information
 
 from partita.cluster.model import Gpu, Link, Machine
 from partita.cluster.presets import gpu_by_name
@@ -185,7 +185,8 @@ def read_gpus() -> tuple[tuple[Gpu, ...], Link | None]:
     return tuple(gpus), link if peers and link else PCIE_LINK
 
 
-# PCI Express 4.0 x16: 31.5 GB/s a direction (PCI-SIG, 16 GT/s, 128b/130b, 16 lanes); latency of a peer copy about 10 us.
+# PCI Express 4.0 x16: 31.5 GB/s a direction (PCI-SIG, 16 GT/s, 128b/130b, 16 lanes); latency of a peer copy about 10
+# us.
 PCIE_LINK = Link(bytes_per_s=31.5e9, latency_s=1e-5)
 
 

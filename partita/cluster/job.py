@@ -17,8 +17,8 @@ class Job:
     """One process's place in a job of several processes.
 
     `master_address` and `master_port` say where rank 0 can be reached; the address is None where the launcher does not
-    tell (only Open MPI and MPICH started without `MASTER_ADDR`, across hosts). `launcher` names who set the environment.
-    """
+    tell (only Open MPI and MPICH started without `MASTER_ADDR`, across hosts). `launcher` names who set the
+    environment."""
 
     rank: int
     world_size: int
@@ -36,8 +36,8 @@ class Job:
             )
         if not 0 <= self.local_rank < self.local_world_size <= self.world_size:
             raise ClusterError(
-                f"0 <= local rank < local world size <= world size must hold, but the environment of {self.launcher} says "
-                f"local rank {self.local_rank} of {self.local_world_size}, world size {self.world_size}."
+                f"0 <= local rank < local world size <= world size must hold, but the environment of {self.launcher} "
+                f"says local rank {self.local_rank} of {self.local_world_size}, world size {self.world_size}."
             )
 
 
@@ -71,7 +71,11 @@ _LAUNCHERS = (
     ),
     _Launcher("MPICH", ("PMI_RANK",), ("PMI_SIZE",), ("MPI_LOCALRANKID",), ("MPI_LOCALNRANKS",)),
     _Launcher(
-        "srun", ("SLURM_PROCID",), ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"), ("SLURM_LOCALID",), ("SLURM_NTASKS_PER_NODE",)
+        "srun",
+        ("SLURM_PROCID",),
+        ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"),
+        ("SLURM_LOCALID",),
+        ("SLURM_NTASKS_PER_NODE",),
     ),
 )
 
@@ -79,8 +83,8 @@ _LAUNCHERS = (
 def current_job(environment: Mapping[str, str] | None = None) -> Job | None:
     """The job that this process belongs to, or None for a process that runs alone.
 
-    A job of one process is None as well: nothing has to be exchanged. `srun` counts only inside a job *step* (not in the
-    batch script of an allocation, whose `SLURM_NTASKS` speaks of processes that were never started).
+    A job of one process is None as well: nothing has to be exchanged. `srun` counts only inside a job *step* (not in
+    the batch script of an allocation, whose `SLURM_NTASKS` speaks of processes that were never started).
 
     Example:
         >>> current_job({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}).rank
@@ -98,8 +102,8 @@ def current_job(environment: Mapping[str, str] | None = None) -> Job | None:
         world_size = _first_int(variables, launcher.world_size)
         if world_size is None:
             raise ClusterError(
-                f"{launcher.rank[0]} is set, so {launcher.world_size[0]} must be set too, but it is not. Start the script "
-                f"with {launcher.name}, or unset {launcher.rank[0]} to run alone."
+                f"{launcher.rank[0]} is set, so {launcher.world_size[0]} must be set too, but it is not. Start the "
+                f"script with {launcher.name}, or unset {launcher.rank[0]} to run alone."
             )
         return None if world_size == 1 else _job(launcher, variables, world_size)
     return None
@@ -146,7 +150,8 @@ def _master(
 
 def _inside_step(variables: Mapping[str, str]) -> bool:
     step = variables.get("SLURM_STEP_ID") or variables.get("SLURM_STEPID")
-    return step is not None and "SLURM_LOCALID" in variables and variables.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    interactive = variables.get("SLURM_JOB_NAME") in ("bash", "interactive")  # a shell, not a training script
+    return step is not None and "SLURM_LOCALID" in variables and not interactive
 
 
 def _slurm_local_size(variables: Mapping[str, str]) -> int | None:

@@ -1,4 +1,4 @@
-"""`Cluster`: the machines of a job as plain data. Detection, files and presets build it; nothing here touches hardware."""
+"""`Cluster`: the machines of a job as plain data. Detection, files and presets build it; nothing here asks hardware."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Clusters by name: ``"4x8xH100"`` is 4 machines x 8 GPUs x kind H100; ``"2x1xcpu-16"`` 2 machines x 1 process x 16 cores.
-
-Figures are the vendors' own, dense (without structured sparsity), of the boards that data centres use; the source stands
-beside each kind. Rates that a vendor does not give are left out, not guessed.
+"""Clusters by name: ``"4x8xH100"`` is 4 machines x 8 GPUs x kind H100; ``"2x1xcpu-16"`` 2 machines x 1 process x 16
+cores.
+Figures are the vendors' own, dense (without structured sparsity), of the boards that data centres use; the source
+stands beside each kind. Rates that a vendor does not give are left out, not guessed. Memory is what torch reports as
+usable, in whole GiB rounded down (a little less than the vendor's figure), because plans have to fit into it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 from partita.cluster.model import Gpu, Link, Machine, Process
 
 GRAMMAR = (
-    "MACHINESxPROCESSESxKIND, e.g. '4x8xH100' (4 machines with 8 GPUs, one process a GPU) or '2x1xcpu-16' (2 machines with "
-    "16 cores, one process each); a leading '1x' may be left out"
+    "MACHINESxPROCESSESxKIND, e.g. '4x8xH100' (4 machines with 8 GPUs, one process a GPU) or '2x1xcpu-16' (2 machines "
+    "with 16 cores, one process each); a leading '1x' may be left out"
 )
 
 
@@ -50,8 +51,9 @@ def _kind(
     cores: int,
     host_gib: int,
 ) -> GpuKind:
-    # Latencies: NVLink and PCIe peer copies take microseconds (NCCL's own tuning table, `src/graph/tuning.cc`, says 4-15 us
-    # for a small ring step); InfiniBand or RoCE with NCCL about 10-20 us; plain Ethernet (T4, V100 cloud hosts) about 50 us.
+    # Latencies: NVLink and PCIe peer copies take microseconds (NCCL's own tuning table, `src/graph/tuning.cc`, says
+    # 4-15 us for a small ring step); InfiniBand or RoCE with NCCL about 10-20 us; plain Ethernet (T4, V100 cloud hosts)
+    # about 50 us.
     return GpuKind(
         gpu=Gpu(
             name=name,
@@ -68,43 +70,44 @@ def _kind(
 
 # "tfloat32" is what float32 matrix products reach when torch.backends.cuda.matmul.allow_tf32 permits it.
 GPU_KINDS: dict[str, GpuKind] = {
-    # NVIDIA T4 datasheet (2018): 8.1 TF FP32, 65 TF FP16, 16 GB GDDR6 at 300 GB/s (320 in later editions), PCIe 3.0 x16.
-    "T4": _kind("T4", memory_gib=16, tflops={"float32": 8.1, "float16": 65}, memory_gb_per_s=300,
+    # NVIDIA T4 datasheet (2018): 8.1 TF FP32, 65 TF FP16, 16 GB GDDR6 at 300 GB/s (320 in later editions), PCIe 3.0
+    # x16.
+    "T4": _kind("T4", memory_gib=14, tflops={"float32": 8.1, "float16": 65}, memory_gb_per_s=300,
                 link_gb_per_s=15.75, network_gbit_per_s=25, cores=8, host_gib=32),
-    # NVIDIA V100 datasheet (SXM2): 15.7 TF FP32, 7.8 FP64, 125 FP16 tensor, 900 GB/s, NVLink 2: 300 GB/s both directions.
-    "V100-16": _kind("V100-16", memory_gib=16, tflops={"float64": 7.8, "float32": 15.7, "float16": 125},
+    # NVIDIA V100 datasheet (SXM2): 15.7 TF FP32, 7.8 FP64, 125 FP16 tensor, 900 GB/s, NVLink 2: 300 GB/s both
+    # directions.
+    "V100-16": _kind("V100-16", memory_gib=15, tflops={"float64": 7.8, "float32": 15.7, "float16": 125},
                      memory_gb_per_s=900, link_gb_per_s=150, network_gbit_per_s=100, cores=5, host_gib=64),
-    "V100-32": _kind("V100-32", memory_gib=32, tflops={"float64": 7.8, "float32": 15.7, "float16": 125},
+    "V100-32": _kind("V100-32", memory_gib=31, tflops={"float64": 7.8, "float32": 15.7, "float16": 125},
                      memory_gb_per_s=900, link_gb_per_s=150, network_gbit_per_s=100, cores=5, host_gib=96),
     # NVIDIA A100 datasheet (SXM4): 19.5 TF FP32, 156 TF32, 312 FP16/BF16; 40 GB: 1555 GB/s, 80 GB: 2039 GB/s; NVLink 3:
     # 600 GB/s both directions; DGX A100: 8 x 200 Gbit/s InfiniBand, 128 cores, 1 or 2 TB.
-    "A100-40": _kind("A100-40", memory_gib=40, memory_gb_per_s=1555, link_gb_per_s=300, network_gbit_per_s=1600,
+    "A100-40": _kind("A100-40", memory_gib=39, memory_gb_per_s=1555, link_gb_per_s=300, network_gbit_per_s=1600,
                      tflops={"float64": 9.7, "float32": 19.5, "tfloat32": 156, "float16": 312, "bfloat16": 312},
                      cores=16, host_gib=128),
-    "A100-80": _kind("A100-80", memory_gib=80, memory_gb_per_s=2039, link_gb_per_s=300, network_gbit_per_s=1600,
+    "A100-80": _kind("A100-80", memory_gib=79, memory_gb_per_s=2039, link_gb_per_s=300, network_gbit_per_s=1600,
                      tflops={"float64": 9.7, "float32": 19.5, "tfloat32": 156, "float16": 312, "bfloat16": 312},
                      cores=16, host_gib=256),
     # NVIDIA H100 datasheet (SXM5; given with sparsity, halved here): 67 TF FP32, 494.5 TF32, 989.5 FP16/BF16, 1979 FP8,
     # 80 GB HBM3 at 3350 GB/s, NVLink 4: 900 GB/s both directions; DGX H100: 8 x 400 Gbit/s, 112 cores, 2 TB.
-    "H100": _kind("H100", memory_gib=80, memory_gb_per_s=3350, link_gb_per_s=450, network_gbit_per_s=3200,
+    "H100": _kind("H100", memory_gib=79, memory_gb_per_s=3350, link_gb_per_s=450, network_gbit_per_s=3200,
                   tflops={"float64": 34, "float32": 67, "tfloat32": 494.5, "float16": 989.5, "bfloat16": 989.5,
                           "float8_e4m3fn": 1979},
                   cores=14, host_gib=256),
-    # NVIDIA H200 datasheet (SXM): H100's arithmetic, 141 GB HBM3e at 4800 GB/s. 141 GB = 131 GiB; torch shows about 139.8 GiB
-    # because the parts are 144 GB; the datasheet's smaller figure is kept.
-    "H200": _kind("H200", memory_gib=131, memory_gb_per_s=4800, link_gb_per_s=450, network_gbit_per_s=3200,
+    # NVIDIA H200 datasheet (SXM): H100's arithmetic, 141 GB HBM3e at 4800 GB/s.
+    "H200": _kind("H200", memory_gib=139, memory_gb_per_s=4800, link_gb_per_s=450, network_gbit_per_s=3200,
                   tflops={"float64": 34, "float32": 67, "tfloat32": 494.5, "float16": 989.5, "bfloat16": 989.5,
                           "float8_e4m3fn": 1979},
                   cores=14, host_gib=256),
-    # NVIDIA DGX B200 datasheet (8 GPUs: 1440 GB at 64 TB/s, 36 PF FP16/BF16 dense 18, 72 PF FP8 sparse): per GPU 180 GB,
-    # 8 TB/s, 2250 TF BF16, 4500 FP8; HGX B200: 75 TF FP32, 37 FP64, TF32 1100; NVLink 5: 1800 GB/s both directions.
-    "B200": _kind("B200", memory_gib=167, memory_gb_per_s=8000, link_gb_per_s=900, network_gbit_per_s=3200,
+    # NVIDIA DGX B200 datasheet (8 GPUs: 1440 GB at 64 TB/s, 36 PF FP16/BF16 dense 18, 72 PF FP8 sparse): per GPU 180
+    # GB, 8 TB/s, 2250 TF BF16, 4500 FP8; HGX B200: 75 TF FP32, 37 FP64, TF32 1100; NVLink 5: 1800 GB/s both directions.
+    "B200": _kind("B200", memory_gib=178, memory_gb_per_s=8000, link_gb_per_s=900, network_gbit_per_s=3200,
                   tflops={"float64": 37, "float32": 75, "tfloat32": 1100, "float16": 2250, "bfloat16": 2250,
                           "float8_e4m3fn": 4500},
                   cores=14, host_gib=256),
-    # NVIDIA GB200 NVL72 datasheet (72 GPUs, 36 Grace CPUs of 72 cores and 480 GB): per GPU 186 GB HBM3e at 8 TB/s, 2500 TF BF16
-    # dense, 5000 FP8, 80 FP32, 40 FP64, NVLink 5: 1800 GB/s both directions; one compute tray: 4 GPUs, 2 CPUs.
-    "GB200": _kind("GB200", memory_gib=173, memory_gb_per_s=8000, link_gb_per_s=900, network_gbit_per_s=1600,
+    # NVIDIA GB200 NVL72 datasheet (72 GPUs, 36 Grace CPUs of 72 cores and 480 GB): per GPU 186 GB HBM3e at 8 TB/s, 2500
+    # TF BF16 dense, 5000 FP8, 80 FP32, 40 FP64, NVLink 5: 1800 GB/s both directions; one compute tray: 4 GPUs, 2 CPUs.
+    "GB200": _kind("GB200", memory_gib=184, memory_gb_per_s=8000, link_gb_per_s=900, network_gbit_per_s=1600,
                    tflops={"float64": 40, "float32": 80, "tfloat32": 1250, "float16": 2500, "bfloat16": 2500,
                            "float8_e4m3fn": 5000},
                    cores=36, host_gib=223),
@@ -112,15 +115,17 @@ GPU_KINDS: dict[str, GpuKind] = {
 ALIASES = {"V100": "V100-16", "A100": "A100-80", "V100-16GB": "V100-16", "V100-32GB": "V100-32",
            "A100-40GB": "A100-40", "A100-80GB": "A100-80"}  # fmt: skip
 
-# A described CPU core, until `partita profile` measured a real one: 3.0 GHz x 8 float32 lanes (AVX2) x 2 FMA units x 2 FLOP =
-# 96 GFLOP/s at the peak (Agner Fog, "Instruction tables": two 256-bit FMAs a cycle since Haswell and Zen 2). Memory: a DDR4-3200
-# channel gives 25.6 GB/s (JEDEC JESD79-4); servers of these generations have about one channel for eight cores.
+# A described CPU core, until `partita profile` measured a real one: 3.0 GHz x 8 float32 lanes (AVX2) x 2 FMA units x 2
+# FLOP = 96 GFLOP/s at the peak (Agner Fog, "Instruction tables": two 256-bit FMAs a cycle since Haswell and Zen 2).
+# Memory: a DDR4-3200 channel gives 25.6 GB/s (JEDEC JESD79-4); servers of these generations have about one channel for
+# eight cores.
 CPU_FLOPS_PER_S_PER_CORE = 96e9
 CPU_MEMORY_BYTES_PER_S_PER_CHANNEL = 25.6e9
 CPU_CORES_PER_CHANNEL = 8
 CPU_MEMORY_BYTES_PER_CORE = 4 * 2**30  # the "general purpose" ratio of cloud hosts
 CPU_NETWORK = Link(bytes_per_s=10e9 / 8, latency_s=5e-5)  # 10 Gbit/s Ethernet (IEEE 802.3ae); TCP round trips of 100 us
-LOOPBACK = Link(bytes_per_s=2e9, latency_s=3e-5)  # gloo over the loopback interface, the order of magnitude of one TCP stream
+# gloo over the loopback interface: the order of magnitude of one TCP stream, until `partita profile` measured it.
+LOOPBACK = Link(bytes_per_s=2e9, latency_s=3e-5)
 MAX_PROCESSES = 1_000_000
 
 
@@ -190,8 +195,8 @@ def _cpu_cluster(name: str, num_machines: int, num_processes: int, num_cores: in
 
     if num_cores < num_processes:
         raise ClusterError(
-            f"every process must have a core, but {name!r} has {num_processes} processes on {num_cores} cores. Use fewer "
-            f"processes or 'cpu-{num_processes}'."
+            f"every process must have a core, but {name!r} has {num_processes} processes on {num_cores} cores. Use "
+            f"fewer processes or 'cpu-{num_processes}'."
         )
     machine = Machine(
         name="",
