@@ -1,0 +1,297 @@
+"""Localisation: turns the steps of a propagation into one worker's graph with local shapes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from partita.graph.graph import OpInfo
+from partita.sharding import communication
+from partita.sharding.calls import Slot, TensorSpec, Value, fill_slots
+from partita.sharding.placement import Placement, Replicate, Shard
+from partita.sharding.propagate import Call, Conversion, Step
+
+aten = torch.ops.aten
+LOCAL_KINDS = frozenset({"slice", "keep", "pad"})
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the local graphs of all workers have in common: steps, placeholders and outputs."""
+
+    axis: str
+    placeholders: tuple[tuple[Value, Placement], ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[tuple[Value, Placement] | Any, ...]
+
+
+def live_steps(steps: Sequence[Step], outputs: Sequence[tuple[Value, Placement] | Any]) -> list[Step]:
+    """The steps that an output needs. Decided once for all workers, so that all take part in the same exchanges."""
+    wanted = {item for item in outputs if isinstance(item, tuple)}
+    kept: list[Step] = []
+    for step in reversed(steps):
+        if isinstance(step, Conversion):
+            if (step.value, step.target) in wanted:
+                kept.append(step)
+                wanted.add((step.value, step.source))
+            continue
+        results = zip(step.op.outputs, step.output_placements, strict=True)
+        if step.op.call.is_random or any((value, placement) in wanted for value, placement in results):
+            kept.append(step)
+            pairs = zip(step.inputs, step.input_placements, strict=True)
+            wanted.update((value, placement) for value, placement in pairs if placement is not None)
+    return kept[::-1]
+
+
+def local_shape(spec: TensorSpec, placement: Placement, coordinate: int) -> tuple[int, ...]:
+    if not isinstance(placement, Shard):
+        return spec.shape
+    return (*spec.shape[: placement.dim], placement.sizes[coordinate], *spec.shape[placement.dim + 1 :])
+
+
+class FakeRunner:
+    """Shapes, strides and types of local calls, each distinct call once."""
+
+    def __init__(self, mode: FakeTensorMode) -> None:
+        self.mode = mode
+        self._results: dict[Any, Any] = {}
+
+    def run(self, target: Any, args: Any, kwargs: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
+        """``target`` on fake ``tensors``, which stand for the slots of ``args`` and ``kwargs``."""
+        key = (str(target), repr(args), repr(sorted(kwargs.items())), tuple(TensorSpec.of(t) for t in tensors))
+        if key not in self._results:
+            filled_args, filled_kwargs = fill_slots((args, dict(kwargs)), tensors)
+            with self.mode:
+                self._results[key] = target(*filled_args, **filled_kwargs)
+        return self._results[key]
+
+    def empty(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        key = ("empty", shape, like.dtype, like.device)
+        if key not in self._results:
+            with self.mode:
+                self._results[key] = torch.empty(shape, dtype=like.dtype, device=like.device)
+        result: torch.Tensor = self._results[key]
+        return result
+
+
+class Localizer:
+    """Writes the graph of one coordinate."""
+
+    def __init__(self, layout: Layout, coordinate: int, runner: FakeRunner) -> None:
+        self.layout = layout
+        self.coordinate = coordinate
+        self.runner = runner
+        self.graph = fx.Graph()
+        self.nodes: dict[tuple[Value, Placement], fx.Node] = {}
+
+    def write(self) -> fx.GraphModule:
+        for value, placement in self.layout.placeholders:
+            node = self.graph.placeholder(value.name)
+            shape = local_shape(value.spec, placement, self.coordinate)
+            whole = shape == value.spec.shape
+            node.meta = {"val": value.meta if whole else self._sliced(value, shape), "origin": value.name}
+            self.nodes[(value, placement)] = node
+        for step in self.layout.steps:
+            if isinstance(step, Conversion):
+                self._convert(step)
+            else:
+                self._call(step)
+        outputs = tuple(self.nodes[item] if isinstance(item, tuple) else item for item in self.layout.outputs)
+        output = self.graph.output(outputs)
+        output.meta = {"val": tuple(n.meta["val"] if isinstance(n, fx.Node) else n for n in outputs)}
+        return fx.GraphModule(torch.nn.Module(), self.graph)
+
+    def _sliced(self, value: Value, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.runner.empty(shape, value.meta)
+
+    # -- calls ------------------------------------------------------------------------------------------------------
+
+    def _call(self, step: Call) -> None:
+        call = step.op.call
+        pairs = zip(step.output_placements, call.outputs, strict=True)
+        shapes = tuple(None if p is None or s is None else local_shape(s, p, self.coordinate) for p, s in pairs)
+        target, args, kwargs = call.target, call.args, call.kwargs
+        if step.rule.rewrite is not None:
+            target, args, kwargs = step.rule.rewrite(call, shapes)
+        inputs = tuple(
+            None if placement is None else self.nodes[(value, placement)]
+            for value, placement in zip(step.inputs, step.input_placements, strict=True)
+        )
+        node = self._emit(target, args, kwargs, inputs, step.op.name, _meta_of(step))
+        self._give_info(node, step)
+        self._take_outputs(step, node, shapes)
+
+    def _emit(
+        self, target: Any, args: Any, kwargs: Any, inputs: tuple[fx.Node | None, ...], name: str, meta: dict[str, Any]
+    ) -> fx.Node:
+        tensors = tuple(node.meta["val"] if node is not None else None for node in inputs)
+        used = _used_slots(args, kwargs)
+        compact = {index: place for place, index in enumerate(used)}
+        small_args, small_kwargs = fx.node.map_aggregate(
+            (args, dict(kwargs)), lambda item: Slot(compact[item.index]) if isinstance(item, Slot) else item
+        )
+        chosen = tuple(tensors[index] for index in used)
+        try:
+            value = self.runner.run(target, small_args, small_kwargs, chosen)
+        except (RuntimeError, ValueError):
+            if target not in (aten.view.default, aten._unsafe_view.default):
+                raise
+            # The piece does not lie in memory as the whole did (a slice of a whole is not contiguous): copy it first.
+            source = inputs[used[0]]
+            assert source is not None
+            copy = self._emit(
+                aten.clone.default, (Slot(0),), {"memory_format": torch.contiguous_format}, (source,), name, meta
+            )
+            return self._emit(target, args, kwargs, (copy,), name, meta)
+        full_args, full_kwargs = fill_slots((args, dict(kwargs)), inputs)
+        node = self.graph.create_node("call_function", target, full_args, full_kwargs, name)
+        node.meta = {**meta, "val": value}
+        return node
+
+    def _take_outputs(self, step: Call, node: fx.Node, shapes: tuple[tuple[int, ...] | None, ...]) -> None:
+        for index, (value, placement) in enumerate(zip(step.op.outputs, step.output_placements, strict=True)):
+            if value is None or placement is None:
+                continue
+            item = node
+            if step.op.call.returns_tuple:
+                item = self.graph.create_node("call_function", operator.getitem, (node, index), {}, value.name)
+                item.meta = {**_meta_of(step), "val": node.meta["val"][index]}
+            actual = tuple(item.meta["val"].shape)
+            if actual != shapes[index]:
+                raise AssertionError(
+                    f"{step.op.name} ({step.op.call.name}) by rule {step.rule.text()}: local output {index} must have "
+                    f"shape {shapes[index]}, but has {actual}"
+                )
+            if index in step.rule.averaged:
+                weight = step.blocks[self.coordinate] / step.rule.extent
+                item = self._emit(
+                    aten.mul.Scalar, (Slot(0), weight), {}, (item,), f"{value.name}_weighted", _meta_of(step)
+                )
+                self._local_info(item, None)
+            self.nodes[(value, placement)] = item
+
+    def _give_info(self, node: fx.Node, step: Call) -> None:
+        info = step.op.info
+        if info is None:
+            return
+        share = step.blocks[self.coordinate] / step.rule.extent if step.rule.extent else 1.0
+        num_bytes = 0 if getattr(node.target, "is_view", False) else _bytes_of(node)
+        node.meta["op"] = OpInfo(
+            flops=round(info.flops * share),
+            num_bytes=num_bytes,
+            phase=info.phase,
+            module=info.module,
+            source=info.source,
+        )
+
+    def _local_info(self, node: fx.Node, value: Value | None) -> None:
+        """Info of a local op that sharding itself inserted: bytes, no FLOPs, phase of the value's op."""
+        source = value.producer.info if value is not None and value.producer is not None else None
+        if source is not None:
+            num_bytes = 0 if getattr(node.target, "is_view", False) else _bytes_of(node)
+            node.meta["op"] = OpInfo(
+                flops=0, num_bytes=num_bytes, phase=source.phase, module=source.module, source=source.source
+            )
+
+    # -- conversions ------------------------------------------------------------------------------------------------
+
+    def _convert(self, step: Conversion) -> None:
+        value, source = step.value, self.nodes[(step.value, step.source)]
+        meta: dict[str, Any] = {"origin": value.producer.origin if value.producer else value.name}
+        if step.kind in LOCAL_KINDS:
+            node = self._local_conversion(step, source, meta)
+        else:
+            function = getattr(communication, step.kind)
+            node = self.graph.create_node(
+                "call_function", function, (source,), self._exchange_arguments(step), f"{value.name}_{step.kind}"
+            )
+            shape = local_shape(value.spec, step.target, self.coordinate)
+            node.meta = {**meta, "val": self.runner.empty(shape, value.meta)}
+        self.nodes[(value, step.target)] = node
+
+    def _exchange_arguments(self, step: Conversion) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"axis": self.layout.axis}
+        if step.kind == "reduce_scatter":
+            assert isinstance(step.target, Shard)
+            arguments |= {"dim": step.target.dim, "sizes": step.target.sizes}
+        elif isinstance(step.source, Shard):
+            arguments |= {"dim": step.source.dim, "sizes": step.source.sizes}
+            if isinstance(step.target, Shard):
+                arguments |= {"new_dim": step.target.dim, "new_sizes": step.target.sizes}
+        return arguments
+
+    def _local_conversion(self, step: Conversion, source: fx.Node, meta: dict[str, Any]) -> fx.Node:
+        value, name = step.value, f"{step.value.name}_{step.kind}"
+        args: Mapping[str, Any]
+        if step.kind == "slice":
+            assert isinstance(step.target, Shard)
+            start = step.target.offset(self.coordinate)
+            end = start + step.target.sizes[self.coordinate]
+            node = self._emit(aten.slice.Tensor, (Slot(0), step.target.dim, start, end), {}, (source,), name, meta)
+        elif step.kind == "pad":
+            assert isinstance(step.source, Shard)
+            before = step.source.offset(self.coordinate)
+            after = sum(step.source.sizes) - before - step.source.sizes[self.coordinate]
+            behind = len(value.spec.shape) - 1 - step.source.dim
+            pads = [0, 0] * behind + [before, after]
+            node = self._emit(aten.constant_pad_nd.default, (Slot(0), pads, 0), {}, (source,), name, meta)
+        elif self.coordinate == 0:
+            return source
+        else:
+            args = {"dtype": value.spec.dtype, "device": value.spec.device, "pin_memory": False}
+            node = self._emit(aten.full.default, (list(value.spec.shape), 0), args, (), name, meta)
+        self._local_info(node, value)
+        return node
+
+
+def _used_slots(args: Any, kwargs: Any) -> list[int]:
+    used: list[int] = []
+
+    def note(item: Any) -> Any:
+        if isinstance(item, Slot):
+            used.append(item.index)
+        return item
+
+    fx.node.map_aggregate((args, dict(kwargs)), note)
+    return used
+
+
+def _meta_of(step: Call) -> dict[str, Any]:
+    meta: dict[str, Any] = {"origin": step.op.origin}
+    if step.op.stack_trace:
+        meta["stack_trace"] = step.op.stack_trace
+    return meta
+
+
+def _bytes_of(node: fx.Node) -> int:
+    """What the op reads and writes."""
+    tensors = [source.meta["val"] for source in node.all_input_nodes]
+    result = node.meta["val"]
+    tensors += result if isinstance(result, (tuple, list)) else [result]
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def coordinate_key(layout: Layout, coordinate: int) -> tuple[Any, ...]:
+    """Equal for coordinates whose local graphs are the same."""
+    sizes: set[tuple[int, ...]] = set()
+    depends = False
+    placements: list[Placement | None] = [placement for _, placement in layout.placeholders]
+    for step in layout.steps:
+        if isinstance(step, Conversion):
+            depends = depends or step.kind in LOCAL_KINDS
+            placements += [step.source, step.target]
+        else:
+            placements += [*step.input_placements, *step.output_placements]
+    sizes = {placement.sizes for placement in placements if isinstance(placement, Shard)}
+    local = tuple(sorted((s, s[coordinate]) for s in sizes))
+    return (local, coordinate if depends else -1)
+
+
+def whole(placement: Placement) -> bool:
+    return isinstance(placement, Replicate)

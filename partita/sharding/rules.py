@@ -1,0 +1,181 @@
+"""Rules: the ways of running one op in parts along one mesh axis.
+
+A `Rule` says of every tensor input and output of an op whether it is whole (`Replicate`), a summand (`Partial`) or cut
+(`Cut`). All cut dims of a rule are cut at the same places: the rule has ``extent`` indivisible blocks, worker ``i`` gets
+``blocks[i]`` consecutive ones, and ``Cut(dim, factor)`` holds ``factor`` entries of ``dim`` per block. So a view of
+``[B*T, C]`` as ``[B, T, C]`` is the rule ``S0*T -> S0`` with extent ``B``, exact for uneven shards.
+
+Rules are written as text, inputs left and outputs right of the arrow: ``"S0 R -> S0"``, ``"S1 S0 -> P"``; ``_`` is an
+input whose values do not matter or an output that is absent.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from partita.sharding.calls import OpCall
+from partita.sharding.placement import Partial, Placement, Replicate, Shard
+
+Shape = tuple[int, ...]
+Rewrite = Callable[[OpCall, tuple[Shape | None, ...]], tuple[Any, tuple[Any, ...], Mapping[str, Any]]]
+"""Gives target, args and kwargs of the local call for the local shapes of the outputs."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Dim ``dim`` is cut; each of the rule's blocks has ``factor`` of its entries."""
+
+    dim: int
+    factor: int = 1
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """An input that is not read (of ``zeros_like`` only the shape counts): any placement will do."""
+
+
+InputSpec = Replicate | Partial | Cut | Ignored
+OutputSpec = Replicate | Partial | Cut | None
+
+REPLICATE = Replicate()
+PARTIAL = Partial()
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One way of running an op in parts; see the module's text. ``extent`` is 0 if nothing is cut.
+
+    ``averaged`` lists outputs that each worker computes from its own shard alone and that are averaged, weighted by the
+    blocks, into a Partial value (running statistics of BatchNorm with local statistics).
+    """
+
+    inputs: tuple[InputSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+    extent: int = 0
+    rewrite: Rewrite | None = None
+    averaged: tuple[int, ...] = ()
+
+    def input_placements(self, blocks: tuple[int, ...]) -> tuple[Placement | None, ...]:
+        return tuple(_placement(spec, blocks) for spec in self.inputs)
+
+    def output_placements(self, blocks: tuple[int, ...]) -> tuple[Placement | None, ...]:
+        return tuple(_placement(spec, blocks) for spec in self.outputs)
+
+    def text(self) -> str:
+        """The rule as text; `parse_rule` reads it back."""
+        return f"{' '.join(map(_spec_text, self.inputs))} -> {' '.join(map(_spec_text, self.outputs))}".strip()
+
+
+def _placement(spec: InputSpec | OutputSpec, blocks: tuple[int, ...]) -> Placement | None:
+    if isinstance(spec, Cut):
+        return Shard(spec.dim, tuple(count * spec.factor for count in blocks))
+    if isinstance(spec, (Replicate, Partial)):
+        return spec
+    return None
+
+
+def _spec_text(spec: InputSpec | OutputSpec) -> str:
+    if isinstance(spec, Cut):
+        return f"S{spec.dim}" if spec.factor == 1 else f"S{spec.dim}*{spec.factor}"
+    return {Replicate: "R", Partial: "P"}.get(type(spec), "_")
+
+
+def parse_rule(text: str, call: OpCall, *, rewrite: Rewrite | None = None) -> Rule | None:
+    """The rule written as ``text`` for ``call``; None if it does not apply to these shapes.
+
+    It does not apply if it names a dim that a tensor lacks or dims of different extents (broadcasting), or if the
+    numbers of inputs or outputs differ. Specs may be left out at the right end of the inputs: they are R.
+    """
+    left, right = text.split("->")
+    left_items, right_items = left.split(), right.split()
+    if len(left_items) > len(call.inputs) or len(right_items) > len(call.outputs):
+        return None
+    left_items += ["R"] * (len(call.inputs) - len(left_items))
+    right_items += ["_"] * (len(call.outputs) - len(right_items))
+    inputs = tuple(_parse_spec(item, len(spec.shape)) for item, spec in zip(left_items, call.inputs, strict=True))
+    outputs = tuple(
+        None if spec is None else _parse_spec(item, len(spec.shape))
+        for item, spec in zip(right_items, call.outputs, strict=True)
+    )
+    if "bad" in inputs or "bad" in outputs:
+        return None
+    extents = {
+        spec.shape[cut.dim] / cut.factor
+        for cut, spec in [*zip(inputs, call.inputs, strict=True), *zip(outputs, call.outputs, strict=True)]
+        if isinstance(cut, Cut) and spec is not None
+    }
+    if len(extents) > 1 or any(extent != int(extent) for extent in extents):
+        return None
+    final_outputs = tuple(None if isinstance(spec, Ignored) else spec for spec in outputs)
+    return Rule(inputs, final_outputs, int(extents.pop()) if extents else 0, rewrite)  # type: ignore[arg-type]
+
+
+def _parse_spec(item: str, rank: int) -> Any:
+    if item == "R":
+        return REPLICATE
+    if item == "P":
+        return PARTIAL
+    if item == "_":
+        return Ignored()
+    dim_text, _, factor = item[1:].partition("*")
+    dim = int(dim_text)
+    if dim < 0:
+        dim += rank
+    return Cut(dim, int(factor or 1)) if 0 <= dim < rank else "bad"
+
+
+def parse_rules(texts: Iterable[str], call: OpCall, *, rewrite: Rewrite | None = None) -> list[Rule]:
+    """All rules of ``texts`` that apply to ``call``, without doubles."""
+    found: dict[str, Rule] = {}
+    for text in texts:
+        rule = parse_rule(text, call, rewrite=rewrite)
+        if rule is not None:
+            found.setdefault(rule.text(), rule)
+    return list(found.values())
+
+
+def replicate_rule(call: OpCall) -> Rule:
+    """Run the op on whole inputs; always right."""
+    outputs = tuple(None if spec is None else REPLICATE for spec in call.outputs)
+    return Rule(tuple(REPLICATE for _ in call.inputs), outputs)
+
+
+RuleFunction = Callable[[OpCall], list[Rule]]
+_REGISTRY: dict[str, RuleFunction] = {}
+
+
+def register(*names: str) -> Callable[[RuleFunction], RuleFunction]:
+    """Declare that the decorated function gives the rules of the ops with these base names (``"mm"``) or full names."""
+
+    def decorate(function: RuleFunction) -> RuleFunction:
+        for name in names:
+            if name in _REGISTRY:
+                raise AssertionError(f"two sets of rules for {name}")
+            _REGISTRY[name] = function
+        return function
+
+    return decorate
+
+
+def written_rules(call: OpCall) -> list[Rule] | None:
+    """The hand-written rules of ``call`` besides plain replication; None if there are none for this op."""
+    _load()
+    function = _REGISTRY.get(call.name) or _REGISTRY.get(call.base_name)
+    if function is None and call.is_random:
+        return []
+    if function is None:
+        from partita.sharding.rules_pointwise import is_pointwise, pointwise_rules
+
+        function = pointwise_rules if is_pointwise(call) else None
+    return None if function is None else function(call)
+
+
+@functools.cache
+def _load() -> None:
+    """Import the files that register rules (here, because they import this file)."""
+    from partita.sharding import rules_contractions, rules_factories, rules_pointwise, rules_tables, rules_views
+
+    del rules_contractions, rules_factories, rules_pointwise, rules_tables, rules_views

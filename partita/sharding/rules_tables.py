@@ -1,0 +1,83 @@
+"""Rules that can be written down as a table: op -> rules as text (see `partita.sharding.rules`).
+
+A letter-free notation: ``S0`` cut along dim 0, ``R`` whole, ``P`` summand, ``_`` not there. Rules that do not fit the
+shapes at hand (broadcasting, missing dims) drop out on their own.
+"""
+
+from __future__ import annotations
+
+from partita.sharding.calls import OpCall, Slot
+from partita.sharding.rules import Rule, parse_rules, register
+
+_TABLE: dict[str, tuple[str, ...]] = {
+    "mm": ("S0 R -> S0", "R S1 -> S1", "S1 S0 -> P", "P R -> P", "R P -> P"),
+    "bmm": ("S0 S0 -> S0", "S1 R -> S1", "R S2 -> S2", "S2 S1 -> P", "P R -> P", "R P -> P"),
+    "mv": ("S0 R -> S0", "S1 S0 -> P", "P R -> P", "R P -> P"),
+    "dot": ("S0 S0 -> P", "P R -> P", "R P -> P"),
+    "vdot": ("S0 S0 -> P",),
+    "embedding": (
+        "R S0 -> S0", "R S1 -> S1", "R S2 -> S2", "S1 R -> S-1",
+    ),  # fmt: skip
+    "embedding_dense_backward": (
+        "S0 S0 -> P", "S1 S1 -> P", "S2 S2 -> P", "S-1 R -> S1", "P R -> P",
+    ),  # fmt: skip
+    "nll_loss_backward": ("R S0 S0 R -> S0",),
+    "nll_loss2d_backward": ("R S0 S0 R -> S0",),
+}  # fmt: skip
+
+
+@register("mm", "bmm", "mv", "dot", "vdot", "embedding", "embedding_dense_backward")
+def table_rules(call: OpCall) -> list[Rule]:
+    texts = _TABLE[call.base_name]
+    if call.base_name == "embedding_dense_backward" and call.args[4]:
+        texts = ("S-1 R -> S1", "P R -> P")  # scaling by how often an index occurs needs all indices
+    return parse_rules(texts, call)
+
+
+@register("addmm", "baddbmm")
+def add_product_rules(call: OpCall) -> list[Rule]:
+    """``addmm(bias, left, right)``: the bias is broadcast from the right; it is a summand where the product is one."""
+    output, bias = call.outputs[0], call.inputs[0]
+    if output is None or len(call.inputs) != 3:
+        return []
+    rank = len(output.shape)
+    texts = []
+    products = {2: ("S0 R -> 0", "R S1 -> 1"), 3: ("S0 S0 -> 0", "S1 R -> 1", "R S2 -> 2")}[rank]
+    for product in products:
+        left, dim_text = product.split(" -> ")
+        dim = int(dim_text)
+        own = dim - (rank - len(bias.shape))
+        cut = own >= 0 and bias.shape[own] == output.shape[dim]
+        if output.shape[dim] > 1:
+            texts.append(f"{f'S{own}' if cut else 'R'} {left} -> S{dim}")
+    texts.append("P S1 S0 -> P" if rank == 2 else "P S2 S1 -> P")
+    return parse_rules(texts, call)
+
+
+@register("nll_loss_forward", "nll_loss2d_forward")
+def nll_loss_rules(call: OpCall) -> list[Rule]:
+    """``(input, target, weight, reduction, ignore_index) -> (loss, total_weight)``; the mean is decomposed."""
+    has_weight = isinstance(call.args[2], Slot)
+    weight = " R" if has_weight else ""
+    reduction = call.argument(3, "reduction", 1)
+    if reduction == 2:
+        return parse_rules([f"S0 S0{weight} -> P P", f"P R{weight} -> P R"], call)
+    if reduction == 0:
+        # Without reduction torch leaves the total weight 0.
+        return parse_rules([f"S0 S0{weight} -> S0 R"], call)
+    return []
+
+
+@register("nll_loss_backward", "nll_loss2d_backward")
+def nll_loss_backward_rules(call: OpCall) -> list[Rule]:
+    """``(grad, input, target, weight, reduction, ignore_index, total_weight) -> grad_input``."""
+    weight = " R" if isinstance(call.args[3], Slot) else ""
+    grad = "S0" if call.args[4] == 0 else "R"
+    return parse_rules([f"{grad} S0 S0{weight} R -> S0", f"P R R{weight} R -> P"], call)
+
+
+@register("index_add", "index_reduce", "scatter_reduce", "masked_scatter", "unique", "nonzero", "_unique2", "bincount")
+def unruled(call: OpCall) -> list[Rule]:
+    """Ops whose result couples all entries: whole inputs."""
+    del call
+    return []
