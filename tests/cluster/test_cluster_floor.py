@@ -192,10 +192,10 @@ def test_presets() -> None:
 
 @pytest.mark.parametrize("name", ["4x8xH10", "H1000x2", "0x1xcpu-2", "1x4xcpu-2", "", "2x"])
 def test_unknown_presets(name: str) -> None:
-    with pytest.raises(ClusterError, match="preset|process"):
+    with pytest.raises(ClusterError, match=r"preset|process"):
         Cluster.preset(name)
 
 
 def test_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(ClusterError, match="'H100'.*MACHINESx"):
+    with pytest.raises(ClusterError, match=r"'H100'.*MACHINESx"):
         Cluster.preset("4x8xH10")
