@@ -95,7 +95,7 @@ def current_job(environment: Mapping[str, str] | None = None) -> Job | None:
     """
     variables = os.environ if environment is None else environment
     for launcher in _LAUNCHERS:
-        if not any(name in variables for name in launcher.rank):
+        if not any(variables.get(name) for name in launcher.rank):
             continue
         if launcher.name == "srun" and not _inside_step(variables):
             continue
