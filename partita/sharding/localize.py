@@ -26,7 +26,7 @@ class Layout:
     """What the local graphs of all workers have in common: steps, placeholders and outputs."""
 
     axis: str
-    placeholders: tuple[tuple[Value, Placement], ...]
+    placeholders: tuple[tuple[str, Value, Placement], ...]
     steps: tuple[Step, ...]
     outputs: tuple[tuple[Value, Placement] | Any, ...]
 
@@ -91,8 +91,8 @@ class Localizer:
         self.nodes: dict[tuple[Value, Placement], fx.Node] = {}
 
     def write(self) -> fx.GraphModule:
-        for value, placement in self.layout.placeholders:
-            node = self.graph.placeholder(value.name)
+        for name, value, placement in self.layout.placeholders:
+            node = self.graph.placeholder(name)
             shape = local_shape(value.spec, placement, self.coordinate)
             whole = shape == value.spec.shape
             node.meta = {"val": value.meta if whole else self._sliced(value, shape), "origin": value.name}
@@ -281,7 +281,7 @@ def coordinate_key(layout: Layout, coordinate: int) -> tuple[Any, ...]:
     """Equal for coordinates whose local graphs are the same."""
     sizes: set[tuple[int, ...]] = set()
     depends = False
-    placements: list[Placement | None] = [placement for _, placement in layout.placeholders]
+    placements: list[Placement | None] = [placement for _, _, placement in layout.placeholders]
     for step in layout.steps:
         if isinstance(step, Conversion):
             depends = depends or step.kind in LOCAL_KINDS
@@ -292,6 +292,3 @@ def coordinate_key(layout: Layout, coordinate: int) -> tuple[Any, ...]:
     local = tuple(sorted((s, s[coordinate]) for s in sizes))
     return (local, coordinate if depends else -1)
 
-
-def whole(placement: Placement) -> bool:
-    return isinstance(placement, Replicate)

@@ -241,7 +241,7 @@ class Propagation:
             return 0.0, False
         source = self._cheapest_source(value, target)
         if self._hoists(value, source, target):
-            return 0.0, False
+            return value.spec.num_bytes / MEMORY_BYTES_PER_S, False
         spreads = is_exchange(source, target) or conversion_kind(source, target) == "pad"
         return conversion_cost_s(source, target, value.spec.num_bytes, self.size), spreads
 

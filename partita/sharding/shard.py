@@ -186,8 +186,9 @@ def _assemble(
     hoisted = tuple(v for v in propagation.hoisted if _reads(steps, outputs, v))
     placements = {name: seeds.get(name, REPLICATE) for name in program.placeholders}
     steps = _settle_free_inputs(program, free_inputs, steps, outputs, placements)
-    placeholders = [(value, placements[name]) for name, value in program.placeholders.items()]
-    placeholders += [(value, REPLICATE) for value in hoisted]
+    placeholders = [(name, value, placements[name]) for name, value in program.placeholders.items()]
+    names = tuple(_hoisted_name(value) for value in hoisted)
+    placeholders += [(name, value, REPLICATE) for name, value in zip(names, hoisted, strict=True)]
     exchanges = tuple(
         _exchange(step)
         for step in steps
@@ -197,16 +198,21 @@ def _assemble(
     return ShardedGraph(
         axis=axis,
         size=propagation.size,
-        input_placements=placements | {value.name: REPLICATE for value in hoisted},
+        input_placements=placements | dict.fromkeys(names, REPLICATE),
         output_placements=tuple(item[1] if isinstance(item, tuple) else REPLICATE for item in outputs),
         placements=_placements_by_origin(propagation, program, placements),
         exchanges=exchanges,
         gathered=tuple(name for name in propagation.gathered if name in live_ops),
         prologue=_prologue(propagation, hoisted, program) if hoisted else None,
-        hoisted=tuple(value.name for value in hoisted),
+        hoisted=names,
         _layout=Layout(axis, tuple(placeholders), tuple(steps), tuple(outputs)),
         _runner=runner,
     )
+
+
+def _hoisted_name(value: Value) -> str:
+    """A hoisted value is named like its node; a placeholder that is also needed whole must differ from itself."""
+    return value.name if value.producer is not None else f"{value.name}_whole"
 
 
 def _reads(steps: list[Step], outputs: list[tuple[Value, Placement] | object], value: Value) -> bool:
