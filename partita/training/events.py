@@ -1,0 +1,112 @@
+"""Events: what happens in a training step, told to whoever subscribed. The library itself never prints."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from partita.plan import Plan
+
+_LOGGER = logging.getLogger("partita")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanChosen:
+    """A plan was adopted. `time_s` went into capturing, planning and measuring."""
+
+    plan: Plan
+    time_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CandidateMeasured:
+    """A candidate plan was run for some steps. `step_time_s` is the median; `failed` says why it could not run."""
+
+    description: str
+    plan: Plan
+    predicted_step_time_s: float
+    step_time_s: float | None
+    failed: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFinished:
+    """One training step. `step` counts from 1; `num_samples` is the number of rows of the global batch (0: unknown)."""
+
+    step: int
+    loss: float
+    step_time_s: float
+    num_samples: int
+    bytes_sent: int
+    process: int = 0
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.num_samples / self.step_time_s if self.step_time_s > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarningRaised:
+    """Something works, but not as the user may expect: `message` says what, why, what it costs and what to change."""
+
+    subject: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointed:
+    """A checkpoint is complete on disk (`action` "saved") or was read back ("loaded")."""
+
+    action: str
+    path: str
+    step: int
+    num_bytes: int
+    time_s: float
+
+
+Event = PlanChosen | CandidateMeasured | StepFinished | WarningRaised | Checkpointed
+Callback = Callable[[Event], None]
+
+
+@dataclass
+class _Bus:
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    callbacks: tuple[Callback, ...] = ()
+
+
+_BUS = _Bus()
+
+
+def subscribe(callback: Callback) -> Callable[[], None]:
+    """Call `callback(event)` for every event of this process from now on; returns the function that ends it.
+
+    Callbacks run in the thread that emits, in the order of subscription. One that raises is told to the log
+    "partita" and does not disturb the training step; `KeyboardInterrupt` and `SystemExit` pass.
+
+    Example:
+        >>> seen = []
+        >>> unsubscribe = subscribe(seen.append)
+        >>> emit(WarningRaised(subject="example", message="only an example"))
+        >>> unsubscribe()
+        >>> seen[0].subject
+        'example'
+    """
+    with _BUS.lock:
+        _BUS.callbacks = (*_BUS.callbacks, callback)
+
+    def unsubscribe() -> None:
+        with _BUS.lock:
+            _BUS.callbacks = tuple(item for item in _BUS.callbacks if item is not callback)
+
+    return unsubscribe
+
+
+def emit(event: Event) -> None:
+    """Tell `event` to all subscribers."""
+    for callback in _BUS.callbacks:
+        try:
+            callback(event)
+        except Exception:
+            _LOGGER.exception("a subscriber failed on %s", type(event).__name__)

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from partita.training.events import StepFinished, WarningRaised, emit, subscribe
+
+
+def test_subscribers_hear_events_until_they_unsubscribe() -> None:
+    first: list[object] = []
+    second: list[object] = []
+    leave_first, leave_second = subscribe(first.append), subscribe(second.append)
+    emit(WarningRaised(subject="a", message="b"))
+    leave_first()
+    emit(WarningRaised(subject="c", message="d"))
+    leave_second()
+    leave_second()
+    emit(WarningRaised(subject="e", message="f"))
+    assert [event.subject for event in first] == ["a"]  # type: ignore[attr-defined]
+    assert [event.subject for event in second] == ["a", "c"]  # type: ignore[attr-defined]
+
+
+def test_a_failing_subscriber_is_logged_and_others_still_hear(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(event: object) -> None:
+        raise ValueError("broken subscriber")
+
+    heard: list[object] = []
+    leave = [subscribe(fail), subscribe(heard.append)]
+    with caplog.at_level(logging.ERROR, logger="partita"):
+        emit(WarningRaised(subject="a", message="b"))
+    for unsubscribe in leave:
+        unsubscribe()
+    assert len(heard) == 1
+    assert "broken subscriber" in caplog.text
+
+
+def test_an_interrupt_in_a_subscriber_ends_the_step() -> None:
+    def stop(event: object) -> None:
+        raise SystemExit(0)
+
+    leave = subscribe(stop)
+    with pytest.raises(SystemExit):
+        emit(WarningRaised(subject="a", message="b"))
+    leave()
+
+
+def test_samples_per_s() -> None:
+    event = StepFinished(step=1, loss=0.5, step_time_s=0.5, num_samples=8, bytes_sent=0)
+    assert event.samples_per_s == 16
+    assert StepFinished(step=1, loss=0.5, step_time_s=0.0, num_samples=8, bytes_sent=0).samples_per_s == 0
