@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from partita.sharding.placement import Partial, Placement, Replicate, Shard
 
-LATENCY_S = 1e-4
-LINK_BYTES_PER_S = 1e9
+LATENCY_S = 3e-5
+LINK_BYTES_PER_S = 2e9
 MEMORY_BYTES_PER_S = 1e10
 FLOPS_PER_S = 5e10
 
@@ -17,7 +17,7 @@ EXCHANGES = frozenset({"all_reduce", "reduce_scatter", "all_gather", "all_to_all
 
 
 def conversion_kind(source: Placement, target: Placement) -> str:
-    """The one step that turns ``source`` into ``target``; ``"gather_slice"`` takes two (other cuts of the same dim).
+    """The one step that turns ``source`` into ``target``; ``"gather_slice"`` takes two (other cuts of the same dim, or of runs).
 
     Local: ``"none"``, ``"slice"`` (R -> S), ``"keep"`` (R -> P: coordinate 0 keeps it, the others hold zeros), ``"pad"``
     (S -> P: zeros around the own rows).
@@ -32,7 +32,8 @@ def conversion_kind(source: Placement, target: Placement) -> str:
         return "all_gather"
     if isinstance(target, Partial):
         return "pad"
-    return "gather_slice" if source.dim == target.dim else "all_to_all"
+    plain = source.dim != target.dim and source.outer == 1 and target.outer == 1
+    return "all_to_all" if plain else "gather_slice"
 
 
 def conversion_cost_s(source: Placement, target: Placement, num_bytes: int, size: int) -> float:
@@ -45,13 +46,14 @@ def conversion_cost_s(source: Placement, target: Placement, num_bytes: int, size
         "none": 0.0,
         "slice": local / size,
         "keep": local,
-        "pad": local,
+        # A padded shard is a summand as large as the whole, which mostly has to be reduced again later.
+        "pad": LATENCY_S + 2 * wire + local,
         "all_reduce": LATENCY_S + 2 * wire,
-        # Scattered values are mostly gathered again later: that takes a second latency.
-        "reduce_scatter": 1.5 * LATENCY_S + wire,
-        "all_gather": LATENCY_S + wire,
+        "reduce_scatter": LATENCY_S + wire,
+        # What follows a gather runs replicated or has to be cut again.
+        "all_gather": 1.5 * LATENCY_S + wire,
         "all_to_all": LATENCY_S + wire / size,
-        "gather_slice": LATENCY_S + wire + local,
+        "gather_slice": 2 * LATENCY_S + wire + local,
     }[kind]
 
 

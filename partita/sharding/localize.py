@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +50,14 @@ def live_steps(steps: Sequence[Step], outputs: Sequence[tuple[Value, Placement] 
 
 
 def local_shape(spec: TensorSpec, placement: Placement, coordinate: int) -> tuple[int, ...]:
+    """Shape of the piece that worker ``coordinate`` has."""
+    return _local(spec.shape, placement, coordinate)
+
+
+def _local(shape: tuple[int, ...], placement: Placement, coordinate: int) -> tuple[int, ...]:
     if not isinstance(placement, Shard):
-        return spec.shape
-    return (*spec.shape[: placement.dim], placement.sizes[coordinate], *spec.shape[placement.dim + 1 :])
+        return shape
+    return (*shape[: placement.dim], placement.sizes[coordinate], *shape[placement.dim + 1 :])
 
 
 class FakeRunner:
@@ -169,7 +174,7 @@ class Localizer:
                     f"shape {shapes[index]}, but has {actual}"
                 )
             if index in step.rule.averaged:
-                weight = step.blocks[self.coordinate] / step.rule.extent
+                weight = step.blocks.counts[self.coordinate] / step.rule.extent
                 item = self._emit(
                     aten.mul.Scalar, (Slot(0), weight), {}, (item,), f"{value.name}_weighted", _meta_of(step)
                 )
@@ -180,7 +185,7 @@ class Localizer:
         info = step.op.info
         if info is None:
             return
-        share = step.blocks[self.coordinate] / step.rule.extent if step.rule.extent else 1.0
+        share = step.blocks.counts[self.coordinate] / step.rule.extent if step.rule.extent else 1.0
         num_bytes = 0 if getattr(node.target, "is_view", False) else _bytes_of(node)
         node.meta["op"] = OpInfo(
             flops=round(info.flops * share),
@@ -202,50 +207,71 @@ class Localizer:
     # -- conversions ------------------------------------------------------------------------------------------------
 
     def _convert(self, step: Conversion) -> None:
-        value, source = step.value, self.nodes[(step.value, step.source)]
+        value, node = step.value, self.nodes[(step.value, step.source)]
         meta: dict[str, Any] = {"origin": value.producer.origin if value.producer else value.name}
+        runs = max(p.outer for p in (step.source, step.target, Shard(0, ())) if isinstance(p, Shard))
+        source, target, shape = step.source, step.target, value.spec.shape
+        dim = next((p.dim for p in (source, target) if isinstance(p, Shard)), 0)
+        if runs > 1:
+            # Taken as (runs, run length), a cut of runs is an ordinary one of the next dim.
+            shape = (*shape[:dim], runs, shape[dim] // runs, *shape[dim + 1 :])
+            source, target = (p.run if isinstance(p, Shard) else p for p in (source, target))
+            node = self._reshape(node, _local(shape, source, self.coordinate), meta, value)
         if step.kind in LOCAL_KINDS:
-            node = self._local_conversion(step, source, meta)
+            node = self._local_conversion(step, source, target, shape, node, meta)
         else:
             function = getattr(communication, step.kind)
-            node = self.graph.create_node(
-                "call_function", function, (source,), self._exchange_arguments(step), f"{value.name}_{step.kind}"
-            )
-            shape = local_shape(value.spec, step.target, self.coordinate)
-            node.meta = {**meta, "val": self.runner.empty(shape, value.meta)}
+            arguments = self._exchange_arguments(step.kind, source, target)
+            node = self.graph.create_node("call_function", function, (node,), arguments, f"{value.name}_{step.kind}")
+            node.meta = {**meta, "val": self.runner.empty(_local(shape, target, self.coordinate), value.meta)}
+        if runs > 1:
+            node = self._reshape(node, local_shape(value.spec, step.target, self.coordinate), meta, value)
         self.nodes[(value, step.target)] = node
 
-    def _exchange_arguments(self, step: Conversion) -> dict[str, Any]:
+    def _reshape(self, node: fx.Node, shape: tuple[int, ...], meta: dict[str, Any], value: Value) -> fx.Node:
+        name = f"{value.name}_runs"
+        new = self._emit(aten.view.default, (Slot(0), list(shape)), {}, (node,), name, meta)
+        self._local_info(new, value)
+        return new
+
+    def _exchange_arguments(self, kind: str, source: Placement, target: Placement) -> dict[str, Any]:
         arguments: dict[str, Any] = {"axis": self.layout.axis}
-        if step.kind == "reduce_scatter":
-            assert isinstance(step.target, Shard)
-            arguments |= {"dim": step.target.dim, "sizes": step.target.sizes}
-        elif isinstance(step.source, Shard):
-            arguments |= {"dim": step.source.dim, "sizes": step.source.sizes}
-            if isinstance(step.target, Shard):
-                arguments |= {"new_dim": step.target.dim, "new_sizes": step.target.sizes}
+        if kind == "reduce_scatter":
+            assert isinstance(target, Shard)
+            arguments |= {"dim": target.dim, "sizes": target.sizes}
+        elif isinstance(source, Shard):
+            arguments |= {"dim": source.dim, "sizes": source.sizes}
+            if isinstance(target, Shard):
+                arguments |= {"new_dim": target.dim, "new_sizes": target.sizes}
         return arguments
 
-    def _local_conversion(self, step: Conversion, source: fx.Node, meta: dict[str, Any]) -> fx.Node:
+    def _local_conversion(
+        self,
+        step: Conversion,
+        source: Placement,
+        target: Placement,
+        shape: tuple[int, ...],
+        node: fx.Node,
+        meta: dict[str, Any],
+    ) -> fx.Node:
+        """Slice, keep or pad ``node``, whose whole value has ``shape``."""
         value, name = step.value, f"{step.value.name}_{step.kind}"
-        args: Mapping[str, Any]
         if step.kind == "slice":
-            assert isinstance(step.target, Shard)
-            start = step.target.offset(self.coordinate)
-            end = start + step.target.sizes[self.coordinate]
-            node = self._emit(aten.slice.Tensor, (Slot(0), step.target.dim, start, end), {}, (source,), name, meta)
+            assert isinstance(target, Shard)
+            start = target.offset(self.coordinate)
+            end = start + target.sizes[self.coordinate]
+            node = self._emit(aten.slice.Tensor, (Slot(0), target.dim, start, end), {}, (node,), name, meta)
         elif step.kind == "pad":
-            assert isinstance(step.source, Shard)
-            before = step.source.offset(self.coordinate)
-            after = sum(step.source.sizes) - before - step.source.sizes[self.coordinate]
-            behind = len(value.spec.shape) - 1 - step.source.dim
-            pads = [0, 0] * behind + [before, after]
-            node = self._emit(aten.constant_pad_nd.default, (Slot(0), pads, 0), {}, (source,), name, meta)
+            assert isinstance(source, Shard)
+            before = source.offset(self.coordinate)
+            after = sum(source.sizes) - before - source.sizes[self.coordinate]
+            pads = [0, 0] * (len(shape) - 1 - source.dim) + [before, after]
+            node = self._emit(aten.constant_pad_nd.default, (Slot(0), pads, 0), {}, (node,), name, meta)
         elif self.coordinate == 0:
-            return source
+            return node
         else:
-            args = {"dtype": value.spec.dtype, "device": value.spec.device, "pin_memory": False}
-            node = self._emit(aten.full.default, (list(value.spec.shape), 0), args, (), name, meta)
+            kwargs = {"dtype": value.spec.dtype, "device": value.spec.device, "pin_memory": False}
+            node = self._emit(aten.full.default, (list(shape), 0), kwargs, (), name, meta)
         self._local_info(node, value)
         return node
 

@@ -5,6 +5,9 @@ special. With ``n`` workers on the axis:
 
 * `Replicate()`: every worker has the whole tensor.
 * `Shard(dim, sizes)`: worker ``i`` has ``sizes[i]`` consecutive entries of dim ``dim``; ``sum(sizes)`` is the whole extent.
+  With ``outer`` runs, dim ``dim`` is taken as ``outer`` runs of equal length, and worker ``i`` has ``sizes[i] / outer``
+  consecutive entries of every run. (``[T, B]`` cut along ``B`` and viewed as ``[T*B]`` lies like that, with ``outer = T``.)
+  Only inside a sharded graph; inputs, outputs and exchanges have ``outer == 1``.
 * `Partial()`: every worker has a tensor of the whole shape; the value is their sum.
 """
 
@@ -23,13 +26,21 @@ class Replicate:
 class Shard:
     dim: int
     sizes: tuple[int, ...]
+    outer: int = 1
 
     def offset(self, coordinate: int) -> int:
         """Index of the first entry that worker ``coordinate`` has."""
-        return sum(self.sizes[:coordinate])
+        return sum(self.sizes[:coordinate]) // self.outer
+
+    @property
+    def run(self) -> Shard:
+        """The same cut on the tensor in which dim ``dim`` is split into ``(outer, run length)``: an ordinary one."""
+        if self.outer == 1:
+            return self
+        return Shard(self.dim + 1, tuple(extent // self.outer for extent in self.sizes))
 
     def __str__(self) -> str:
-        return f"S({self.dim})"
+        return f"S({self.dim})" if self.outer == 1 else f"S({self.dim} in {self.outer} runs)"
 
 
 @dataclass(frozen=True)

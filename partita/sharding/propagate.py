@@ -32,7 +32,7 @@ from partita.sharding.conversions import (
 )
 from partita.sharding.decompositions import decompose
 from partita.sharding.placement import Placement, Replicate, Shard
-from partita.sharding.rules import PARTIAL, REPLICATE, Cut, Rule, replicate_rule
+from partita.sharding.rules import PARTIAL, REPLICATE, Blocks, Cut, Rule, replicate_rule
 from partita.sharding.rules_contractions import local_batch_norm_rules
 
 MAX_PULL_DEPTH = 50
@@ -40,12 +40,12 @@ MAX_PULL_DEPTH = 50
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Run ``op`` by ``rule``; worker ``i`` has ``blocks[i]`` of the rule's blocks."""
+    """Run ``op`` by ``rule``, whose blocks lie over the workers as ``blocks`` says."""
 
     op: Op
     inputs: tuple[Value, ...]
     rule: Rule
-    blocks: tuple[int, ...]
+    blocks: Blocks
     input_placements: tuple[Placement | None, ...]
     output_placements: tuple[Placement | None, ...]
 
@@ -69,7 +69,7 @@ Step = Call | Conversion
 @dataclass(frozen=True)
 class Choice:
     rule: Rule
-    blocks: tuple[int, ...]
+    blocks: Blocks
     cost_s: float
     spreads: bool  # needs an exchange, or blows a shard up to a summand
 
@@ -169,7 +169,7 @@ class Propagation:
                 self._set(self.facts, output, Facts(varied, hoistable))
         if op.call.is_random:
             # Draws happen in the order of the program, whole, on every worker alike.
-            return self._apply(op, inputs, Choice(replicate_rule(op.call), (), 0.0, False))
+            return self._apply(op, inputs, Choice(replicate_rule(op.call), Blocks(), 0.0, False))
         if not varied:
             return 0.0
         choice = self._choose(op, inputs)
@@ -189,19 +189,19 @@ class Propagation:
         assert best is not None
         return best
 
-    def _block_candidates(self, rule: Rule, inputs: tuple[Value, ...]) -> list[tuple[int, ...]]:
+    def _block_candidates(self, rule: Rule, inputs: tuple[Value, ...]) -> list[Blocks]:
         """Where to cut: as an input already is, else in proportion to the shares of the batch, else evenly."""
         if rule.extent == 0:
-            return [()]
-        found: dict[tuple[int, ...], None] = {}
+            return [Blocks()]
+        found: dict[Blocks, None] = {}
         for spec, value in zip(rule.inputs, inputs, strict=True):
             if isinstance(spec, Cut):
                 for placement in self.available.get(value, ()):
-                    if isinstance(placement, Shard) and placement.dim == spec.dim:
-                        if all(extent % spec.factor == 0 for extent in placement.sizes):
-                            found[tuple(extent // spec.factor for extent in placement.sizes)] = None
+                    blocks = _blocks_of(placement, spec, rule)
+                    if blocks is not None:
+                        found[blocks] = None
         if not found and rule.extent >= self.size:
-            found[self.split(rule.extent)] = None
+            found[Blocks(self.split(rule.extent))] = None
         return list(found)
 
     def split(self, extent: int) -> tuple[int, ...]:
@@ -212,7 +212,7 @@ class Propagation:
         base, rest = divmod(extent, self.size)
         return tuple(base + (worker < rest) for worker in range(self.size))
 
-    def _cost(self, op: Op, inputs: tuple[Value, ...], rule: Rule, blocks: tuple[int, ...]) -> tuple[float, bool]:
+    def _cost(self, op: Op, inputs: tuple[Value, ...], rule: Rule, blocks: Blocks) -> tuple[float, bool]:
         cost, spreads, continues = 0.0, False, False
         for value, target in set(zip(inputs, rule.input_placements(blocks), strict=True)):
             if target is None:
@@ -237,8 +237,10 @@ class Propagation:
     def _conversion_cost(self, value: Value, target: Placement) -> tuple[float, bool]:
         """Cost of having ``value`` in ``target``, and whether it takes an exchange (or a pad)."""
         known = self.available.get(value, ())
-        if target in known or not self.facts[value].varied:
+        if target in known:
             return 0.0, False
+        if not self.facts[value].varied:
+            return value.spec.num_bytes / MEMORY_BYTES_PER_S if target == PARTIAL else 0.0, False
         source = self._cheapest_source(value, target)
         if self._hoists(value, source, target):
             return value.spec.num_bytes / MEMORY_BYTES_PER_S, False
@@ -314,11 +316,11 @@ class Propagation:
         assert op is not None
         for rule in self.rules(op.call):
             spec = rule.outputs[value.index]
-            if not isinstance(spec, Cut) or spec.dim != target.dim or PARTIAL in rule.inputs:
+            if not isinstance(spec, Cut) or PARTIAL in rule.inputs:
                 continue
-            if any(extent % spec.factor for extent in target.sizes):
+            blocks = _blocks_of(target, spec, rule)
+            if blocks is None:
                 continue
-            blocks = tuple(extent // spec.factor for extent in target.sizes)
             inputs = tuple(self.resolve(v) for v in op.inputs)
             for source, placement in zip(inputs, rule.input_placements(blocks), strict=True):
                 if placement is not None:
@@ -343,7 +345,7 @@ class Propagation:
                 pairs = zip(op.inputs, rule.inputs, strict=True)
                 stack += [self.resolve(v) for v, spec in pairs if isinstance(spec, Replicate)]
         for op in sorted(wanted, key=self.order.__getitem__):
-            self._apply(op, tuple(self.resolve(v) for v in op.inputs), Choice(self._whole_rule(op), (), 0.0, False))
+            self._apply(op, tuple(self.resolve(v) for v in op.inputs), Choice(self._whole_rule(op), Blocks(), 0.0, False))
 
     def _whole_rule(self, op: Op) -> Rule:
         for rule in self.rules(op.call):
@@ -389,6 +391,19 @@ class Propagation:
             info=info,
             stack_trace=op.stack_trace,
         )
+
+
+def _blocks_of(placement: Placement, cut: Cut, rule: Rule) -> Blocks | None:
+    """The blocks of ``rule`` with which ``cut`` gives ``placement``; None if there are none."""
+    if not isinstance(placement, Shard) or placement.dim != cut.dim or placement.outer % cut.outer:
+        return None
+    outer = placement.outer // cut.outer
+    per_block = cut.factor * cut.outer
+    if outer > 1 and any(isinstance(spec, Cut) and spec.outer > 1 for spec in (*rule.inputs, *rule.outputs)):
+        return None  # runs of runs
+    if any(extent % (per_block * outer) for extent in placement.sizes):
+        return None
+    return Blocks(tuple(extent // per_block for extent in placement.sizes), outer)
 
 
 _MISSING = object()

@@ -26,10 +26,23 @@ Rewrite = Callable[[OpCall, tuple[Shape | None, ...]], tuple[Any, tuple[Any, ...
 
 @dataclass(frozen=True)
 class Cut:
-    """Dim ``dim`` is cut; each of the rule's blocks has ``factor`` of its entries."""
+    """Dim ``dim`` is cut; each of the rule's blocks has ``factor`` of its entries in each of ``outer`` runs."""
 
     dim: int
     factor: int = 1
+    outer: int = 1
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a rule's blocks lie over the workers: ``counts[i]`` of them on worker ``i``, taken from ``outer`` runs.
+
+    Runs need no rules of their own: a rule that holds for every way of cutting treats each block alike, wherever it lies, so
+    that blocks may also be dealt out in another order, as long as all cut tensors of the call follow the same order.
+    """
+
+    counts: tuple[int, ...] = ()
+    outer: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,10 +71,10 @@ class Rule:
     rewrite: Rewrite | None = None
     averaged: tuple[int, ...] = ()
 
-    def input_placements(self, blocks: tuple[int, ...]) -> tuple[Placement | None, ...]:
+    def input_placements(self, blocks: Blocks) -> tuple[Placement | None, ...]:
         return tuple(_placement(spec, blocks) for spec in self.inputs)
 
-    def output_placements(self, blocks: tuple[int, ...]) -> tuple[Placement | None, ...]:
+    def output_placements(self, blocks: Blocks) -> tuple[Placement | None, ...]:
         return tuple(_placement(spec, blocks) for spec in self.outputs)
 
     def text(self) -> str:
@@ -69,9 +82,10 @@ class Rule:
         return f"{' '.join(map(_spec_text, self.inputs))} -> {' '.join(map(_spec_text, self.outputs))}".strip()
 
 
-def _placement(spec: InputSpec | OutputSpec, blocks: tuple[int, ...]) -> Placement | None:
+def _placement(spec: InputSpec | OutputSpec, blocks: Blocks) -> Placement | None:
     if isinstance(spec, Cut):
-        return Shard(spec.dim, tuple(count * spec.factor for count in blocks))
+        sizes = tuple(count * spec.factor * spec.outer for count in blocks.counts)
+        return Shard(spec.dim, sizes, spec.outer * blocks.outer)
     if isinstance(spec, (Replicate, Partial)):
         return spec
     return None
@@ -79,7 +93,8 @@ def _placement(spec: InputSpec | OutputSpec, blocks: tuple[int, ...]) -> Placeme
 
 def _spec_text(spec: InputSpec | OutputSpec) -> str:
     if isinstance(spec, Cut):
-        return f"S{spec.dim}" if spec.factor == 1 else f"S{spec.dim}*{spec.factor}"
+        runs = "" if spec.outer == 1 else f"/{spec.outer}"
+        return f"S{spec.dim}{runs}" if spec.factor == 1 else f"S{spec.dim}{runs}*{spec.factor}"
     return {Replicate: "R", Partial: "P"}.get(type(spec), "_")
 
 

@@ -489,7 +489,12 @@ def local_batch_norm_rules(call: OpCall) -> list[Rule]:
     if call.base_name in _BACKWARD:
         cuts = tuple(Cut(0) if spec.shape == source else REPLICATE for spec in call.inputs)
         outputs = tuple(None if s is None else Cut(0) if s.shape == source else PARTIAL for s in call.outputs)
-        return [Rule(cuts, outputs, source[0])]
+        if not is_training_batch_norm(call):
+            return [Rule(cuts, outputs, source[0])]
+        positions = _RUNNING[call.base_name]
+        unread = {call.args[place].index for place in positions if isinstance(call.args[place], Slot)}
+        specs = tuple(Ignored() if index in unread else cut for index, cut in enumerate(cuts))
+        return [Rule(specs, outputs, source[0], _without_running_statistics)]
     if call.base_name in (*_BATCH_NORM, "_native_batch_norm_legit") and is_training_batch_norm(call):
         outputs = tuple(_sample_output(spec, source) for spec in call.outputs)
         averaged = {"_native_batch_norm_legit_functional": (3, 4), "_batch_norm_with_update_functional": (4, 5)}
@@ -500,6 +505,14 @@ def local_batch_norm_rules(call: OpCall) -> list[Rule]:
 
 
 _BACKWARD = ("native_batch_norm_backward", "batch_norm_backward")
+# Where the running mean and variance stand; in training the backward does not read them.
+_RUNNING = {"native_batch_norm_backward": (3, 4), "batch_norm_backward": (3, 4)}
+
+
+def _without_running_statistics(
+    call: OpCall, shapes: tuple[Shape | None, ...]
+) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
+    return call.target, (*call.args[:3], None, None, *call.args[5:]), call.kwargs
 
 
 @register(*_BACKWARD)

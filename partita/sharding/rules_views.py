@@ -62,9 +62,51 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[tuple[int, ...], list[int]]:
     return tuple(shape[dim] for dim in dims), dims
 
 
+Extents = list[tuple[int, int]]  # (dim, extent)
+
+
+def group_cuts(left: Extents, right: Extents) -> list[tuple[Cut, Cut, int]]:
+    """All ways of cutting dims that are merged or split into one another: ``(cut left, cut right, number of blocks)``.
+
+    Cutting a dim cuts each of the ``outer`` runs of entries that the dims before it in the group make. On the other side
+    these runs must be whole parts of one dim; a block is what is whole on both sides.
+
+    Example:
+        >>> group_cuts([(0, 6), (1, 7)], [(0, 42)])
+        [(Cut(dim=0, factor=1, outer=1), Cut(dim=0, factor=7, outer=1), 6), (Cut(dim=1, factor=1, outer=1), Cut(dim=0, factor=1, outer=6), 7)]
+    """
+    product = math.prod(extent for _, extent in left)
+    found: dict[tuple[Cut, Cut, int], None] = {}
+    for dim_left, extent_left, before_left in _with_prefix(left):
+        for dim_right, extent_right, before_right in _with_prefix(right):
+            runs = max(before_left, before_right)
+            outer_left, outer_right = runs // before_left, runs // before_right
+            if runs % before_left or runs % before_right or extent_left % outer_left or extent_right % outer_right:
+                continue
+            after_left = product // (before_left * extent_left)
+            after_right = product // (before_right * extent_right)
+            unit = math.lcm(after_left, after_right)
+            blocks, rest = divmod(product // runs, unit)
+            if rest or blocks < 2:
+                continue
+            cut_left = Cut(dim_left, unit // after_left, outer_left)
+            cut_right = Cut(dim_right, unit // after_right, outer_right)
+            found[(cut_left, cut_right, blocks)] = None
+    return list(found)
+
+
+def _with_prefix(dims: Extents) -> list[tuple[int, int, int]]:
+    """``(dim, extent, product of the extents before it)``."""
+    before, items = 1, []
+    for dim, extent in dims:
+        items.append((dim, extent, before))
+        before *= extent
+    return items
+
+
 @register("view", "_unsafe_view", "reshape", "view_copy", "_reshape_alias", "_reshape_copy")
 def view_rules(call: OpCall) -> list[Rule]:
-    """The first dim of each group of dims that are merged or split may be cut, in blocks that are whole on both sides."""
+    """Dims that are merged or split may be cut, in blocks that are whole on both sides."""
     left, right = call.inputs[0].shape, _output(call)
     source = call.outputs[0]
     if source is None or source.dtype is not call.inputs[0].dtype or 0 in left:
@@ -73,15 +115,9 @@ def view_rules(call: OpCall) -> list[Rule]:
     left_extents, left_dims = _without_ones(left)
     right_extents, right_dims = _without_ones(right)
     for group_left, group_right in matching_groups(left_extents, right_extents):
-        product = math.prod(left_extents[dim] for dim in group_left)
-        first, second = group_left[0], group_right[0]
-        unit = math.lcm(product // left_extents[first], product // right_extents[second])
-        blocks = product // unit
-        if blocks < 2:
-            continue
-        cut_left = Cut(left_dims[first], unit // (product // left_extents[first]))
-        cut_right = Cut(right_dims[second], unit // (product // right_extents[second]))
-        rules.append(Rule((cut_left,), (cut_right,), blocks, _with_shape))
+        dims_left = [(left_dims[dim], left_extents[dim]) for dim in group_left]
+        dims_right = [(right_dims[dim], right_extents[dim]) for dim in group_right]
+        rules += [Rule((cut,), (other,), blocks, _with_shape) for cut, other, blocks in group_cuts(dims_left, dims_right)]
     return rules
 
 
@@ -162,7 +198,10 @@ def select_rules(call: OpCall) -> list[Rule]:
     return _dim_rules(call, ((dim, dim - (dim > taken)) for dim in range(rank) if dim != taken))
 
 
-@register("slice", "slice_copy", "split", "split_with_sizes", "narrow", "chunk", "split_copy", "split_with_sizes_copy")
+@register(
+    "slice", "slice_copy", "split", "split_with_sizes", "narrow", "chunk", "unsafe_split", "unsafe_split_with_sizes",
+    "unsafe_chunk", "split_copy", "split_with_sizes_copy",
+)  # fmt: skip
 def slice_rules(call: OpCall) -> list[Rule]:
     """All dims but the one that is sliced; that one too if nothing of it is left out."""
     rank = len(call.inputs[0].shape)

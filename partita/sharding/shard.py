@@ -247,7 +247,7 @@ def _settle_free_inputs(
             and any(v is value and p == REPLICATE for v, p in zip(s.inputs, s.input_placements, strict=True))
             for s in steps
         )
-        if len(targets) == 1 and not read_whole and isinstance(target := targets.pop(), Shard):
+        if len(targets) == 1 and not read_whole and isinstance(target := targets.pop(), Shard) and target.outer == 1:
             placements[name] = target
             steps = [s for s in steps if s not in slices]
     return steps
