@@ -90,8 +90,19 @@ class OpCall:
 
     @property
     def is_random(self) -> bool:
+        """Whether the op draws random numbers (attention only does with dropout)."""
         tags = getattr(self.target, "tags", ())
-        return torch.Tag.nondeterministic_seeded in tags
+        return torch.Tag.nondeterministic_seeded in tags and self.schema_argument("dropout_p", 1.0) != 0.0
+
+    def schema_argument(self, name: str, default: Any = None) -> Any:
+        """The argument that the op's schema calls ``name``; ``default`` if the schema has none of that name."""
+        schema = getattr(self.target, "_schema", None)
+        for place, argument in enumerate(schema.arguments if schema is not None else ()):
+            if argument.name == name:
+                if place < len(self.args):
+                    return self.args[place]
+                return self.kwargs.get(name, argument.default_value)
+        return default
 
     def argument(self, position: int, name: str, default: Any = None) -> Any:
         """The argument at ``position`` or of that name."""

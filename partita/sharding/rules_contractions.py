@@ -229,8 +229,7 @@ def attention_rules(call: OpCall) -> list[Rule]:
     An attention with dropout draws its own random numbers: whole inputs only. Outputs that are not cut by rows (seeds
     and offsets of the draw) are whole.
     """
-    position = {"_scaled_dot_product_flash_attention_for_cpu": 3}.get(call.base_name)
-    if _dropout_of(call, position) != 0.0:
+    if call.schema_argument("dropout_p", 0.0) != 0.0:
         return []
     leading = call.inputs[0].shape[:2]
     # With grouped-query attention keys have fewer heads than queries.
@@ -253,16 +252,6 @@ def attention_rules(call: OpCall) -> list[Rule]:
 def _leading_cut(shape: tuple[int, ...], dim: int, extent: int) -> Any:
     """Cut if the tensor has rows for every sample (head); row sums have three dims, everything else four."""
     return Cut(dim) if len(shape) >= 3 and shape[dim] == extent else REPLICATE
-
-
-def _dropout_of(call: OpCall, position: int | None) -> float:
-    if "dropout_p" in call.kwargs:
-        return float(call.kwargs["dropout_p"])
-    schema = getattr(call.target, "_schema", None)
-    for place, argument in enumerate(schema.arguments if schema is not None else ()):
-        if argument.name == "dropout_p":
-            return float(call.args[place]) if place < len(call.args) else float(argument.default_value or 0.0)
-    return 0.0 if position is None else float(call.argument(position, "dropout_p", 0.0))
 
 
 _POOLING = (
@@ -468,10 +457,10 @@ def is_training_batch_norm(call: OpCall) -> bool:
     """Whether the op computes statistics over its own samples."""
     if call.base_name == "_native_batch_norm_legit_no_training":
         return False
-    schema = getattr(call.target, "_schema", None)
-    for place, argument in enumerate(schema.arguments if schema is not None else ()):
-        if argument.name in ("training", "train"):
-            return bool(call.args[place] if place < len(call.args) else call.kwargs.get(argument.name))
+    for name in ("training", "train"):
+        given = call.schema_argument(name)
+        if given is not None:
+            return bool(given)
     return "with_update" in call.base_name
 
 
