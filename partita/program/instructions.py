@@ -111,12 +111,13 @@ class Recv:
 
 @dataclass(frozen=True)
 class AllReduce:
-    """Replace every register by its sum over the group. Without registers it is a barrier."""
+    """Sum every register over the group, into `outputs` (empty: in place). Without registers it is a barrier."""
 
     registers: tuple[str, ...]
     specs: tuple[TensorSpec, ...]
     group: tuple[int, ...]
     key: str
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,239 @@
+"""`check`: executes all programs of a set together, abstractly, before anything runs for real.
+
+A worker's state is its next instruction and the shapes of its registers. Sends never wait; a receive waits for its message;
+a collective waits until all members of its group have come to an instruction of the same key. If no worker can go
+on and one is not at its end, the programs would deadlock.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from partita.errors import ProgramError
+from partita.program.instructions import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Free,
+    Instruction,
+    Program,
+    ProgramSet,
+    Recv,
+    ReduceScatter,
+    Run,
+    Segment,
+    Send,
+    Slice,
+    TensorSpec,
+    Update,
+)
+from partita.program.uses import is_persistent, own_slices, reads, written_specs
+
+_COLLECTIVES = (AllReduce, ReduceScatter, AllGather, AllToAll)
+Mailbox = dict[tuple[int, int, str], TensorSpec]  # (sender, receiver, key) -> what was sent
+
+
+class _State:
+    """One worker in the abstract execution."""
+
+    def __init__(self, program: Program, segments: Mapping[str, Segment]) -> None:
+        self.program = program
+        self.segments = segments
+        self.position = 0
+        self.registers: dict[str, TensorSpec | None] = {feed.register: None for feed in program.feeds}
+
+    @property
+    def current(self) -> Instruction | None:
+        done = self.position >= len(self.program.instructions)
+        return None if done else self.program.instructions[self.position]
+
+    @property
+    def where(self) -> str:
+        name = type(self.current).__name__ if self.current is not None else "end"
+        return f"worker {self.program.worker}, instruction {self.position} ({name})"
+
+    def require(self, register: str, spec: TensorSpec | None) -> None:
+        """The register must hold a value (of that shape and dtype)."""
+        if is_persistent(register):
+            return
+        if register not in self.registers:
+            raise ProgramError(f"every register must be written before it is read, but {self.where} reads {register!r}")
+        held = self.registers[register]
+        if spec is not None and held is not None and held != spec:
+            raise ProgramError(f"{self.where} expects {register!r} with {spec}, but it holds {held}")
+
+    def advance(self) -> None:
+        """Reads, writes and frees of the current instruction, then on to the next."""
+        instruction = self.current
+        assert instruction is not None
+        for register, spec in _read_specs(instruction, self.segments):
+            self.require(register, spec)
+        if isinstance(instruction, Run):
+            segment = self.segments[instruction.segment]
+            for register, out in zip(instruction.outputs, segment.output_specs, strict=True):
+                self.registers[register] = out
+        elif isinstance(instruction, Free):
+            for register in instruction.registers:
+                self.require(register, None)
+                self.registers.pop(register, None)
+        else:
+            for register, spec in written_specs(instruction, self.program.worker):
+                if not is_persistent(register):
+                    self.registers[register] = spec
+        self.position += 1
+
+
+def _read_specs(instruction: Instruction, segments: Mapping[str, Segment]) -> list[tuple[str, TensorSpec | None]]:
+    if isinstance(instruction, Run):
+        if instruction.segment not in segments:
+            raise ProgramError(f"every Run must name a segment of the set, but got {instruction.segment!r}")
+        segment = segments[instruction.segment]
+        lengths = (len(instruction.inputs), len(instruction.outputs), len(instruction.accumulate))
+        expected = (len(segment.input_specs), len(segment.output_specs), len(segment.output_specs))
+        if lengths != expected:
+            raise ProgramError(
+                f"a Run must have as many inputs, outputs and accumulate flags as its segment {expected}, got {lengths}"
+            )
+        return list(zip(instruction.inputs, segment.input_specs, strict=True))
+    if isinstance(instruction, (AllReduce, ReduceScatter)):
+        if len(instruction.registers) != len(instruction.specs):
+            raise ProgramError(f"a collective must have a spec per register, but {instruction.key!r} has not")
+        return list(zip(instruction.registers, instruction.specs, strict=True))
+    if isinstance(instruction, (Send, AllGather, AllToAll)):
+        return [(instruction.register, instruction.spec)]
+    return [(register, None) for register in reads(instruction)]
+
+
+def check(programs: ProgramSet) -> None:
+    """Raises ProgramError unless all programs together run to their end, with every value where it is read.
+
+    Checked: no deadlock; no read of a register without a value; shapes and dtypes where both sides state them; no
+    register left over at the end; no message without a receiver; every element of an updated parameter updated
+    exactly once in each process.
+    """
+    states = {program.worker: _State(program, programs.segments) for program in programs.programs}
+    mailbox: Mailbox = {}
+    while any(state.current is not None for state in states.values()):
+        if not any([_step(state, states, mailbox) for state in states.values()]):
+            raise ProgramError(_deadlock(states))
+    if mailbox:
+        sender, receiver, key = next(iter(mailbox))
+        raise ProgramError(
+            f"every message must be received, but {key!r} from worker {sender} to worker {receiver} is not"
+        )
+    for state in states.values():
+        _check_end(state)
+    _check_updates(programs)
+
+
+def _step(state: _State, states: Mapping[int, _State], mailbox: Mailbox) -> bool:
+    """Lets one worker go as far as it can; whether it moved."""
+    moved = False
+    while (instruction := state.current) is not None:
+        worker = state.program.worker
+        if isinstance(instruction, Send):
+            address = (worker, instruction.peer, instruction.key)
+            if instruction.peer not in states or address in mailbox:
+                raise ProgramError(
+                    f"{state.where}: a message must have an existing receiver and its own key: {address}"
+                )
+            mailbox[address] = instruction.spec
+        elif isinstance(instruction, Recv):
+            sent = mailbox.get((instruction.peer, worker, instruction.key))
+            if sent is None:
+                return moved
+            if sent != instruction.spec:
+                raise ProgramError(
+                    f"{state.where} expects {instruction.spec}, but worker {instruction.peer} sent {sent}"
+                )
+            del mailbox[instruction.peer, worker, instruction.key]
+        elif isinstance(instruction, _COLLECTIVES) and len(instruction.group) > 1:
+            if not _meet(instruction, state, states):
+                return moved
+            for member in instruction.group:
+                states[member].advance()
+            moved = True
+            continue
+        state.advance()
+        moved = True
+    return moved
+
+
+def _meet(
+    instruction: AllReduce | ReduceScatter | AllGather | AllToAll, state: _State, states: Mapping[int, _State]
+) -> bool:
+    """Whether all members of the group are at this collective."""
+    if state.program.worker not in instruction.group or not set(instruction.group) <= set(states):
+        raise ProgramError(
+            f"{state.where}: the group {instruction.group} must hold the worker and only existing workers"
+        )
+    for member in instruction.group:
+        other = states[member].current
+        if type(other) is not type(instruction) or getattr(other, "key", None) != instruction.key:
+            return False
+        assert isinstance(other, _COLLECTIVES)
+        if other.group != instruction.group:
+            raise ProgramError(
+                f"members of a collective must agree on the group, but {instruction.key!r} has {instruction.group} "
+                f"on worker {state.program.worker} and {other.group} on worker {member}"
+            )
+    return True
+
+
+def _deadlock(states: Mapping[int, _State]) -> str:
+    waits = []
+    for state in states.values():
+        instruction = state.current
+        if isinstance(instruction, Recv):
+            waits.append(f"{state.where} waits for message {instruction.key!r} from worker {instruction.peer}")
+        elif isinstance(instruction, _COLLECTIVES):
+            missing = [
+                member
+                for member in instruction.group
+                if getattr(states[member].current, "key", None) != instruction.key
+            ]
+            waits.append(f"{state.where} waits in {instruction.key!r} for worker(s) {missing}")
+    return "the programs would deadlock: " + "; ".join(waits)
+
+
+def _check_end(state: _State) -> None:
+    kept = {state.program.loss, *state.program.buffers.values()}
+    left = [register for register in state.registers if register not in kept]
+    if left:
+        raise ProgramError(
+            f"every register must be freed by the end of the step, but worker {state.program.worker} still holds {left}"
+        )
+    for register in kept - {""}:
+        if register not in state.registers:
+            raise ProgramError(f"worker {state.program.worker} must end with {register!r}, but it does not hold it")
+
+
+def _check_updates(programs: ProgramSet) -> None:
+    reduced: dict[int, dict[str, int]] = defaultdict(dict)
+    updated: dict[int, list[Slice]] = defaultdict(list)
+    for program in programs.programs:
+        received: tuple[Slice, ...] = ()
+        for instruction in program.instructions:
+            if isinstance(instruction, ReduceScatter) and instruction.slices:
+                for name, spec in zip(instruction.parameters, instruction.specs, strict=True):
+                    reduced[program.process][name] = spec.num_elements
+                received = instruction.slices[instruction.group.index(program.worker)]
+                assert len(received) == own_slices(instruction, program.worker)
+            elif isinstance(instruction, Update):
+                if instruction.slices != received:
+                    raise ProgramError(f"worker {program.worker} must update the slices that it reduced")
+                updated[program.process] += instruction.slices
+    for process, sizes in reduced.items():
+        for name, size in sizes.items():
+            parts = sorted((part.start, part.end) for part in updated[process] if part.parameter == name)
+            position = 0
+            for start, end in parts:
+                if start != position:
+                    break
+                position = end
+            if position != size or sum(end - start for start, end in parts) != size:
+                raise ProgramError(
+                    f"every element of parameter {name!r} must be updated exactly once in process {process}, but the "
+                    f"updates cover {parts} of {size} elements"
+                )

@@ -1,0 +1,322 @@
+"""`lower`: from a captured graph and a plan to one instruction list per worker.
+
+Pure and deterministic: every process of a job lowers the same plan to the same programs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from partita.errors import PlanError
+from partita.graph.graph import Graph, InputKind, Phase
+from partita.plan import Plan, Worker
+from partita.program.exchange import Result, StepEnd
+from partita.program.instructions import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Feed,
+    Free,
+    Instruction,
+    Program,
+    ProgramSet,
+    Recv,
+    ReduceScatter,
+    Run,
+    Send,
+)
+from partita.program.schedule import Task, tasks_of_stage
+from partita.program.segments import Level, SegmentStore, cut_task, spec_of
+from partita.program.split import Local, Piece, Split, split
+from partita.program.stages import StageCuts
+from partita.program.tasks import LocalTasks, build_tasks, with_plain_results
+from partita.program.uses import reads, writes
+from partita.sharding import communication
+from partita.units import split_evenly
+
+_PERSISTENT = {InputKind.PARAMETER: "p", InputKind.BUFFER: "b", InputKind.CONSTANT: "c"}
+
+
+def lower(graph: Graph, plan: Plan, *, whole_parameters: bool = False) -> ProgramSet:
+    """One program per worker of `plan`, for one training step on a batch of the graph's shape.
+
+    Args:
+        graph: the captured step.
+        plan: a plan of mode "graph" for this graph.
+        whole_parameters: every parameter is updated by one worker of each process, for optimizers that are not
+            element-wise; otherwise parameters are cut anywhere.
+
+    Raises:
+        PlanError: the plan does not fit the graph, or its microbatches would change the result.
+    """
+    if plan.mode != "graph":
+        raise PlanError(f'only plans of mode "graph" have programs, but got mode {plan.mode!r}')
+    return _Lowering(graph, plan, whole_parameters).build()
+
+
+class _Lowering:
+    def __init__(self, graph: Graph, plan: Plan, whole_parameters: bool) -> None:
+        self.graph = graph
+        self.plan = plan
+        self.whole_parameters = whole_parameters
+        self.num_stages = plan.axes.get("pipeline", 1)
+        self.num_data = plan.axes.get("data", 1)
+        shares = plan.shares or split_evenly(max(graph.batch_size, self.num_data), self.num_data)
+        self.cuts = StageCuts(graph, plan.stage_starts)
+        if self.cuts.num_stages != self.num_stages:
+            raise PlanError(
+                f"the pipeline axis must have one stage more than stage_starts has names, but got "
+                f"pipeline={self.num_stages} and {len(plan.stage_starts)} names"
+            )
+        if len(shares) != self.num_data or (graph.batch_size and sum(shares) != graph.batch_size and self.num_data > 1):
+            raise PlanError(
+                f"shares must give the rows of each of {self.num_data} data coordinates and add up to the "
+                f"{graph.batch_size} rows of the batch, but got {shares}"
+            )
+        self.split: Split = split(
+            graph,
+            num_microbatches=plan.num_microbatches,
+            shares=shares,
+            local_statistics=plan.local_statistics,
+        )
+        self.store = SegmentStore()
+        self.inputs = {item.node: item for item in graph.inputs}
+        self.tasks: dict[int, LocalTasks] = {}
+        self.schedules = [
+            tasks_of_stage(plan.schedule, stage, self.num_stages, plan.num_microbatches)
+            for stage in range(self.num_stages)
+        ]
+        self.instructions: dict[int, list[Instruction]] = {worker.index: [] for worker in plan.workers}
+        self.feeds: dict[int, dict[str, Feed]] = {worker.index: {} for worker in plan.workers}
+        self.readers: dict[str, list[int]] = defaultdict(list)
+
+    def build(self) -> ProgramSet:
+        for worker in self.plan.workers:
+            self._prologue(worker)
+            for task in self.schedules[worker.stage]:
+                self._task(worker, task)
+        end = StepEnd(self.graph, self.plan, self._results(), self.readers, whole_parameters=self.whole_parameters)
+        end.build()
+        programs = []
+        for worker in self.plan.workers:
+            instructions = [*self.instructions[worker.index], *end.programs[worker.index]]
+            loss, buffers = end.loss.get(worker.index, ""), end.buffers[worker.index]
+            programs.append(
+                Program(
+                    worker=worker.index,
+                    process=worker.process,
+                    stage=worker.stage,
+                    instructions=_with_frees(instructions, self.feeds[worker.index], {loss, *buffers.values()}),
+                    feeds=tuple(self.feeds[worker.index].values()),
+                    loss=loss,
+                    buffers=buffers,
+                )
+            )
+        return ProgramSet(tuple(programs), self.store.segments, self.split.draws)
+
+    def _local(self, worker: Worker, microbatch: int) -> tuple[Local, LocalTasks]:
+        local = self.split.locals[microbatch, worker.data]
+        key = id(local.module)
+        if key not in self.tasks:
+            merged = [len(schedule[0].phases) == 2 for schedule in self.schedules]
+            self.tasks[key] = build_tasks(self.graph, local.module, self.cuts, merged, self.store)
+        return local, self.tasks[key]
+
+    def _results(self) -> list[Result]:
+        _, tasks = self._local(self.plan.workers[0], 0)
+        found = []
+        placements = self.split.output_placements
+        for index, (output, node) in enumerate(zip(self.graph.outputs, tasks.results, strict=True)):
+            found.append(
+                Result(
+                    output.kind,
+                    output.target,
+                    _result_register(index),
+                    spec_of(node),
+                    tasks.result_stage[index],
+                    placements[index],
+                )
+            )
+        return found
+
+    # Registers -------------------------------------------------------------------------------------------------
+
+    def _register(self, worker: Worker, local: Local, tasks: LocalTasks, name: str) -> str:
+        """The register of a node of a local graph; placeholders get their feed on first use."""
+        if tasks.nodes[name].op != "placeholder":
+            return f"n:{name}@{local.microbatch}"
+        return self._placeholder(worker, local, name)
+
+    def _placeholder(self, worker: Worker, local: Local, name: str) -> str:
+        known = self.inputs.get(name)
+        if known is not None and known.kind in _PERSISTENT:
+            register = f"{_PERSISTENT[known.kind]}:{known.name}"
+            if worker.index not in self.readers[register]:
+                self.readers[register].append(worker.index)
+            return register
+        piece = local.pieces.get(name, Piece())
+        if known is not None and known.kind is InputKind.BATCH:
+            return self._feed(worker, f"x:{known.leaf}", piece, local.microbatch, leaf=known.leaf)
+        draw = self.split.draw_of.get(name)
+        if draw is not None:
+            return self._feed(worker, f"d:{draw}", piece, local.microbatch, draw=draw)
+        return f"n:{name}"  # hoisted: computed by the prologue
+
+    def _feed(self, worker: Worker, base: str, piece: Piece, microbatch: int, **source: Any) -> str:
+        register = f"{base}@{microbatch}"
+        feed = Feed(register, dim=piece.dim, start=piece.start, length=piece.length, **source)
+        feeds = self.feeds[worker.index]
+        if feeds.setdefault(register, feed) != feed:  # the prologue reads other rows of the same leaf
+            register = f"{base}@{microbatch}.{piece.start}"
+            feeds[register] = Feed(register, dim=piece.dim, start=piece.start, length=piece.length, **source)
+        return register
+
+    # Tasks -----------------------------------------------------------------------------------------------------
+
+    def _prologue(self, worker: Worker) -> None:
+        """Values of the whole batch that every microbatch reads, on the stages that need one of them."""
+        if not self.split.prologues or not self._reads_hoisted(worker):
+            return
+        local = self.split.prologues[worker.data]
+        module = with_plain_results(local.module)
+        nodes = {node.name: node for node in module.graph.nodes}
+        results: Sequence[fx.Node] = module.graph.output_node().args[0]  # type: ignore[assignment]
+        name_of = {node.name: f"n:{name}" for name, node in zip(self.split.hoisted, results, strict=True)}
+
+        def register(name: str) -> str:
+            return self._placeholder(worker, local, name) if nodes[name].op == "placeholder" else f"n:{name}@p"
+
+        ops = [node for node in module.graph.nodes if node.op == "call_function"]
+        for level in cut_task(ops, {}, results, self.store):
+            outputs = [register(name) for name in level.outputs] + [name_of[name] for name in level.results]
+            self._level(worker, level, register, outputs, Phase.FORWARD, "p")
+
+    def _reads_hoisted(self, worker: Worker) -> bool:
+        _, tasks = self._local(worker, 0)
+        levels = (levels for (stage, _), levels in tasks.levels.items() if stage == worker.stage)
+        read = {name for group in levels for level in group for name in level.inputs}
+        return any(name in read for name in self.split.hoisted)
+
+    def _task(self, worker: Worker, task: Task) -> None:
+        local, tasks = self._local(worker, task.microbatch)
+        key = (worker.stage, task.phases)
+        out = self.instructions[worker.index]
+
+        def register(name: str) -> str:
+            return self._register(worker, local, tasks, name)
+
+        for transfer in tasks.receives.get(key, ()):
+            name = transfer.node.name
+            peer = self._peer(transfer.source, worker.data)
+            out.append(Recv(register(name), peer, f"{register(name)}:{worker.stage}", spec_of(transfer.node)))
+        sends = tasks.sends.get(key, ())
+        for level in tasks.levels[key]:
+            indices = [self._index_of_result(tasks, name) for name in level.results]
+            outputs = [register(name) for name in level.outputs] + [_result_register(index) for index in indices]
+            self._level(worker, level, register, outputs, task.phases[0], str(task.microbatch))
+            made = {*level.outputs, *(node.name for node in level.exchanges)}
+            for transfer in sends:
+                if transfer.node.name in made:
+                    name = register(transfer.node.name)
+                    peer = self._peer(transfer.target, worker.data)
+                    out.append(Send(name, peer, f"{name}:{transfer.target}", spec_of(transfer.node)))
+
+    def _index_of_result(self, tasks: LocalTasks, name: str) -> int:
+        return next(index for index, node in enumerate(tasks.results) if node.name == name)
+
+    def _peer(self, stage: int, data: int) -> int:
+        return next(w.index for w in self.plan.workers if w.stage == stage and w.data == data)
+
+    def _level(
+        self,
+        worker: Worker,
+        level: Level,
+        register: Callable[[str], str],
+        outputs: Sequence[str],
+        phase: Phase,
+        suffix: str,
+    ) -> None:
+        out = self.instructions[worker.index]
+        if level.segment:
+            several = self.plan.num_microbatches > 1
+            out.append(
+                Run(
+                    segment=level.segment,
+                    inputs=tuple(register(name) for name in level.inputs),
+                    outputs=tuple(outputs),
+                    phase=phase,
+                    microbatch=0 if suffix == "p" else int(suffix),
+                    stage=worker.stage,
+                    accumulate=tuple(several and name.startswith(_RESULT) for name in outputs),
+                )
+            )
+        group = tuple(other.index for other in self.plan.workers if other.stage == worker.stage)
+        for node in level.exchanges:
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            key = f"{node.name}@{suffix}:{worker.stage}"
+            out.append(_exchange(node, source, register(source.name), register(node.name), group, key))
+
+
+_RESULT = "n:result"
+
+
+def _result_register(index: int) -> str:
+    return f"{_RESULT}{index}"
+
+
+def _exchange(
+    node: fx.Node, source: fx.Node, register: str, output: str, group: tuple[int, ...], key: str
+) -> Instruction:
+    spec, options = spec_of(source), node.kwargs
+    if node.target is communication.all_reduce:
+        return AllReduce((register,), (spec,), group, key, outputs=(output,))
+    if node.target is communication.reduce_scatter:
+        return ReduceScatter(
+            (register,), (spec,), group, key, outputs=(output,), dim=_int(options["dim"]), sizes=_ints(options["sizes"])
+        )
+    if node.target is communication.all_gather:
+        return AllGather(register, output, spec, group, key, _int(options["dim"]), _ints(options["sizes"]))
+    return AllToAll(
+        register,
+        output,
+        spec,
+        group,
+        key,
+        _int(options["dim"]),
+        _ints(options["sizes"]),
+        _int(options["new_dim"]),
+        _ints(options["new_sizes"]),
+    )
+
+
+def _int(value: Any) -> int:
+    return int(value)
+
+
+def _ints(value: Any) -> tuple[int, ...]:
+    return tuple(int(item) for item in value)
+
+
+def _with_frees(
+    instructions: Sequence[Instruction], feeds: Mapping[str, Feed], kept: set[str]
+) -> tuple[Instruction, ...]:
+    """Adds a `Free` after the last use of every register that is not persistent and not in `kept`."""
+    last: dict[str, int] = {}
+    for index, instruction in enumerate(instructions):
+        for register in (*reads(instruction), *writes(instruction)):
+            last[register] = index
+    frees: dict[int, list[str]] = defaultdict(list)
+    for register, index in last.items():
+        if register[:2] not in ("p:", "b:", "c:") and register not in kept:
+            frees[index].append(register)
+    result: list[Instruction] = []
+    for index, instruction in enumerate(instructions):
+        result.append(instruction)
+        if frees[index]:
+            result.append(Free(tuple(frees[index])))
+    return tuple(result)

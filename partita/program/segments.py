@@ -1,0 +1,172 @@
+"""Segments: the nodes of one task, cut where a communication must come between.
+
+Within a task, a node's *level* is the number of exchange rounds that must be over before it can run. The nodes of one
+level form one segment; the exchanges of a level run together after it. Segments with equal code are one segment.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+
+from partita.graph.graph import OpInfo
+from partita.program.draws import is_random
+from partita.program.instructions import Segment, TensorSpec
+from partita.sharding.communication import COMMUNICATION_OPS
+from partita.units import fingerprint
+
+
+def is_exchange(node: fx.Node) -> bool:
+    return node.target in COMMUNICATION_OPS
+
+
+def spec_of(node: fx.Node) -> TensorSpec:
+    value = node.meta["val"]
+    return TensorSpec(tuple(value.shape), value.dtype)
+
+
+@dataclass(frozen=True)
+class Level:
+    """One segment (none if `segment` is empty) and the exchanges that follow it, by node names.
+
+    The segment's outputs are `outputs`, read by other segments, then `results` of the step; a node may be in both.
+    """
+
+    segment: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    results: tuple[str, ...]
+    exchanges: tuple[fx.Node, ...]
+
+
+class SegmentStore:
+    """All segments of a program set, by content."""
+
+    def __init__(self) -> None:
+        self.segments: dict[str, Segment] = {}
+
+    def add(self, nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> tuple[str, tuple[str, ...]]:
+        """Makes the segment of `nodes` with `outputs`; returns its key and the names of its input nodes."""
+        inside = set(nodes)
+        inputs = list(dict.fromkeys(item for node in nodes for item in node.all_input_nodes if item not in inside))
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        for index, node in enumerate(inputs):
+            mapping[node] = graph.placeholder(f"i{index}")
+            mapping[node].meta = {"val": node.meta["val"]}
+        for node in nodes:
+            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+        graph.output(tuple(mapping[node] for node in outputs))
+        key = _content(graph)
+        if key not in self.segments:
+            self.segments[key] = _segment(key, graph, inputs, nodes, outputs)
+        return key, tuple(node.name for node in inputs)
+
+
+def _content(graph: fx.Graph) -> str:
+    """Hash of ops, arguments, shapes, strides and dtypes with canonical names."""
+    number = {node: index for index, node in enumerate(graph.nodes)}
+    parts: list[object] = []
+    for node in graph.nodes:
+        arguments = pytree.tree_map_only(fx.Node, lambda item: f"%{number[item]}", (node.args, dict(node.kwargs)))
+        layout = ""
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            layout = f"{tuple(value.shape)}{value.stride()}{value.dtype}{value.device}"
+        parts.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {arguments} {layout}")
+    return fingerprint(parts)
+
+
+def _segment(
+    key: str, graph: fx.Graph, inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]
+) -> Segment:
+    infos = [node.meta["op"] for node in nodes if isinstance(node.meta.get("op"), OpInfo)]
+    return Segment(
+        key=key,
+        module=fx.GraphModule(torch.nn.Module(), graph),
+        input_specs=tuple(spec_of(node) for node in inputs),
+        output_specs=tuple(spec_of(node) for node in outputs),
+        flops=sum(info.flops for info in infos),
+        num_bytes=sum(info.num_bytes for info in infos),
+        workspace_bytes=_workspace_bytes(nodes, outputs),
+        random=any(is_random(node) for node in nodes),
+    )
+
+
+def _owned_bytes(node: fx.Node) -> int:
+    """Bytes that a node allocates: views and items of tuples allocate none of their own."""
+    target: Any = node.target
+    if target is operator.getitem:
+        return 0
+    if isinstance(target, torch._ops.OpOverload) and any(r.alias_info is not None for r in target._schema.returns):
+        return 0
+    leaves = pytree.tree_leaves(node.meta.get("val"))
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor))
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The node that owns the memory that a view or tuple item shows."""
+    while _owned_bytes(node) == 0 and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _workspace_bytes(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> int:
+    """Peak of the values that live inside a segment only: allocated at their op, freed after the last reader."""
+    inside = {node: index for index, node in enumerate(nodes)}
+    kept = {_base(node) for node in outputs}
+    last: dict[fx.Node, int] = {}
+    for node in nodes:
+        for user in (node, *node.users):
+            if user in inside:
+                base = _base(node)
+                last[base] = max(last.get(base, 0), inside[user])
+    frees: dict[int, int] = {}
+    for base, index in last.items():
+        if base not in kept and base in inside:
+            frees[index] = frees.get(index, 0) + _owned_bytes(base)
+    now = peak = 0
+    for index, node in enumerate(nodes):
+        if node not in kept:
+            now += _owned_bytes(node)
+        peak = max(peak, now)
+        now -= frees.get(index, 0)
+    return peak
+
+
+def cut_task(
+    nodes: Sequence[fx.Node], is_needed_later: Mapping[str, bool], results: Iterable[fx.Node], store: SegmentStore
+) -> tuple[Level, ...]:
+    """Cuts the nodes of one task (in order) into levels.
+
+    `is_needed_later[name]` says that a node is read by another task or another stage; `results` are nodes of the task whose
+    values are results of the step (gradients, loss, buffers): they come after the other outputs, in order.
+    """
+    inside = set(nodes)
+    level: dict[fx.Node, int] = {}
+    for node in nodes:
+        level[node] = max((level[i] + is_exchange(i) for i in node.all_input_nodes if i in inside), default=0)
+    results = [node for node in results if node in inside]
+    num_levels = max(level.values(), default=-1) + 1
+    made: list[Level] = []
+    for index in range(num_levels):
+        here = [node for node in nodes if level[node] == index and not is_exchange(node)]
+        exchanges = tuple(node for node in nodes if level[node] == index and is_exchange(node))
+        own = set(here)
+        outputs = [
+            node
+            for node in here
+            if isinstance(node.meta.get("val"), torch.Tensor)
+            and (is_needed_later.get(node.name) or any(user in inside and user not in own for user in node.users))
+        ]
+        final = [node for node in results if node in own]
+        key, inputs = store.add(here, [*outputs, *final]) if here else ("", ())
+        names = tuple(node.name for node in outputs), tuple(node.name for node in final)
+        made.append(Level(key, inputs, *names, exchanges))
+    return tuple(made)

@@ -1,0 +1,140 @@
+"""Which stage every node of a local graph runs on.
+
+Forward ops follow the cuts of the plan in the captured graph's order. A backward op runs where the values are that the
+forward phase kept for it, and never on a later stage than the gradients that it reads come from. Ops that
+depend on parameters, constants and factories alone are *free*: every stage that needs one computes it itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from partita.errors import PlanError
+from partita.graph.graph import Graph, Input, InputKind, OpInfo, Phase
+from partita.program.draws import is_random
+
+_FREE_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.SEED)
+
+
+@dataclass(frozen=True)
+class Staging:
+    """Stage and phase of every op node by name; `free` nodes have no stage of their own."""
+
+    num_stages: int
+    stage: Mapping[str, int]
+    phase: Mapping[str, Phase]
+    free: frozenset[str]
+
+
+class StageCuts:
+    """The plan's cuts as a function from the captured graph's nodes to stages.
+
+    Raises:
+        PlanError: a cut names no forward op of the graph, or the cuts are not in the graph's order.
+    """
+
+    def __init__(self, graph: Graph, stage_starts: Sequence[str]) -> None:
+        order = {node.name: index for index, node in enumerate(graph.nodes)}
+        for name in stage_starts:
+            if name not in order:
+                raise PlanError(
+                    f"every stage must start at an op of the graph, but there is no op {name!r}; "
+                    "the plan was made for another model, loss or batch shape"
+                )
+        self._cuts = [order[name] for name in stage_starts]
+        if self._cuts != sorted(set(self._cuts)):
+            raise PlanError(f"stage_starts must be in the graph's order without repeats, but got {list(stage_starts)}")
+        self._order = order
+        self.num_stages = len(stage_starts) + 1
+
+    def stage_of(self, origin: str) -> int:
+        position = self._order.get(origin, 0)
+        return sum(position >= cut for cut in self._cuts)
+
+
+def assign_stages(
+    module: fx.GraphModule, cuts: StageCuts, inputs: Mapping[str, Input], gradients: Mapping[str, str]
+) -> Staging:
+    """Stages of one local graph. `inputs` describes its placeholders by name (those of the captured graph); `gradients`
+    maps the nodes that give a parameter's gradient to the parameter's placeholder: they run where it is read first."""
+    phase = _phases(module)
+    free = _free_nodes(module, inputs)
+    stage: dict[str, int] = {}
+    nodes = [node for node in module.graph.nodes if node.op == "call_function"]
+    for node in nodes:
+        if phase[node.name] is Phase.FORWARD and node.name not in free:
+            before = [stage[item.name] for item in node.all_input_nodes if item.name in stage]
+            own = 0 if node.target is operator.getitem else cuts.stage_of(node.meta.get("origin", node.name))
+            stage[node.name] = max([own, *before])
+    home = _home_of_parameters(nodes, stage, free)
+    for node in nodes:
+        if phase[node.name] is Phase.BACKWARD and node.name not in free:
+            if node.target is operator.getitem:
+                stage[node.name] = stage[node.args[0].name]
+                continue
+            found = _backward_stage(node, stage, home, phase, cuts.num_stages)
+            stage[node.name] = min(found, home.get(gradients.get(node.name, ""), found))
+    return Staging(cuts.num_stages, stage, phase, free)
+
+
+def _phases(module: fx.GraphModule) -> dict[str, Phase]:
+    phase: dict[str, Phase] = {}
+    for node in module.graph.nodes:
+        info = node.meta.get("op")
+        backward = isinstance(info, OpInfo) and info.phase is Phase.BACKWARD
+        backward = backward or any(phase.get(item.name) is Phase.BACKWARD for item in node.all_input_nodes)
+        phase[node.name] = Phase.BACKWARD if backward and node.op == "call_function" else Phase.FORWARD
+    return phase
+
+
+def _free_nodes(module: fx.GraphModule, inputs: Mapping[str, Input]) -> frozenset[str]:
+    free: set[str] = set()
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            known = inputs.get(node.name)
+            is_free = known is not None and known.kind in _FREE_KINDS
+        else:
+            is_free = not is_random(node) and all(item.name in free for item in node.all_input_nodes)
+        if is_free:
+            free.add(node.name)
+    return frozenset(free)
+
+
+def _home_of_parameters(nodes: Sequence[fx.Node], stage: Mapping[str, int], free: frozenset[str]) -> dict[str, int]:
+    """First stage whose forward phase reads a free node, directly or through other free nodes."""
+    home: dict[str, int] = {}
+
+    def settle(node: fx.Node, value: int) -> None:
+        if home.get(node.name, value + 1) <= value:
+            return
+        home[node.name] = value
+        if node.op == "call_function":
+            for item in node.all_input_nodes:
+                settle(item, value)
+
+    for node in nodes:
+        if node.name in stage:
+            for item in node.all_input_nodes:
+                if item.name in free:
+                    settle(item, stage[node.name])
+    return home
+
+
+def _backward_stage(
+    node: fx.Node, stage: Mapping[str, int], home: Mapping[str, int], phase: Mapping[str, Phase], num_stages: int
+) -> int:
+    kept: list[int] = []
+    gradients: list[int] = []
+    for item in node.all_input_nodes:
+        if phase[item.name] is Phase.BACKWARD and item.name in stage:
+            gradients.append(stage[item.name])
+        elif item.name in stage:
+            kept.append(stage[item.name])
+        elif item.name in home:
+            kept.append(home[item.name])
+    limit = min(gradients, default=num_stages - 1)
+    return min(max(kept), limit) if kept else limit

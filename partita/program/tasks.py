@@ -1,0 +1,169 @@
+"""The tasks of one local graph: per stage and phase, its levels, what it receives and what it sends."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from partita.graph.graph import Graph, OutputKind, Phase
+from partita.program.segments import Level, SegmentStore, cut_task, is_exchange
+from partita.program.stages import StageCuts, Staging, assign_stages
+
+Phases = tuple[Phase, ...]
+BOTH: Phases = (Phase.FORWARD, Phase.BACKWARD)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A value that goes from one stage to another, for tasks of `phase` there."""
+
+    node: fx.Node
+    source: int
+    target: int
+    phase: Phase
+
+
+@dataclass(frozen=True)
+class LocalTasks:
+    """Everything that lowering needs to know of one local graph.
+
+    `levels[stage, phases]` are the levels of a task; `receives` / `sends` its transfers, with sends keyed by the phase that
+    produces the value. `results[i]` is the node of output i, `result_stage[i]` the stage that has it.
+    """
+
+    module: fx.GraphModule
+    nodes: Mapping[str, fx.Node]
+    staging: Staging
+    levels: Mapping[tuple[int, Phases], tuple[Level, ...]]
+    receives: Mapping[tuple[int, Phases], tuple[Transfer, ...]]
+    sends: Mapping[tuple[int, Phases], tuple[Transfer, ...]]
+    results: tuple[fx.Node, ...]
+    result_stage: tuple[int, ...]
+
+
+def build_tasks(
+    graph: Graph, module: fx.GraphModule, cuts: StageCuts, merged: Sequence[bool], store: SegmentStore
+) -> LocalTasks:
+    """Builds the tasks of a local graph. `merged[stage]`: forward and backward of the stage run as one task."""
+    module = with_plain_results(module)
+    inputs = {item.node: item for item in graph.inputs}
+    staging = assign_stages(module, cuts, inputs, _gradient_homes(graph, module))
+    results: tuple[fx.Node, ...] = tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
+    members = _members(module, staging, results)
+    transfers = _transfers(members, staging)
+    levels: dict[tuple[int, Phases], tuple[Level, ...]] = {}
+    receives: dict[tuple[int, Phases], list[Transfer]] = defaultdict(list)
+    sends: dict[tuple[int, Phases], list[Transfer]] = defaultdict(list)
+    for stage in range(cuts.num_stages):
+        groups: list[Phases] = [BOTH] if merged[stage] else [(Phase.FORWARD,), (Phase.BACKWARD,)]
+        for phases in groups:
+            nodes = [node for node in module.graph.nodes if any(node in members[stage, phase] for phase in phases)]
+            inside = set(nodes)
+            sent = {transfer.node for transfer in transfers if transfer.source == stage}
+            later = {node.name: node in sent or _read_outside(node, inside, members, stage) for node in nodes}
+            own_results = [node for node in results if _stage_of_result(node, staging) == stage]
+            levels[stage, phases] = cut_task(nodes, later, own_results, store)
+            receives[stage, phases] += [t for t in transfers if t.target == stage and t.phase in phases]
+            sends[stage, phases] += [t for t in transfers if t.source == stage and t.node in inside]
+    return LocalTasks(
+        module=module,
+        nodes={node.name: node for node in module.graph.nodes},
+        staging=staging,
+        levels=levels,
+        receives={key: tuple(value) for key, value in receives.items()},
+        sends={key: tuple(value) for key, value in sends.items()},
+        results=results,
+        result_stage=tuple(_stage_of_result(node, staging) for node in results),
+    )
+
+
+def with_plain_results(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy in which every output is a node of its own that is neither an exchange nor a placeholder."""
+    new = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "output":
+            break
+        mapping[node] = new.node_copy(node, mapping.__getitem__)
+        mapping[node].meta = dict(node.meta)
+    seen: set[fx.Node] = set()
+    results: list[fx.Node] = []
+    for original in module.graph.output_node().args[0]:  # type: ignore[union-attr]
+        node = mapping[original]  # type: ignore[index]
+        if node.op == "placeholder" or is_exchange(node) or node in seen:
+            copied = new.call_function(torch.ops.aten.clone.default, (node,))
+            copied.meta = {key: node.meta[key] for key in ("val", "origin") if key in node.meta}
+            node = copied
+        seen.add(node)
+        results.append(node)
+    new.output(tuple(results))
+    return fx.GraphModule(torch.nn.Module(), new)
+
+
+def _gradient_homes(graph: Graph, module: fx.GraphModule) -> dict[str, str]:
+    """Node that computes a parameter's gradient -> the parameter's placeholder."""
+    placeholder = {item.name: item.node for item in graph.inputs}
+    homes: dict[str, str] = {}
+    results: Sequence[fx.Node] = module.graph.output_node().args[0]  # type: ignore[assignment]
+    for output, node in zip(graph.outputs, results, strict=True):
+        if output.kind is OutputKind.GRADIENT:
+            while node.target is operator.getitem:
+                node = node.args[0]  # type: ignore[assignment]
+            homes.setdefault(node.name, placeholder[output.target])
+    return homes
+
+
+def _stage_of_result(node: fx.Node, staging: Staging) -> int:
+    """Results that depend on no data belong to the last stage."""
+    return staging.stage.get(node.name, staging.num_stages - 1)
+
+
+def _members(
+    module: fx.GraphModule, staging: Staging, results: Sequence[fx.Node]
+) -> dict[tuple[int, Phase], set[fx.Node]]:
+    """Op nodes of each (stage, phase), the free ones included wherever the stage needs them."""
+    members: dict[tuple[int, Phase], set[fx.Node]] = {
+        (stage, phase): set() for stage in range(staging.num_stages) for phase in BOTH
+    }
+
+    def add(node: fx.Node, stage: int) -> None:
+        group = members[stage, staging.phase[node.name]]
+        if node.op != "call_function" or node in group:
+            return
+        group.add(node)
+        for item in node.all_input_nodes:
+            if item.name in staging.free:
+                add(item, stage)
+
+    for node in module.graph.nodes:
+        if node.name in staging.stage:
+            add(node, staging.stage[node.name])
+    for node in results:
+        if node.name in staging.free:
+            add(node, _stage_of_result(node, staging))
+    return members
+
+
+def _transfers(members: Mapping[tuple[int, Phase], set[fx.Node]], staging: Staging) -> list[Transfer]:
+    """Values read on another stage than theirs: each once per target stage, for the first phase there that reads it."""
+    found: dict[tuple[fx.Node, int], Transfer] = {}
+    for phase in BOTH:
+        for stage in range(staging.num_stages):
+            for node in sorted(members[stage, phase], key=lambda item: item.name):
+                for item in node.all_input_nodes:
+                    source = staging.stage.get(item.name)
+                    if source is not None and source != stage:
+                        found.setdefault((item, stage), Transfer(item, source, stage, phase))
+    return sorted(found.values(), key=lambda item: (item.source, item.target, item.phase.value, item.node.name))
+
+
+def _read_outside(
+    node: fx.Node, inside: set[fx.Node], members: Mapping[tuple[int, Phase], set[fx.Node]], stage: int
+) -> bool:
+    """Whether another task of the same stage reads the node."""
+    return any(user not in inside and any(user in members[stage, phase] for phase in BOTH) for user in node.users)
