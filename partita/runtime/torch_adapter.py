@@ -1,0 +1,76 @@
+"""The only place of the runtime that touches private parts of torch. `tests/runtime/test_runtime_torch_adapter.py` names them.
+
+* `torch._inductor.standalone_compile`: compiles one fx graph without Dynamo; its artifact is called with the inputs.
+* Inductor's configuration names `cpp_wrapper`, `cpp.threads` and `fallback_random`.
+* `torch._subclasses.FakeTensorMode`: inputs for the compiler that have shapes and strides but no memory.
+* `torch.distributed.distributed_c10d._get_default_store`: the key-value store of the running job.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+Compiled = Callable[..., Sequence[Tensor]]
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
+
+
+def compile_graph(module: fx.GraphModule, layouts: Sequence[Layout], *, device: torch.device, num_threads: int) -> Compiled:
+    """Compile a functional graph for inputs of exactly these shapes and strides, to run with `num_threads` threads.
+
+    `cpp_wrapper` lets the call run without the interpreter's lock from begin to end; the number of threads is baked in.
+    Inductor keeps what it compiled on disk, by the content of the graph and its configuration (`TORCHINDUCTOR_CACHE_DIR`),
+    so the same segment is not compiled again by the next run.
+    """
+    import torch._inductor as inductor
+    from torch._inductor import config
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())  # of its own; the sizes given are plain numbers, so nothing is dynamic
+    with mode:
+        examples = [
+            torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in layouts
+        ]
+    graph = fx.GraphModule(module, _without_values(module))
+    patches = {"cpp_wrapper": True, "cpp.threads": num_threads, "fallback_random": True}
+    with config.patch(patches), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the compiler's own; what concerns the user is raised
+        # The patches are given a second time because the compiler may work in threads that do not see this one's.
+        artifact = inductor.standalone_compile(
+            graph,
+            examples,
+            dynamic_shapes="from_example_inputs",
+            fake_mode=mode,
+            options={"config_patches": dict(patches)},
+        )
+    return artifact  # type: ignore[no-any-return]
+
+
+def _without_values(module: fx.GraphModule) -> fx.Graph:
+    """A copy of the graph without `meta`: the compiler derives shapes itself, and values there belong to another FakeTensorMode."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        mapping[node] = graph.node_copy(node, lambda old: mapping[old])
+        mapping[node].meta = {}
+    return graph
+
+
+def default_store() -> dist.Store:
+    """The store through which the processes of the running job found each other."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def op_name(target: Any) -> tuple[str, str]:
+    """Name and overload of an ATen op, e.g. ``("rand_like", "default")``; empty for other callables."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.removeprefix("aten::"), target._overloadname
+    return "", ""
