@@ -1,8 +1,8 @@
 """`check`: executes all programs of a set together, abstractly, before anything runs for real.
 
-A worker's state is its next instruction and the shapes of its registers. Sends never wait; a receive waits for its message;
-a collective waits until all members of its group have come to an instruction of the same key. If no worker can go
-on and one is not at its end, the programs would deadlock.
+A worker's state is its next instruction and the shapes of its registers. Sends never wait; a receive waits for its
+message; a collective waits until all members of its group have come to an instruction of the same key. If no worker
+can go on and one is not at its end, the programs would deadlock.
 """
 
 from __future__ import annotations

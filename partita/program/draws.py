@@ -1,8 +1,9 @@
 """Random draws that depend on no data leave the graph: they are made whole, before the step, in plain PyTorch's order.
 
-What follows from the seed alone can be drawn before the workers start, from torch's own default generator, so that every
-plan sees the numbers that plain PyTorch sees. A random op whose *values* depend on data (``bernoulli(sigmoid(x))``) stays in
-the graph, and so does every random op after the first of those, because the generator is read in order.
+What follows from the seed alone can be drawn before the workers start, from torch's own default generator, so that
+every plan sees the numbers that plain PyTorch sees. A random op whose *values* depend on data
+(``bernoulli(sigmoid(x))``) stays in the graph, and so does every random op after the first of those, because the
+generator is read in order.
 """
 
 from __future__ import annotations
@@ -29,9 +30,15 @@ _SHAPE_ONLY = frozenset(
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a node draws random numbers."""
+    """Whether a node draws random numbers. Attention with a dropout probability of 0 draws none."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    for index, argument in enumerate(target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
+            return given != 0.0
+    return True
 
 
 def reads_shape_only(node: fx.Node) -> bool:

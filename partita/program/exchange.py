@@ -1,7 +1,8 @@
 """The end of a step: gradients reduced by slices, the optimizer's updates, the loss and buffers where they are needed.
 
-Per stage, the workers of one process reduce the gradients in shared memory, each its own slices (`ReduceScatter`); the slices
-are added over the stage's processes (`AllReduce`), and each worker updates its slices of the one copy of the weights.
+Per stage, the workers of one process reduce the gradients in shared memory, each its own slices (`ReduceScatter`); the
+slices are added over the stage's processes (`AllReduce`), and each worker updates its slices of the one copy of the
+weights.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Instructions, segments and programs: what the simulator and the runtime both execute.
 
-One `Program` is the instruction list of one worker for one training step. Values live in named *registers* of the worker:
+One `Program` is the instruction list of one worker for one training step. Values live in named *registers* of the
+worker:
 
     p:NAME    parameter (persistent; one storage per process, shared by its workers)
     b:NAME    buffer (persistent, shared like a parameter)
     c:NAME    constant (persistent)
     x:LEAF@K  piece of batch leaf LEAF for microbatch K (a view, set before the step by a `Feed`)
     d:NAME@K  piece of a random draw (set before the step by a `Feed`)
-    n:NAME@K  result of node NAME for microbatch K; n:NAME without @K: of the whole step (accumulated gradients, the loss)
-    g:I       reduced gradient of the worker's I-th slice
+    n:NAME@K  result of node NAME for microbatch K; n:NAME without @K: of the whole step (accumulated gradients, the
+    loss) g:I       reduced gradient of the worker's I-th slice
 
 Registers other than p:, b: and c: are gone after the step. Groups and peers are worker indices over the whole job.
 Collectives match by their `key`: all members of `group` execute, in order, collectives of equal key.
@@ -124,10 +125,10 @@ class AllReduce:
 class ReduceScatter:
     """Sum over the group, give each member its piece.
 
-    Either `dim`/`sizes` cut every register along a dim (result in `outputs`), or `slices` names, per member of the group in
-    order, the flat slices of the parameters that it receives: then `registers[i]` is the gradient of `parameters[i]` and
-    the member's results go to registers ``g:0, g:1, ...`` in the order of its slices. `replicated[i]` says that
-    register i already holds the whole gradient on every member, so it is only sliced.
+    Either `dim`/`sizes` cut every register along a dim (result in `outputs`), or `slices` names, per member of the
+    group in order, the flat slices of the parameters that it receives: then `registers[i]` is the gradient of
+    `parameters[i]` and the member's results go to registers ``g:0, g:1, ...`` in the order of its slices.
+    `replicated[i]` says that register i already holds the whole gradient on every member, so it is only sliced.
     """
 
     registers: tuple[str, ...]
@@ -201,8 +202,9 @@ class Feed:
 
 @dataclass(frozen=True)
 class Draw:
-    """A random tensor that does not depend on data: drawn whole, once a step and process, from torch's default generator,
-    in the order of `ProgramSet.draws`, as plain PyTorch draws it. `module` is a graph without placeholders and one output."""
+    """A random tensor that does not depend on data: drawn whole, once a step and process, from torch's default
+    generator, in the order of `ProgramSet.draws`, as plain PyTorch draws it. `module` is a graph without placeholders
+    and one output."""
 
     name: str
     module: fx.GraphModule

@@ -1,8 +1,8 @@
 """Pipeline schedules as data: the order of forward and backward tasks of one stage.
 
 * GPipe (Huang et al., 2019): all forward tasks, then all backward tasks.
-* 1F1B (Narayanan et al., 2019, PipeDream-Flush): stage s of S runs S - s - 1 forward tasks ahead, then one forward and one
-  backward in turn, so that it holds the activations of at most S - s microbatches.
+* 1F1B (Narayanan et al., 2019, PipeDream-Flush): stage s of S runs S - s - 1 forward tasks ahead, then one forward and
+  one backward in turn, so that it holds the activations of at most S - s microbatches.
 """
 
 from __future__ import annotations

@@ -145,8 +145,8 @@ def cut_task(
 ) -> tuple[Level, ...]:
     """Cuts the nodes of one task (in order) into levels.
 
-    `is_needed_later[name]` says that a node is read by another task or another stage; `results` are nodes of the task whose
-    values are results of the step (gradients, loss, buffers): they come after the other outputs, in order.
+    `is_needed_later[name]` says that a node is read by another task or another stage; `results` are nodes of the task
+    whose values are results of the step (gradients, loss, buffers): they come after the other outputs, in order.
     """
     inside = set(nodes)
     level: dict[fx.Node, int] = {}

@@ -1,4 +1,5 @@
-"""From the captured graph to local graphs: draws hoisted, the batch split in time (microbatches), then over the data axis."""
+"""From the captured graph to local graphs: draws hoisted, the batch split in time (microbatches), then over the data
+axis."""
 
 from __future__ import annotations
 
@@ -74,8 +75,8 @@ def _time_verdict(module: fx.GraphModule, time: ShardedGraph) -> str | None:
     for node in module.graph.nodes:
         if is_random(node):
             return (
-                f"{node.name} draws random numbers that depend on data or come after such a draw, so the batch cannot be "
-                "cut in time with the same draws"
+                f"{node.name} draws random numbers that depend on data or come after such a draw, so the batch "
+                "cannot be cut in time with the same draws"
             )
     if time.exchanges:
         first = time.exchanges[0]
@@ -144,7 +145,8 @@ def split(graph: Graph, *, num_microbatches: int, shares: tuple[int, ...], local
 
 
 def proportional(total: int, shares: tuple[int, ...]) -> tuple[int, ...]:
-    """Whole numbers that add up to `total`, as near as possible in proportion to `shares`, each at least 1 if it can be."""
+    """Whole numbers that add up to `total`, as near as possible in proportion to `shares`, each at least 1 if it can
+    be."""
     weight = sum(shares)
     exact = [total * share / weight for share in shares]
     sizes = [int(value) for value in exact]

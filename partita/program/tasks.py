@@ -32,8 +32,8 @@ class Transfer:
 class LocalTasks:
     """Everything that lowering needs to know of one local graph.
 
-    `levels[stage, phases]` are the levels of a task; `receives` / `sends` its transfers, with sends keyed by the phase that
-    produces the value. `results[i]` is the node of output i, `result_stage[i]` the stage that has it.
+    `levels[stage, phases]` are the levels of a task; `receives` / `sends` its transfers, with sends keyed by the phase
+    that produces the value. `results[i]` is the node of output i, `result_stage[i]` the stage that has it.
     """
 
     module: fx.GraphModule

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Event:
-    """One executed instruction. `index` is its place in the worker's program; times are seconds from the step's start."""
+    """One executed instruction. `index` is its place in the worker's program; times are seconds from the step's
+    start."""
 
     worker: int
     index: int
@@ -26,8 +27,9 @@ class Event:
 class Timeline:
     """Events of all workers (of this process, when measured) in one step.
 
-    `step_time_s` spans from the start to the last worker's end; `peak_memory_bytes` is per worker: registers and segments'
-    workspaces, without parameters, which `shared_memory_bytes` counts per process. `bytes_sent` counts messages between processes.
+    `step_time_s` spans from the start to the last worker's end; `peak_memory_bytes` is per worker: registers and
+    segments' workspaces, without parameters, which `shared_memory_bytes` counts per process. `bytes_sent` counts
+    messages between processes.
     """
 
     events: tuple[Event, ...]

@@ -25,6 +25,11 @@ from partita.program.instructions import (
 Tensors = dict[str, torch.Tensor]
 
 
+def _sum(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum in the values' own dtype; of truth values, whether any is true."""
+    return sum(values[1:], values[0]).to(values[0].dtype)
+
+
 class _Worker:
     def __init__(self, program: Program, persistent: Mapping[str, torch.Tensor]) -> None:
         self.program = program
@@ -121,7 +126,7 @@ class Reference:
         group = len(members)
         if isinstance(first, AllReduce):
             for index, register in enumerate(first.registers):
-                total = sum(member.get(member.current.registers[index]) for member in members)
+                total = _sum([member.get(member.current.registers[index]) for member in members])
                 for member in members:
                     member.registers[(member.current.outputs or member.current.registers)[index]] = total
         elif isinstance(first, AllGather):
@@ -142,7 +147,7 @@ class Reference:
                             member.registers[f"g:{place}"] = total[part.start : part.end]
         else:
             for index in range(len(first.registers)):
-                total = sum(member.get(first.registers[index]) for member in members)
+                total = _sum([member.get(first.registers[index]) for member in members])
                 for member, part in zip(members, total.split(first.sizes, first.dim), strict=True):
                     member.registers[first.outputs[index]] = part
         assert group == len(first.group)

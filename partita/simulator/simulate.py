@@ -1,0 +1,201 @@
+"""`simulate`: executes programs in virtual time, with durations from a cost model.
+
+Every worker has a clock. `Run` and `Update` advance it; a `Send` takes a link from its source process to its target
+process for the message's duration and lets the sender go on at once; a `Recv` waits for the message; a collective
+starts when its last member has come. Links between the same two processes carry one message at a time; within a
+process handing a value over costs one instruction. The events are those that the runtime records.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from partita.cost.model import CollectiveKind, CostModel
+from partita.errors import ProgramError
+from partita.plan import Plan, Worker
+from partita.program.instructions import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Free,
+    Instruction,
+    Program,
+    ProgramSet,
+    Recv,
+    ReduceScatter,
+    Run,
+    Send,
+    Update,
+)
+from partita.program.timeline import Event, Timeline
+from partita.simulator.memory import MemoryMeter
+
+Collective = AllReduce | ReduceScatter | AllGather | AllToAll
+_COLLECTIVES = (AllReduce, ReduceScatter, AllGather, AllToAll)
+_KINDS: Mapping[type, CollectiveKind] = {
+    AllReduce: "all_reduce",
+    ReduceScatter: "reduce_scatter",
+    AllGather: "all_gather",
+    AllToAll: "all_to_all",
+}
+
+
+@dataclass
+class _Clock:
+    program: Program
+    place: Worker
+    now_s: float
+    memory: MemoryMeter
+    position: int = 0
+    arrived_s: float | None = None  # when it came to the collective that it waits in
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def current(self) -> Instruction | None:
+        done = self.position >= len(self.program.instructions)
+        return None if done else self.program.instructions[self.position]
+
+    def finish(self, start_s: float, end_s: float) -> None:
+        instruction = self.current
+        assert instruction is not None
+        if not isinstance(instruction, Free):
+            kind = type(instruction).__name__
+            self.events.append(Event(self.program.worker, self.position, kind, label_of(instruction), start_s, end_s))
+        self.memory.execute(instruction)
+        self.now_s = end_s
+        self.position += 1
+        self.arrived_s = None
+
+
+def label_of(instruction: Instruction) -> str:
+    """A short text for timelines."""
+    if isinstance(instruction, Run):
+        return f"{instruction.phase.value} {instruction.microbatch} stage {instruction.stage}"
+    if isinstance(instruction, Update):
+        return f"update {sum(part.num_elements for part in instruction.slices)} elements"
+    return str(getattr(instruction, "key", ""))
+
+
+def simulate(programs: ProgramSet, plan: Plan, cost: CostModel, *, optimizer: str = "SGD") -> Timeline:
+    """Predicts the timeline of one step.
+
+    Args:
+        programs: of all workers of the job.
+        plan: where the workers are, and whether segments are compiled.
+        cost: predicted durations.
+        optimizer: class name of the optimizer, e.g. "AdamW".
+
+    Raises:
+        ProgramError: the programs deadlock (run `partita.program.check` first).
+    """
+    return _Simulation(programs, plan, cost, optimizer).run()
+
+
+class _Simulation:
+    def __init__(self, programs: ProgramSet, plan: Plan, cost: CostModel, optimizer: str) -> None:
+        self.programs, self.plan, self.cost, self.optimizer = programs, plan, cost, optimizer
+        start_s = cost.step_time_s()
+        self.clocks = {
+            program.worker: _Clock(
+                program, plan.workers[program.worker], start_s, MemoryMeter(program, programs.segments)
+            )
+            for program in programs.programs
+        }
+        per_machine: dict[int, int] = defaultdict(int)
+        for worker in plan.workers:
+            per_machine[worker.machine] += 1
+        self.num_active = {worker.index: per_machine[worker.machine] for worker in plan.workers}
+        self.mail: dict[tuple[int, int, str], float] = {}
+        self.link_free_s: dict[tuple[int, int], float] = defaultdict(float)
+        self.bytes_sent = 0
+
+    def run(self) -> Timeline:
+        while any(clock.current is not None for clock in self.clocks.values()):
+            if not any([self._advance(clock) for clock in self.clocks.values()]):
+                raise ProgramError(
+                    "the programs deadlock in the simulator; partita.program.check names who waits for whom"
+                )
+        events = sorted(
+            (e for clock in self.clocks.values() for e in clock.events), key=lambda e: (e.start_s, e.worker)
+        )
+        return Timeline(
+            events=tuple(events),
+            step_time_s=max(clock.now_s for clock in self.clocks.values()),
+            peak_memory_bytes={worker: clock.memory.peak_bytes for worker, clock in self.clocks.items()},
+            bytes_sent=self.bytes_sent,
+        )
+
+    def _advance(self, clock: _Clock) -> bool:
+        moved = False
+        while (instruction := clock.current) is not None:
+            if isinstance(instruction, _COLLECTIVES) and len(instruction.group) > 1:
+                if not self._collective(clock, instruction):
+                    return moved
+            elif isinstance(instruction, Recv):
+                ready_s = self.mail.pop((instruction.peer, clock.program.worker, instruction.key), None)
+                if ready_s is None:
+                    return moved
+                clock.finish(clock.now_s, max(clock.now_s, ready_s) + self.cost.instruction_time_s())
+            else:
+                clock.finish(clock.now_s, clock.now_s + self._duration_s(clock, instruction))
+            moved = True
+        return moved
+
+    def _duration_s(self, clock: _Clock, instruction: Instruction) -> float:
+        fixed_s = self.cost.instruction_time_s()
+        active = self.num_active[clock.program.worker]
+        if isinstance(instruction, Run):
+            segment = self.programs.segments[instruction.segment]
+            return fixed_s + self.cost.segment_time_s(
+                segment.module, segment.key, clock.place, compiled=self.plan.compiled, num_active=active
+            )
+        if isinstance(instruction, Update):
+            elements = sum(part.num_elements for part in instruction.slices)
+            return fixed_s + self.cost.update_time_s(elements, self.optimizer, clock.place, num_active=active)
+        if isinstance(instruction, Send):
+            self._send(clock, instruction)
+            return fixed_s
+        return 0.0 if isinstance(instruction, Free) else fixed_s
+
+    def _send(self, clock: _Clock, instruction: Send) -> None:
+        target = self.plan.workers[instruction.peer]
+        link = (clock.place.process, target.process)
+        start_s = clock.now_s
+        if link[0] != link[1]:
+            start_s = max(start_s, self.link_free_s[link])
+            self.bytes_sent += instruction.spec.num_bytes
+        end_s = start_s + self.cost.transfer_time_s(instruction.spec.num_bytes, clock.place, target)
+        self.link_free_s[link] = end_s
+        self.mail[clock.program.worker, instruction.peer, instruction.key] = end_s
+
+    def _collective(self, clock: _Clock, instruction: Collective) -> bool:
+        """Lets the group go on once all have come; whether it did."""
+        if clock.arrived_s is None:
+            clock.arrived_s = clock.now_s
+        members = [self.clocks[index] for index in instruction.group]
+        for member in members:
+            if getattr(member.current, "key", None) != instruction.key:
+                return False
+        start_s = max(member.now_s for member in members)
+        num_bytes = _collective_bytes(instruction)
+        places = tuple(member.place for member in members)
+        duration_s = self.cost.instruction_time_s()
+        duration_s += self.cost.collective_time_s(_KINDS[type(instruction)], num_bytes, places)
+        num_processes = len({place.process for place in places})
+        if num_processes > 1:
+            self.bytes_sent += 2 * (num_processes - 1) * num_bytes
+        for member in members:
+            member.finish(member.now_s, start_s + duration_s)
+        return True
+
+
+def _collective_bytes(instruction: Collective) -> int:
+    """Bytes of the whole tensors that a collective works on."""
+    if isinstance(instruction, (AllReduce, ReduceScatter)):
+        replicated = instruction.replicated if isinstance(instruction, ReduceScatter) else ()
+        flags = replicated or (False,) * len(instruction.specs)
+        return sum(spec.num_bytes for spec, whole in zip(instruction.specs, flags, strict=True) if not whole)
+    own = instruction.sizes[0] or 1
+    return instruction.spec.num_bytes * sum(instruction.sizes) // own
