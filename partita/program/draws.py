@@ -37,7 +37,7 @@ def is_random(node: fx.Node) -> bool:
     for index, argument in enumerate(target._schema.arguments):
         if argument.name == "dropout_p":
             given = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
-            return given != 0.0
+            return bool(given != 0.0)
     return True
 
 
