@@ -101,9 +101,9 @@ def _resnet(size: Size) -> dict[str, Any]:
     return {**stages, "num_labels": NUM_CLASSES}
 
 
-def _mobilenet(size: Size) -> dict[str, Any]:
-    # The small depth multiplier keeps the 17 blocks narrow: this family is about many small convolutions.
-    return {"image_size": size.image, "depth_multiplier": 0.15 * size.width / 32, "num_labels": NUM_CLASSES}
+def _regnet(size: Size) -> dict[str, Any]:
+    """Grouped convolutions with squeeze-and-excitation; few blocks, since long batch-norm chains amplify rounding."""
+    return {**_resnet(size), "layer_type": "y", "groups_width": 8}
 
 
 def _segformer(size: Size) -> dict[str, Any]:
@@ -186,9 +186,7 @@ TRANSFORMERS_OTHER: tuple[Family, ...] = (
     _family("segformer", "vision", "SegformerForSemanticSegmentation", "SegformerConfig", _segformer, _pixel_batches),
     _family("convnext", "conv", "ConvNextForImageClassification", "ConvNextConfig", _convnext, _image_batches),
     _family("resnet", "conv", "ResNetForImageClassification", "ResNetConfig", _resnet, _image_batches),
-    _family(
-        "mobilenet_v2", "conv", "MobileNetV2ForImageClassification", "MobileNetV2Config", _mobilenet, _image_batches
-    ),
+    _family("regnet", "conv", "RegNetForImageClassification", "RegNetConfig", _regnet, _image_batches),
     _family("clip", "contrastive", "CLIPModel", "CLIPConfig", _clip, _pair_batches, return_loss=True),
     _family("wav2vec2", "audio", "Wav2Vec2ForCTC", "Wav2Vec2Config", _speech, _speech_batches, learning_rate=1e-3),
     _family("hubert", "audio", "HubertForSequenceClassification", "HubertConfig", _sound, _sound_batches),
