@@ -17,9 +17,11 @@ EXCHANGES = frozenset({"all_reduce", "reduce_scatter", "all_gather", "all_to_all
 
 
 def conversion_kind(source: Placement, target: Placement) -> str:
-    """The one step that turns ``source`` into ``target``; ``"gather_slice"`` takes two (other cuts of the same dim, or of runs).
+    """The one step that turns ``source`` into ``target``; ``"gather_slice"`` takes two (the same dim
+    cut elsewhere, or cuts of runs).
 
-    Local: ``"none"``, ``"slice"`` (R -> S), ``"keep"`` (R -> P: coordinate 0 keeps it, the others hold zeros), ``"pad"``
+    Local: ``"none"``, ``"slice"`` (R -> S), ``"keep"`` (R -> P: coordinate 0 keeps it, the others hold zeros),
+    ``"pad"``
     (S -> P: zeros around the own rows).
     """
     if source == target:

@@ -24,7 +24,8 @@ aten = torch.ops.aten
 def decompose(call: OpCall, mode: FakeTensorMode) -> fx.GraphModule | None:
     """``call`` as a graph whose placeholders are its tensor inputs and whose output is a tuple; None if torch and this
     file know no decomposition, or if it does not get simpler."""
-    function = _OWN.get(call.target) or decomposition_table.get(call.target)
+    target: Any = call.target
+    function = _OWN.get(target) or decomposition_table.get(target)
     if function is None or call.is_random:
         return None
     with mode:
@@ -72,11 +73,13 @@ def _mean_dim(
     x: torch.Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """mean = sum / N."""
-    return aten.div.Scalar(aten.sum.dim_IntList(x, dim, keepdim, dtype=dtype), _count(x, dim))
+    result: torch.Tensor = aten.div.Scalar(aten.sum.dim_IntList(x, dim, keepdim, dtype=dtype), _count(x, dim))
+    return result
 
 
 def _mean(x: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return aten.div.Scalar(aten.sum.default(x, dtype=dtype), x.numel())
+    result: torch.Tensor = aten.div.Scalar(aten.sum.default(x, dtype=dtype), x.numel())
+    return result
 
 
 def _var_mean(
@@ -101,21 +104,22 @@ def _var(x: torch.Tensor, dim: Any = None, *, correction: float | None = None, k
 
 
 def _std(x: torch.Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False) -> torch.Tensor:
-    return aten.sqrt.default(_var(x, dim, correction=correction, keepdim=keepdim))
+    return _var(x, dim, correction=correction, keepdim=keepdim).sqrt()
 
 
 def _std_mean(
     x: torch.Tensor, dim: Any = None, *, correction: float | None = None, keepdim: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     variance, mean = _var_mean(x, dim, correction=correction, keepdim=keepdim)
-    return aten.sqrt.default(variance), mean
+    return variance.sqrt(), mean
 
 
 def _addmm(bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> torch.Tensor:
     """beta * bias + alpha * (a @ b), for a product that is a Partial sum while its bias is whole."""
     product = aten.mm.default(a, b)
     scaled = product if alpha == 1 else aten.mul.Scalar(product, alpha)
-    return aten.add.Tensor(scaled, bias if beta == 1 else aten.mul.Scalar(bias, beta))
+    result: torch.Tensor = aten.add.Tensor(scaled, bias if beta == 1 else aten.mul.Scalar(bias, beta))
+    return result
 
 
 # torch expands these through primitives that have no rules, or not at all.

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from partita.graph.graph import OpInfo
 from partita.sharding import communication
 from partita.sharding.calls import Slot, TensorSpec, Value, fill_slots
-from partita.sharding.placement import Placement, Replicate, Shard
+from partita.sharding.placement import Placement, Shard
 from partita.sharding.propagate import Call, Conversion, Step
 
 aten = torch.ops.aten
@@ -97,7 +97,7 @@ class Localizer:
 
     def write(self) -> fx.GraphModule:
         for name, value, placement in self.layout.placeholders:
-            node = self.graph.placeholder(name)
+            node = self.graph.create_node("placeholder", name, (), {}, name)
             shape = local_shape(value.spec, placement, self.coordinate)
             whole = shape == value.spec.shape
             node.meta = {"val": value.meta if whole else self._sliced(value, shape), "origin": value.name}
@@ -135,13 +135,12 @@ class Localizer:
     def _emit(
         self, target: Any, args: Any, kwargs: Any, inputs: tuple[fx.Node | None, ...], name: str, meta: dict[str, Any]
     ) -> fx.Node:
-        tensors = tuple(node.meta["val"] if node is not None else None for node in inputs)
         used = _used_slots(args, kwargs)
         compact = {index: place for place, index in enumerate(used)}
         small_args, small_kwargs = fx.node.map_aggregate(
             (args, dict(kwargs)), lambda item: Slot(compact[item.index]) if isinstance(item, Slot) else item
         )
-        chosen = tuple(tensors[index] for index in used)
+        chosen = tuple(node.meta["val"] for index in used if (node := inputs[index]) is not None)
         try:
             value = self.runner.run(target, small_args, small_kwargs, chosen)
         except (RuntimeError, ValueError):
@@ -317,4 +316,3 @@ def coordinate_key(layout: Layout, coordinate: int) -> tuple[Any, ...]:
     sizes = {placement.sizes for placement in placements if isinstance(placement, Shard)}
     local = tuple(sorted((s, s[coordinate]) for s in sizes))
     return (local, coordinate if depends else -1)
-

@@ -4,9 +4,11 @@ A placement here is exact to the row: `Shard` carries the extent of every worker
 special. With ``n`` workers on the axis:
 
 * `Replicate()`: every worker has the whole tensor.
-* `Shard(dim, sizes)`: worker ``i`` has ``sizes[i]`` consecutive entries of dim ``dim``; ``sum(sizes)`` is the whole extent.
+* `Shard(dim, sizes)`: worker ``i`` has ``sizes[i]`` consecutive entries of dim ``dim``; ``sum(sizes)`` is its
+  whole extent.
   With ``outer`` runs, dim ``dim`` is taken as ``outer`` runs of equal length, and worker ``i`` has ``sizes[i] / outer``
-  consecutive entries of every run. (``[T, B]`` cut along ``B`` and viewed as ``[T*B]`` lies like that, with ``outer = T``.)
+  consecutive entries of every run. (``[T, B]`` cut along ``B`` and viewed as ``[T*B]`` lies like
+  that, with ``outer = T``.)
   Only inside a sharded graph; inputs, outputs and exchanges have ``outer == 1``.
 * `Partial()`: every worker has a tensor of the whole shape; the value is their sum.
 """

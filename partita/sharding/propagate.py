@@ -4,7 +4,7 @@ Cost of running an op by a rule, in seconds on the scale of `partita.sharding.co
 
     sum over inputs of conversion(cheapest available placement -> wanted)       one conversion per (value, placement)
     + (flops / speed + bytes / memory speed) * (size - 1) / size                if nothing is cut: replicated work
-    + one latency                                                               if the rule starts cutting from whole values
+    + one latency                                                      if the rule starts cutting from whole values
 
 The rule of least cost is taken (ties: first in the op's list). If it needs an exchange, the op is also tried in
 its decomposed form, op by op, and the cheaper way stays. Values that depend on no sharded input are not decided here at
@@ -303,9 +303,9 @@ class Propagation:
         """Compute a value that depends on no sharded input, in the placement in which it is wanted."""
         if target in self.available.get(value, ()):
             return
-        if isinstance(target, Shard) and REPLICATE not in self.available.get(value, ()) and depth < MAX_PULL_DEPTH:
-            if self._pull_shard(value, target, depth):
-                return
+        from_pieces = REPLICATE not in self.available.get(value, ()) and depth < MAX_PULL_DEPTH
+        if from_pieces and isinstance(target, Shard) and self._pull_shard(value, target, depth):
+            return
         self._pull_whole(value)
         if target != REPLICATE:
             self.convert(value, target)
@@ -345,7 +345,9 @@ class Propagation:
                 pairs = zip(op.inputs, rule.inputs, strict=True)
                 stack += [self.resolve(v) for v, spec in pairs if isinstance(spec, Replicate)]
         for op in sorted(wanted, key=self.order.__getitem__):
-            self._apply(op, tuple(self.resolve(v) for v in op.inputs), Choice(self._whole_rule(op), Blocks(), 0.0, False))
+            self._apply(
+                op, tuple(self.resolve(v) for v in op.inputs), Choice(self._whole_rule(op), Blocks(), 0.0, False)
+            )
 
     def _whole_rule(self, op: Op) -> Rule:
         for rule in self.rules(op.call):

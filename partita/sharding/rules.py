@@ -1,9 +1,9 @@
 """Rules: the ways of running one op in parts along one mesh axis.
 
 A `Rule` says of every tensor input and output of an op whether it is whole (`Replicate`), a summand (`Partial`) or cut
-(`Cut`). All cut dims of a rule are cut at the same places: the rule has ``extent`` indivisible blocks, worker ``i`` gets
-``blocks[i]`` consecutive ones, and ``Cut(dim, factor)`` holds ``factor`` entries of ``dim`` per block. So a view of
-``[B*T, C]`` as ``[B, T, C]`` is the rule ``S0*T -> S0`` with extent ``B``, exact for uneven shards.
+(`Cut`). All cut dims of a rule are cut at the same places: the rule has ``extent`` indivisible blocks, a worker gets
+some of them, and ``Cut(dim, factor)`` holds ``factor`` entries of ``dim`` per block. So a view of ``[B*T, C]`` as
+``[B, T, C]`` is the rule ``S0*T -> S0`` with extent ``B``, exact for uneven shards.
 
 Rules are written as text, inputs left and outputs right of the arrow: ``"S0 R -> S0"``, ``"S1 S0 -> P"``; ``_`` is an
 input whose values do not matter or an output that is absent.
@@ -37,8 +37,8 @@ class Cut:
 class Blocks:
     """How a rule's blocks lie over the workers: ``counts[i]`` of them on worker ``i``, taken from ``outer`` runs.
 
-    Runs need no rules of their own: a rule that holds for every way of cutting treats each block alike, wherever it lies, so
-    that blocks may also be dealt out in another order, as long as all cut tensors of the call follow the same order.
+    Runs need no rules of their own: a rule that holds for every way of cutting treats each block alike, wherever it
+    lies, so blocks may also be dealt out in another order, as long as all cut tensors of the call follow that order.
     """
 
     counts: tuple[int, ...] = ()
@@ -125,7 +125,7 @@ def parse_rule(text: str, call: OpCall, *, rewrite: Rewrite | None = None) -> Ru
     if len(extents) > 1 or any(extent != int(extent) for extent in extents):
         return None
     final_outputs = tuple(None if isinstance(spec, Ignored) else spec for spec in outputs)
-    return Rule(inputs, final_outputs, int(extents.pop()) if extents else 0, rewrite)  # type: ignore[arg-type]
+    return Rule(inputs, final_outputs, int(extents.pop()) if extents else 0, rewrite)
 
 
 def _parse_spec(item: str, rank: int) -> Any:

@@ -125,7 +125,7 @@ def layer_norm_rules(call: OpCall) -> list[Rule]:
 
 @register("native_layer_norm_backward")
 def layer_norm_backward_rules(call: OpCall) -> list[Rule]:
-    """``(grad, input, normalized_shape, mean, rstd, weight, bias, mask)``: gradients of weight and bias are summands."""
+    """``(grad, input, normalized_shape, mean, rstd, weight, bias, mask)``: gradients of weight, bias are sums."""
     shape = call.inputs[0].shape
     leading = len(shape) - len(call.args[2])
     rest = (REPLICATE,) * (len(call.inputs) - 4)
@@ -257,7 +257,8 @@ def _leading_cut(shape: tuple[int, ...], dim: int, extent: int) -> Any:
 _POOLING = (
     "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-    "max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward", "avg_pool2d_backward", "avg_pool3d_backward",
+    "max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward", "avg_pool2d_backward",
+    "avg_pool3d_backward",
     "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward",
     "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "reflection_pad1d_backward",
     "reflection_pad2d_backward", "replication_pad2d_backward", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
@@ -268,7 +269,9 @@ _POOLING = (
 @register(*_POOLING)
 def pooling_rules(call: OpCall) -> list[Rule]:
     """Samples are independent if every tensor has them as dim 0 (that is: batched)."""
-    batched_rank = {"1d": 3, "2d": 4, "3d": 5}.get(next((d for d in ("1d", "2d", "3d") if d in call.base_name), "2d"), 4)
+    batched_rank = {"1d": 3, "2d": 4, "3d": 5}.get(
+        next((d for d in ("1d", "2d", "3d") if d in call.base_name), "2d"), 4
+    )
     specs = [*call.inputs, *[spec for spec in call.outputs if spec is not None]]
     samples = call.inputs[0].shape[0] if call.inputs[0].shape else 0
     if samples < 2 or any(len(spec.shape) != batched_rank or spec.shape[0] != samples for spec in specs):
@@ -364,7 +367,7 @@ def index_rules(call: OpCall) -> list[Rule]:
     layout = _index_layout(call)
     if layout is None:
         return []
-    places, start, index_rank, rank = layout
+    places, start, index_rank, _ = layout
     output = call.outputs[0]
     assert output is not None
     rules = [Rule((PARTIAL, *[REPLICATE for _ in call.inputs[1:]]), (PARTIAL,))]
@@ -477,7 +480,9 @@ def local_batch_norm_rules(call: OpCall) -> list[Rule]:
         return []
     if call.base_name in _BACKWARD:
         cuts = tuple(Cut(0) if spec.shape == source else REPLICATE for spec in call.inputs)
-        outputs = tuple(None if s is None else Cut(0) if s.shape == source else PARTIAL for s in call.outputs)
+        outputs: tuple[OutputSpec, ...] = tuple(
+            None if s is None else Cut(0) if s.shape == source else PARTIAL for s in call.outputs
+        )
         if not is_training_batch_norm(call):
             return [Rule(cuts, outputs, source[0])]
         positions = _RUNNING[call.base_name]

@@ -32,7 +32,7 @@ def constant_rules(call: OpCall) -> list[Rule]:
 
 
 def _as_full(call: OpCall, shapes: tuple[Shape | None, ...]) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
-    """The same constant as `aten.full`; memory that the op leaves unset becomes 0, so that no run differs from another."""
+    """The same constant as `aten.full`; memory that the op leaves unset becomes 0, so that all runs are alike."""
     output = call.outputs[0]
     assert output is not None
     stem = call.base_name.removeprefix("new_").removesuffix("_like").removesuffix("_strided")

@@ -10,12 +10,11 @@ from partita.sharding.calls import OpCall, Slot
 from partita.sharding.rules import PARTIAL, REPLICATE, Cut, InputSpec, Rule, register
 
 # Element-wise ops that torch does not tag as such.
-UNTAGGED = frozenset(
-    "_to_copy alias detach lift_fresh lift_fresh_copy hardtanh_backward leaky_relu_backward softplus_backward "
-    "elu_backward log_sigmoid_backward log_sigmoid_forward mse_loss_backward_none copy fill view_of positive "
-    "convert_element_type _conj _neg_view nan_to_num hardswish_backward hardsigmoid_backward celu_backward "
-    "glu_jvp frac_backward logit_backward".split()
-)
+UNTAGGED = frozenset({
+    "_to_copy", "alias", "detach", "lift_fresh", "lift_fresh_copy", "hardtanh_backward", "leaky_relu_backward",
+    "softplus_backward", "elu_backward", "log_sigmoid_backward", "copy", "positive", "convert_element_type",
+    "nan_to_num", "hardswish_backward", "hardsigmoid_backward", "logit_backward",
+})  # fmt: skip
 
 
 def is_pointwise(call: OpCall) -> bool:
@@ -95,7 +94,7 @@ def _cast(call: OpCall) -> list[Inputs]:
     output = call.outputs[0]
     assert output is not None
     source = call.inputs[0].dtype
-    exact = source is output.dtype or output.dtype.is_floating_point and source is not torch.bool
+    exact = source is output.dtype or (output.dtype.is_floating_point and source is not torch.bool)
     return [(PARTIAL,)] if exact and len(call.inputs) == 1 else []
 
 
@@ -112,6 +111,11 @@ def _first(call: OpCall) -> list[Inputs]:
     """Linear in the first tensor (the gradient) alone."""
     return [(PARTIAL,) + (REPLICATE,) * (_number_of_tensors(call) - 1)]
 
+
+_GRADIENT_FIRST = (
+    "threshold_backward", "gelu_backward", "tanh_backward", "sigmoid_backward", "silu_backward", "hardtanh_backward",
+    "leaky_relu_backward", "hardswish_backward", "hardsigmoid_backward", "softplus_backward",
+)  # fmt: skip
 
 _LINEAR: dict[str, Callable[[OpCall], list[Inputs]]] = {
     "add": _sum,
@@ -130,8 +134,7 @@ _LINEAR: dict[str, Callable[[OpCall], list[Inputs]]] = {
     "where": _where,
     "masked_fill": _masked_fill,
     **dict.fromkeys(
-        "threshold_backward gelu_backward tanh_backward sigmoid_backward silu_backward hardtanh_backward "
-        "leaky_relu_backward hardswish_backward hardsigmoid_backward softplus_backward".split(),
+        _GRADIENT_FIRST,
         _first,
     ),
 }

@@ -17,10 +17,10 @@ _TABLE: dict[str, tuple[str, ...]] = {
     "vdot": ("S0 S0 -> P",),
     "embedding": (
         "R S0 -> S0", "R S1 -> S1", "R S2 -> S2", "S1 R -> S-1",
-    ),  # fmt: skip
+    ),
     "embedding_dense_backward": (
         "S0 S0 -> P", "S1 S1 -> P", "S2 S2 -> P", "S-1 R -> S1", "P R -> P",
-    ),  # fmt: skip
+    ),
     "nll_loss_backward": ("R S0 S0 R -> S0",),
     "nll_loss2d_backward": ("R S0 S0 R -> S0",),
 }  # fmt: skip

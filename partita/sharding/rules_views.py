@@ -68,12 +68,13 @@ Extents = list[tuple[int, int]]  # (dim, extent)
 def group_cuts(left: Extents, right: Extents) -> list[tuple[Cut, Cut, int]]:
     """All ways of cutting dims that are merged or split into one another: ``(cut left, cut right, number of blocks)``.
 
-    Cutting a dim cuts each of the ``outer`` runs of entries that the dims before it in the group make. On the other side
-    these runs must be whole parts of one dim; a block is what is whole on both sides.
+    Cutting a dim cuts each of the ``outer`` runs of entries that the dims before it in the group make. On the other
+    side these runs must be whole parts of one dim; a block is what is whole on both sides.
 
     Example:
         >>> group_cuts([(0, 6), (1, 7)], [(0, 42)])
-        [(Cut(dim=0, factor=1, outer=1), Cut(dim=0, factor=7, outer=1), 6), (Cut(dim=1, factor=1, outer=1), Cut(dim=0, factor=1, outer=6), 7)]
+        [(Cut(dim=0, factor=1, outer=1), Cut(dim=0, factor=7, outer=1), 6),
+         (Cut(dim=1, factor=1, outer=1), Cut(dim=0, factor=1, outer=6), 7)]
     """
     product = math.prod(extent for _, extent in left)
     found: dict[tuple[Cut, Cut, int], None] = {}
@@ -117,7 +118,8 @@ def view_rules(call: OpCall) -> list[Rule]:
     for group_left, group_right in matching_groups(left_extents, right_extents):
         dims_left = [(left_dims[dim], left_extents[dim]) for dim in group_left]
         dims_right = [(right_dims[dim], right_extents[dim]) for dim in group_right]
-        rules += [Rule((cut,), (other,), blocks, _with_shape) for cut, other, blocks in group_cuts(dims_left, dims_right)]
+        cuts = group_cuts(dims_left, dims_right)
+        rules += [Rule((cut,), (other,), blocks, _with_shape) for cut, other, blocks in cuts]
     return rules
 
 

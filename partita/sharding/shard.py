@@ -121,9 +121,7 @@ def shard(
     return _assemble(propagation, program, seeds, free_inputs, outputs, num_inner, axis, FakeRunner(mode))
 
 
-def _check(
-    program: Program, seeds: Mapping[str, Placement], free_inputs: frozenset[str], size: int, axis: str
-) -> None:
+def _check(program: Program, seeds: Mapping[str, Placement], free_inputs: frozenset[str], size: int, axis: str) -> None:
     if size < 1:
         raise InputError(f"axis {axis!r} must have at least one worker, but size is {size}")
     for name in (*seeds, *free_inputs):
@@ -137,8 +135,8 @@ def _check(
         fits = placement.dim < len(shape) and sum(placement.sizes) == shape[placement.dim]
         if not fits or len(placement.sizes) != size or min(placement.sizes) < 1:
             raise InputError(
-                f"the sizes of {name!r} on axis {axis!r} must be {size} positive numbers that add up to its extent, but "
-                f"got dim {placement.dim}, sizes {placement.sizes} for shape {shape}; use fewer workers or other shares"
+                f"the sizes of {name!r} on axis {axis!r} must be {size} positive numbers that add up to its extent, "
+                f"but got dim {placement.dim}, sizes {placement.sizes} for shape {shape}; use fewer workers"
             )
 
 
@@ -293,7 +291,7 @@ def _prologue(propagation: Propagation, hoisted: tuple[Value, ...], program: Pro
     nodes: dict[Value, fx.Node] = {}
     for name, value in program.placeholders.items():
         if value in inputs:
-            nodes[value] = graph.placeholder(name)
+            nodes[value] = graph.create_node("placeholder", name, (), {}, name)
             nodes[value].meta = {"val": value.meta, "origin": name}
     for op in sorted(needed, key=propagation.order.__getitem__):
         _write_whole(graph, nodes, op, propagation)
@@ -316,8 +314,6 @@ def _write_whole(graph: fx.Graph, nodes: dict[Value, fx.Node], op: Op, propagati
         if op.call.returns_tuple:
             nodes[value] = graph.call_function(operator.getitem, (node, index))
             nodes[value].meta = {"val": value.meta, "origin": op.origin}
-
-
 
 
 __all__ = ["Exchange", "Partial", "Replicate", "Shard", "ShardedGraph", "shard"]
