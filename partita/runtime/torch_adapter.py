@@ -3,6 +3,7 @@
 * `torch._inductor.standalone_compile`: compiles one fx graph without Dynamo; its artifact is called with the inputs.
 * Inductor's configuration names `cpp_wrapper`, `cpp.threads` and `fallback_random`.
 * `torch._subclasses.FakeTensorMode`: inputs for the compiler that have shapes and strides but no memory.
+* `OpOverload._op`, `._schema`, `._overloadname`, `.tags`: an op's inner callable and its signature.
 * `torch.distributed.distributed_c10d._get_default_store`: the key-value store of the running job.
 """
 
@@ -74,3 +75,24 @@ def op_name(target: Any) -> tuple[str, str]:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.removeprefix("aten::"), target._overloadname
     return "", ""
+
+
+def direct(target: Any) -> Callable[..., Any]:
+    """What an op calls in the end, without the Python frame around it; other callables as they are."""
+    return target._op if isinstance(target, torch._ops.OpOverload) else target  # type: ignore[no-any-return]
+
+
+def takes_generator(target: Any) -> bool:
+    """Whether the op has an argument called `generator`."""
+    return any(argument.name == "generator" for argument in target._schema.arguments)
+
+
+def overload_with_generator(target: Any) -> Any | None:
+    """The overload of the same op that has one argument more, `generator`; None if there is none."""
+    own = [argument.name for argument in target._schema.arguments]
+    packet = target.overloadpacket
+    for overload in packet.overloads():
+        names = [argument.name for argument in getattr(packet, overload)._schema.arguments]
+        if "generator" in names and [name for name in names if name != "generator"] == own:
+            return getattr(packet, overload)
+    return None

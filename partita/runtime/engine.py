@@ -1,0 +1,451 @@
+"""`Engine`: runs one process's share of a `ProgramSet`, step after step.
+
+Per step: random draws (in the caller's thread, as plain PyTorch would draw them), feeds, then all local workers at once,
+each its own instruction list; afterwards the new values of buffers are written back.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from partita.errors import InputError, PlanError, ProgramError, StepError
+from partita.plan import Plan
+from partita.program.instructions import (
+    AllGather,
+    AllReduce,
+    AllToAll,
+    Feed,
+    Program,
+    ProgramSet,
+    Recv,
+    ReduceScatter,
+    Run,
+    Send,
+)
+from partita.program.timeline import Timeline
+from partita.runtime.binding import Binder, Mode, Registers, UpdateFn
+from partita.runtime.collectives import Seat
+from partita.runtime.failure import Failure, Stopped, Waiter
+from partita.runtime.local import Channel, Meeting, Party
+from partita.runtime.randomness import default_generator
+from partita.runtime.segments import Code, build, python_code
+from partita.runtime.transport import Line, Mail, Transport
+from partita.runtime.worker import WorkerThread
+
+_COLLECTIVES = (AllReduce, ReduceScatter, AllGather, AllToAll)
+STOP_TIME_S = 2.0  # after a failure, workers get this long to come to rest before the error is raised
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """The tensors that live from step to step: one storage per process, shared by its workers.
+
+    Names are those of the graph's inputs (for tied parameters the first name).
+    """
+
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    def registers(self) -> Registers:
+        groups = (("p:", self.parameters), ("b:", self.buffers), ("c:", self.constants))
+        return {prefix + name: value.detach() for prefix, values in groups for name, value in values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What a step gives: the loss (of the global batch), the timeline if recorded, bytes sent to other processes."""
+
+    loss: Tensor
+    timeline: Timeline | None
+    bytes_sent: int
+
+
+class Engine:
+    """Runs the programs of one process's workers.
+
+    Args:
+        programs: the programs of all workers of the job.
+        plan: gives every worker's cores, and the number of threads of each.
+        process: rank of this process.
+        state: parameters, buffers and constants; changed in place by updates.
+        update: applies the optimizer to slices, called in the owning worker's thread.
+        transport: connection to the other processes; needed where programs cross processes.
+        timeout_s: limit of every single wait of a worker.
+        compiled: whether segments are compiled (default: as the plan says).
+
+    Raises (from `step`):
+        WorkerError: a worker raised; `__cause__` is the original exception.
+        PeerLostError: another process is gone.
+        WaitTimeoutError: a wait passed `timeout_s`.
+        StepError: another process failed, or this engine failed in an earlier step.
+
+    Example:
+        >>> with Engine(programs, plan, process=0, state=state, update=update) as engine:
+        ...     outcome = engine.step(pytree.tree_leaves(batch))
+    """
+
+    def __init__(
+        self,
+        programs: ProgramSet,
+        plan: Plan,
+        *,
+        process: int,
+        state: State,
+        update: UpdateFn,
+        transport: Transport | None = None,
+        timeout_s: float = 120.0,
+        compiled: bool | None = None,
+    ) -> None:
+        self.programs = programs
+        self.plan = plan
+        self.process = process
+        self.state = state
+        self.update = update
+        self.mode = Mode()
+        self.timeout_s = timeout_s
+        self.failure = Failure()
+        self.local = tuple(program for program in programs.programs if program.process == process)
+        self.device = self._device()
+        self._check(transport)
+        self._transport = transport
+        self._compiled = plan.compiled if compiled is None else compiled
+        self._main = Waiter(self.failure)
+        self._lock = threading.Lock()
+        self._num_running = 0
+        self._closed = False
+        self._forget: Callable[[], None] = lambda: None
+        self._connections = Connections(programs, process, transport, timeout_s)
+        self._codes = self._build_codes()
+        self._draws = [(draw.name, python_code(draw.module.graph, draw.module)) for draw in programs.draws]
+        self.workers = [self._make_worker(program) for program in self.local]
+        self._connections.meet({worker.party.worker: worker.party for worker in self.workers})
+        for worker in self.workers:
+            binder = Binder(worker.program, self, worker.generator)
+            worker.start(binder.bind(), binder.pending)
+        self._random = [worker for worker in self.workers if self._draws_in(worker.program)]
+        if transport is not None:
+            self._forget = transport.on_failure(self._on_peer_failure)
+
+    # Construction ----------------------------------------------------------------------------------------------------
+
+    def _device(self) -> torch.device:
+        gpus = {self.plan.workers[program.worker].gpu for program in self.local}
+        if gpus <= {None}:
+            return torch.device("cpu")
+        if len(self.local) != 1 or not torch.cuda.is_available():
+            raise PlanError(
+                f"a process with GPUs must have one worker and see its GPU, but process {self.process} has "
+                f"{len(self.local)} workers on GPUs {sorted(str(gpu) for gpu in gpus)} and "
+                f"{torch.cuda.device_count()} visible GPUs. Start one process per GPU."
+            )
+        return torch.device("cuda", gpus.pop())
+
+    def _check(self, transport: Transport | None) -> None:
+        if not self.local:
+            raise PlanError(
+                f"every process must have a worker, but process {self.process} has none in a plan of "
+                f"{len(self.plan.workers)} workers. Start as many processes as the plan has."
+            )
+        if len({program.process for program in self.programs.programs}) > 1 and transport is None:
+            raise PlanError("a plan of several processes must be given a transport, but transport is None")
+        if not any(program.loss for program in self.local):
+            raise ProgramError(f"one worker of every process must have the loss, but none of process {self.process} has")
+        have = self.state.registers()
+        for program in self.local:
+            for instruction in program.instructions:
+                names = instruction.inputs if isinstance(instruction, Run) else ()
+                missing = [name for name in names if name[:2] in ("p:", "b:", "c:") and name not in have]
+                if missing:
+                    raise PlanError(
+                        f"the state must hold every tensor that the programs read, but {missing[0]!r} is missing "
+                        f"(and {len(missing) - 1} more). Is the plan for another model?"
+                    )
+
+    def _build_codes(self) -> dict[str, Code]:
+        """Code of every segment that runs here, made once per key, before the worker threads exist."""
+        keys = dict.fromkeys(
+            instruction.segment
+            for program in self.local
+            for instruction in program.instructions
+            if isinstance(instruction, Run)
+        )
+        return {
+            key: build(
+                self.programs.segments[key],
+                compiled=self._compiled,
+                device=self.device,
+                num_threads=self.plan.threads_per_worker,
+            )
+            for key in keys
+        }
+
+    def _make_worker(self, program: Program) -> WorkerThread:
+        return WorkerThread(
+            program,
+            cores=self.plan.workers[program.worker].cores,
+            num_threads=self.plan.threads_per_worker,
+            device=self.device,
+            failure=self.failure,
+            timeout_s=self.timeout_s,
+            finished=self._on_finished,
+        )
+
+    def _draws_in(self, program: Program) -> bool:
+        runs = (instruction for instruction in program.instructions if isinstance(instruction, Run))
+        return any(self.programs.segments[run.segment].random for run in runs)
+
+    # What a binder asks for ------------------------------------------------------------------------------------------
+
+    def code(self, segment: str) -> Code:
+        return self._codes[segment]
+
+    def seat(self, worker: int, group: tuple[int, ...], key: str) -> Seat:
+        return self._connections.seat(worker, group, key)
+
+    def channel(self, sender: int, receiver: int, key: str) -> Channel:
+        return self._connections.channel(sender, receiver, key)
+
+    def remote(self, sender: int, receiver: int, key: str) -> tuple[Mail, int] | None:
+        return self._connections.remote(sender, receiver, key)
+
+    def process_of(self, worker: int) -> int:
+        return self._connections.process_of[worker]
+
+    @property
+    def not_compiled(self) -> Mapping[str, str]:
+        """Segments that were to be compiled and are not, with the reason."""
+        return {key: code.reason for key, code in self._codes.items() if code.reason}
+
+    # Steps -----------------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        leaves: Sequence[Tensor] | Mapping[int, Tensor],
+        *,
+        row_offsets: Mapping[int, int] | None = None,
+        update: bool = True,
+        commit_buffers: bool = True,
+        record: bool = False,
+        accumulate_only: bool = False,
+    ) -> StepOutcome:
+        """Run one training step on a batch.
+
+        Args:
+            leaves: the batch's leaves by index (`pytree.tree_leaves` order); only those that the programs feed on are read.
+            row_offsets: leaf index -> number of its first row in the global batch, for leaves that hold only some rows.
+            update: False leaves parameters as they are (gradients are computed and dropped).
+            commit_buffers: False leaves buffers as they are.
+            record: measure every instruction into `StepOutcome.timeline`.
+            accumulate_only: add the gradients to those of the next step instead of updating.
+        """
+        self._refuse_if_unusable()
+        start_s = time.perf_counter()
+        sent = self._connections.bytes_sent
+        feeds = self._registers(leaves, row_offsets or {})
+        self.mode.update, self.mode.accumulate_only = update, accumulate_only
+        self._seed_workers()
+        self._num_running = len(self.workers)
+        for worker, registers in zip(self.workers, feeds, strict=True):
+            worker.begin(registers, start_s, record=record)
+        self._await_workers()
+        end_s = time.perf_counter()
+        outcome = self._outcome(commit_buffers, record, end_s - start_s, self._connections.bytes_sent - sent)
+        if self._random:
+            default_generator(self.device).set_state(self._random[0].generator.get_state())
+        return outcome
+
+    def _refuse_if_unusable(self) -> None:
+        if self.failure.error is not None:
+            raise StepError(
+                f"an engine that has failed cannot step again; build a new one. It failed with: {self.failure.error}"
+            ) from self.failure.error
+        if self._closed:
+            raise StepError("an engine must not be closed to step, but close() was called; build a new one")
+
+    def _registers(
+        self, leaves: Sequence[Tensor] | Mapping[int, Tensor], row_offsets: Mapping[int, int]
+    ) -> list[Registers]:
+        """Every local worker's registers at the start of the step."""
+        draws: dict[str, Tensor] = {}
+        if self._draws:
+            generator = default_generator(self.device)
+            with torch.no_grad():
+                for name, draw in self._draws:
+                    draws[name] = draw(generator)[0]
+        persistent = self.state.registers()
+        result = []
+        for program in self.local:
+            registers = dict(persistent)
+            for feed in program.feeds:
+                whole, offset = draws.get(feed.draw), 0
+                if whole is None:
+                    whole, offset = leaves[feed.leaf], row_offsets.get(feed.leaf, 0)
+                registers[feed.register] = self._piece(feed, whole, offset)
+            result.append(registers)
+        return result
+
+    def _piece(self, feed: Feed, whole: Tensor, offset: int) -> Tensor:
+        piece = whole.detach()
+        if feed.dim >= 0:
+            start = feed.start - (offset if feed.dim == 0 else 0)
+            if start < 0 or start + feed.length > whole.shape[feed.dim]:
+                raise InputError(
+                    f"leaf {feed.leaf} of the batch must hold entries {feed.start}:{feed.start + feed.length} of dim "
+                    f"{feed.dim}, but its shape is {tuple(whole.shape)} and its first row is row {offset}. Pass a batch of "
+                    f"the shape that was planned."
+                )
+            piece = piece.narrow(feed.dim, start, feed.length)
+        return piece.to(self.device, non_blocking=True) if piece.device != self.device else piece
+
+    def _seed_workers(self) -> None:
+        """Workers with random ops start where the draws left torch's default generator."""
+        if self._random:
+            state = default_generator(self.device).get_state()
+            for worker in self._random:
+                worker.generator.set_state(state)
+
+    def _on_finished(self) -> None:
+        with self._lock:
+            self._num_running -= 1
+            last = self._num_running <= 0
+        if last:
+            self._main.wake()
+
+    def _await_workers(self) -> None:
+        try:
+            self._main.until(lambda: self._num_running <= 0, None, lambda: "")
+        except Stopped:
+            pass
+        except BaseException as error:  # the caller's thread was interrupted
+            self.failure.record(StepError(f"the step was interrupted: {error!r}"))
+            self._end()
+            raise
+        if self.failure.error is not None:
+            self._end()
+            raise self.failure.error
+
+    def _end(self) -> None:
+        """After a failure: tell the other processes, give local workers a moment to come to rest."""
+        error = self.failure.error
+        if self._transport is not None and error is not None:
+            self._transport.report(error)
+        deadline_s = time.perf_counter() + STOP_TIME_S
+        for worker in self.workers:
+            worker.thread.join(max(deadline_s - time.perf_counter(), 0.0))
+
+    def _outcome(self, commit_buffers: bool, record: bool, step_time_s: float, bytes_sent: int) -> StepOutcome:
+        loss = next(w.registers[w.program.loss] for w in self.workers if w.program.loss).clone()
+        if commit_buffers:
+            for worker in self.workers:
+                for name, register in worker.program.buffers.items():
+                    self.state.buffers[name].detach().copy_(worker.registers[register])
+        timeline = None
+        if record:
+            events = tuple(event for worker in self.workers for event in worker.events)
+            timeline = Timeline(events=events, step_time_s=step_time_s, bytes_sent=bytes_sent)
+        for worker in self.workers:
+            worker.registers = {}
+        return StepOutcome(loss=loss, timeline=timeline, bytes_sent=bytes_sent)
+
+    def _on_peer_failure(self, error: StepError) -> None:
+        self.failure.record(error)
+
+    # End -------------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End the worker threads. Calling it twice is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        self._forget()
+        for worker in self.workers:
+            worker.close()
+        for worker in self.workers:
+            worker.thread.join(STOP_TIME_S)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Connections:
+    """Who meets whom: meetings, channels, and the lines and tags of messages between processes.
+
+    Everything is derived from the programs alone, in one order, so that all processes open the same lines.
+    """
+
+    def __init__(self, programs: ProgramSet, process: int, transport: Transport | None, timeout_s: float) -> None:
+        self.process = process
+        self.process_of = {program.worker: program.process for program in programs.programs}
+        self._parties: Mapping[int, Party] = {}
+        self._meetings: dict[tuple[tuple[int, ...], str], Meeting] = {}
+        self._channels: dict[tuple[int, int, str], Channel] = {}
+        self._lines: dict[tuple[int, ...], Line] = {}
+        self._mail: Mail | None = None
+        self._tags: dict[tuple[int, int, str], int] = {}
+        if transport is not None:
+            self._open(programs, transport, timeout_s)
+
+    def _open(self, programs: ProgramSet, transport: Transport, timeout_s: float) -> None:
+        instructions = [(program.worker, one) for program in programs.programs for one in program.instructions]
+        number: dict[tuple[int, ...], int] = {}
+        for group in sorted({one.group for _, one in instructions if isinstance(one, _COLLECTIVES)}):
+            processes = tuple(sorted({self.process_of[worker] for worker in group}))
+            if len(processes) > 1:
+                index = number[processes] = number.get(processes, -1) + 1
+                self._lines[group] = transport.line(processes, index, timeout_s)
+        crossing = {
+            (worker, one.peer, one.key) if isinstance(one, Send) else (one.peer, worker, one.key)
+            for worker, one in instructions
+            if isinstance(one, (Send, Recv)) and self.process_of[worker] != self.process_of[one.peer]
+        }
+        self._tags = {address: tag for tag, address in enumerate(sorted(crossing))}
+        if crossing:
+            self._mail = transport.mail(timeout_s)
+
+    @property
+    def bytes_sent(self) -> int:
+        lines = sum(line.bytes_sent for line in self._lines.values())
+        return lines + (self._mail.bytes_sent if self._mail is not None else 0)
+
+    def meet(self, parties: Mapping[int, Party]) -> None:
+        """Name the local workers."""
+        self._parties = parties
+
+    def seat(self, worker: int, group: tuple[int, ...], key: str) -> Seat:
+        positions: dict[int, list[int]] = {}
+        for position, member in enumerate(group):
+            positions.setdefault(self.process_of[member], []).append(position)
+        ordered = {process: tuple(positions[process]) for process in sorted(positions)}
+        local = [group[position] for position in ordered[self.process]]
+        meeting = self._meetings.get((group, key))
+        if meeting is None:
+            meeting = self._meetings[group, key] = Meeting([self._parties[member] for member in local])
+        return Seat(
+            meeting=meeting,
+            member=local.index(worker),
+            process=self.process,
+            positions=ordered,
+            line=self._lines.get(group),
+        )
+
+    def channel(self, sender: int, receiver: int, key: str) -> Channel:
+        address = (sender, receiver, key)
+        if address not in self._channels:
+            self._channels[address] = Channel(self._parties[sender], self._parties[receiver])
+        return self._channels[address]
+
+    def remote(self, sender: int, receiver: int, key: str) -> tuple[Mail, int] | None:
+        if self.process_of[sender] == self.process_of[receiver]:
+            return None
+        assert self._mail is not None
+        return self._mail, self._tags[sender, receiver, key]

@@ -1,0 +1,192 @@
+"""Segments as callables: plain Python that calls one op after the other, or one compiled function.
+
+Plain code is generated from the fx graph: ops are called without wrappers, every intermediate value is let go after its last
+use, and random ops draw from the generator of the calling worker.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, fx
+
+from partita.program.instructions import Segment
+from partita.runtime.randomness import is_random, with_generator
+from partita.runtime.torch_adapter import Layout, compile_graph, direct
+
+Call = Callable[..., Sequence[Tensor]]
+
+
+class CompileWarning(UserWarning):
+    """A segment could not be compiled and runs op by op instead."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """How a segment runs. `plain` takes a generator and the inputs; `compiled` takes the inputs only, in exactly `strides`.
+
+    `reason` says why a segment that was to be compiled is not.
+    """
+
+    plain: Callable[..., Sequence[Tensor]]
+    strides: tuple[tuple[int, ...] | None, ...]
+    compiled: Call | None = None
+    reason: str = ""
+
+    def bind(self, generator: Generator) -> Call:
+        """The callable for one worker."""
+        if self.compiled is not None:
+            return self.compiled
+        plain = self.plain
+        return lambda *inputs: plain(generator, *inputs)
+
+
+def build(segment: Segment, *, compiled: bool, device: torch.device, num_threads: int) -> Code:
+    """Code for a segment, compiled if asked and possible; a failing compiler is a `CompileWarning` with the reason."""
+    strides = tuple(_stride(node) for node in segment.module.graph.nodes if node.op == "placeholder")
+    plain = python_code(segment.module.graph, segment.module)
+    if not compiled:
+        return Code(plain, strides)
+    if segment.random:
+        return Code(plain, strides, reason="its random ops draw from the worker's own generator")
+    layouts: list[Layout] = [
+        (spec.shape, _contiguous(spec.shape) if stride is None else stride, spec.dtype)
+        for spec, stride in zip(segment.input_specs, strides, strict=True)
+    ]
+    try:
+        call = compile_graph(segment.module, layouts, device=device, num_threads=num_threads)
+    except Exception as error:  # whatever goes wrong inside a compiler, the plain code is right
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+        warnings.warn(
+            f"segment {segment.key} could not be compiled and runs op by op, which is slower but gives the same result: "
+            f"{reason}. Pass compile=False to silence this. {_where(error)}",
+            CompileWarning,
+            stacklevel=2,
+        )
+        return Code(plain, strides, reason=reason)
+    return Code(plain, tuple(layout[1] for layout in layouts), call)
+
+
+def _where(error: BaseException) -> str:
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return "".join(f"(raised in {frame.filename}:{frame.lineno})" for frame in last)
+
+
+def _stride(node: fx.Node) -> tuple[int, ...] | None:
+    value = node.meta.get("val")
+    return tuple(int(step) for step in value.stride()) if isinstance(value, Tensor) else None
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    strides: list[int] = []
+    step = 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
+
+
+def with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A copy of `value` that lies in memory with these strides."""
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+
+
+# Plain code ----------------------------------------------------------------------------------------------------------
+
+
+def python_code(graph: fx.Graph, owner: torch.nn.Module) -> Callable[..., Sequence[Tensor]]:
+    """A Python function ``(generator, *inputs) -> outputs`` that runs the graph's ops in order.
+
+    Example: for ``y = x @ w; return (y + 1,)`` it is ``def segment(generator, x, w): y = mm(x, w); z = add(y, 1); del y;
+    return (z,)``.
+    """
+    writer = _Writer(owner)
+    last_use = _last_uses(graph)
+    lines: list[str] = []
+    parameters: list[str] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            parameters.append(writer.variable(node))
+            continue
+        lines.append(writer.statement(node))
+        unused = [writer.variable(value) for value in last_use.get(node, ())]
+        if unused and node.op != "output":
+            lines.append(f"del {', '.join(unused)}")
+    body = "\n    ".join(lines)
+    source = f"def segment({', '.join(['generator', *parameters])}):\n    {body}\n"
+    scope = writer.constants
+    exec(compile(source, "<segment>", "exec"), scope)
+    return scope["segment"]  # type: ignore[no-any-return]
+
+
+def _last_uses(graph: fx.Graph) -> Mapping[fx.Node, list[fx.Node]]:
+    """Node -> values whose last use it is. Values that nobody uses are let go where they are made."""
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            last[node] = node
+        for value in node.all_input_nodes:
+            last[value] = node
+    result: dict[fx.Node, list[fx.Node]] = {}
+    for value, node in last.items():
+        if value.op != "output":
+            result.setdefault(node, []).append(value)
+    return result
+
+
+class _Writer:
+    """Turns nodes into statements; what cannot be written down goes to `constants`, the function's global names."""
+
+    def __init__(self, owner: torch.nn.Module) -> None:
+        self.owner = owner
+        self.constants: dict[str, Any] = {}
+        self._variables: dict[fx.Node, str] = {}
+        self._functions: dict[Any, str] = {}
+
+    def variable(self, node: fx.Node) -> str:
+        return self._variables.setdefault(node, f"v{len(self._variables)}")
+
+    def statement(self, node: fx.Node) -> str:
+        if node.op == "output":
+            return f"return {self.value(node.args[0])}"
+        if node.op == "get_attr":
+            assert isinstance(node.target, str)
+            return f"{self.variable(node)} = {self.constant(operator.attrgetter(node.target)(self.owner))}"
+        assert node.op == "call_function", f"a segment holds only ops, but {node.name} is a {node.op}"
+        if node.target is operator.getitem:
+            source, index = node.args
+            return f"{self.variable(node)} = {self.value(source)}[{self.value(index)}]"
+        arguments = [self.value(value) for value in node.args]
+        arguments += [f"{name}={self.value(value)}" for name, value in node.kwargs.items()]
+        if is_random(node.target):
+            arguments.insert(0, "generator")
+        return f"{self.variable(node)} = {self.function(node.target)}({', '.join(arguments)})"
+
+    def function(self, target: Any) -> str:
+        if target not in self._functions:
+            callee = with_generator(target) if is_random(target) else direct(target)
+            self._functions[target] = self.constant(callee)
+        return self._functions[target]
+
+    def constant(self, value: Any) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants[name] = value
+        return name
+
+    def value(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return self.variable(value)
+        if isinstance(value, tuple):
+            return f"({''.join(f'{self.value(item)}, ' for item in value)})"
+        if isinstance(value, list):
+            return f"[{', '.join(self.value(item) for item in value)}]"
+        if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+            return repr(value)
+        return self.constant(value)
