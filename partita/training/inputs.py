@@ -1,0 +1,73 @@
+"""What a step is called with: the batch's structure and shapes, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from partita.errors import InputError
+
+Shape = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True)
+class BatchKey:
+    """Everything of a batch that a captured graph depends on: structure, shapes, dtypes and the values of leaves that
+    are no tensors."""
+
+    spec: pytree.TreeSpec
+    shapes: tuple[Shape | None, ...]
+    static: str
+
+
+@dataclass(frozen=True)
+class BatchLeaves:
+    """A batch taken apart. `rows` is the extent of dim 0 that most of its tensors share (0: none has dims)."""
+
+    key: BatchKey
+    tensors: Mapping[int, torch.Tensor]
+    rows: int
+
+
+def take_apart(batch: Any) -> BatchLeaves:
+    """The tensor leaves of a batch by their index among all leaves.
+
+    Raises:
+        InputError: no tensor, or a tensor without rows.
+    """
+    leaves, spec = pytree.tree_flatten(batch)
+    tensors = {index: leaf for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}
+    if not tensors:
+        raise InputError(f"the batch must hold at least one tensor, but got {type(batch).__name__} without any")
+    extents = [tensor.shape[0] for tensor in tensors.values() if tensor.dim() > 0]
+    if 0 in extents:
+        shapes = [tuple(tensor.shape) for tensor in tensors.values()]
+        raise InputError(f"every tensor of the batch must have at least one row, but got {shapes}; skip empty batches")
+    shapes_of = tuple((tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
+    static = repr([leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)])
+    rows = max(extents, key=extents.count) if extents else 0
+    return BatchLeaves(BatchKey(spec, shapes_of, static), tensors, rows)
+
+
+def check_structure(key: BatchKey, first: BatchKey) -> None:
+    """Every batch must have the structure, ranks and dtypes of the first one.
+
+    Raises:
+        InputError: says what differs.
+    """
+    if key.spec != first.spec:
+        raise InputError(
+            f"every batch must have the structure of the first one, {first.spec}, but got {key.spec}; "
+            "use another `parallelize` for another kind of batch"
+        )
+    for index, (now, then) in enumerate(zip(key.shapes, first.shapes, strict=True)):
+        kind = None if now is None else (len(now[0]), now[1])
+        expected = None if then is None else (len(then[0]), then[1])
+        if kind != expected:
+            raise InputError(
+                f"leaf {index} of every batch must have (dims, dtype) = {expected} as in the first one, but got {kind}"
+            )

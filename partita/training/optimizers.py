@@ -1,0 +1,279 @@
+"""The user's optimizer applied piece by piece.
+
+The user's `torch.optim.Optimizer` stays the owner of options and state; what runs are clones of it ("shards") over
+slices of the parameters, one per worker. Three kinds of optimizers are told apart by an experiment (`kind_of`):
+
+* "element": every element is updated by itself (SGD, Adam, ...): shards work on flat slices.
+* "parameter": every parameter is updated by itself (Muon, Adafactor, ...): shards work on whole parameters.
+* "coupled": parameters influence each other (a norm over all of them): the user's own optimizer steps once, in the
+  calling thread, after all gradients are there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from partita.errors import InputError
+from partita.program.instructions import Slice
+from partita.training.torch_adapter import clone_optimizer
+
+Kind = Literal["element", "parameter", "coupled"]
+Layout = Mapping[int, tuple[Slice, ...]]  # worker -> its slices
+Pieces = Callable[[torch.Tensor], list[torch.Tensor]]
+
+_KINDS: dict[tuple[object, ...], tuple[Kind, bool]] = {}
+
+
+def check_optimizer(optimizer: object, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Raise `InputError` unless `optimizer` works without a closure and holds some of `parameters`."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(
+            f"optimizer must be a torch.optim.Optimizer, but got {type(optimizer).__name__}. Pass e.g. "
+            "torch.optim.AdamW(model.parameters())."
+        )
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InputError(
+            f"optimizer must make a step from one gradient, but {type(optimizer).__name__} needs a closure that evaluates "
+            "the loss several times a step. Use another optimizer, e.g. torch.optim.AdamW."
+        )
+    ours = {id(parameter) for parameter in parameters.values()}
+    if not any(id(item) in ours for group in optimizer.param_groups for item in group["params"]):
+        raise InputError(
+            "optimizer must hold parameters of the model, but holds none of them. Create it after the model, from "
+            "model.parameters()."
+        )
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a parameter group (everything but the parameters)."""
+    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
+
+
+def kind_of(optimizer: torch.optim.Optimizer) -> Kind:
+    """How far the parameters' elements are independent under this optimizer, found by running it for three steps on
+    small tensors whole and in pieces. An experiment that raises counts as dependent. Cached by class and options."""
+    ranking: tuple[Kind, ...] = ("element", "parameter", "coupled")
+    return max((_experiment(optimizer, group)[0] for group in optimizer.param_groups), key=ranking.index)
+
+
+def fused_agrees(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the class has a fused variant for the CPU that gives the same update within 1e-6 and the user left the
+    choice of the variant open in every group."""
+    return all(
+        "fused" in group
+        and group["fused"] is None
+        and group.get("foreach") is None
+        and not group.get("differentiable")
+        and _experiment(optimizer, group)[1]
+        for group in optimizer.param_groups
+    )
+
+
+def _experiment(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> tuple[Kind, bool]:
+    options = {name: value for name, value in options_of(group).items() if name not in ("lr", "initial_lr")}
+    key = (type(optimizer), *sorted((name, repr(value)) for name, value in options.items()))
+    if key not in _KINDS:
+        whole = _trial(optimizer, group, lambda tensor: [tensor], together=True)
+        if whole is None:
+            _KINDS[key] = ("coupled", False)
+        else:
+            kind: Kind = "coupled"
+            if _equal(whole, _trial(optimizer, group, lambda tensor: [tensor], together=False)):
+                kind = "parameter"
+                if _equal(whole, _trial(optimizer, group, _halves, together=False)):
+                    kind = "element"
+            fused = "fused" in group and _equal(
+                whole, _trial(optimizer, {**group, "fused": True}, _halves, together=False)
+            )
+            _KINDS[key] = (kind, fused)
+    return _KINDS[key]
+
+
+def _halves(tensor: torch.Tensor) -> list[torch.Tensor]:
+    flat = tensor.view(-1)
+    return [flat[: flat.numel() // 3], flat[flat.numel() // 3 :]]
+
+
+def _trial(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], pieces: Pieces, *, together: bool
+) -> list[torch.Tensor] | None:
+    """The change of two small parameters after three steps, or None if the optimizer cannot do it. The learning rate is
+    0.01 whatever the user's is (a warm-up may start at 0), the gradients' scales differ by element, tensor and step."""
+    generator = torch.Generator().manual_seed(11)
+    tensors = [torch.randn(4, 6, generator=generator), torch.randn(5, 3, generator=generator)]
+    before = [tensor.clone() for tensor in tensors]
+    parts = [[torch.nn.Parameter(piece) for piece in pieces(tensor)] for tensor in tensors]
+    options = options_of(group)
+    if "lr" in options:
+        options["lr"] = torch.full_like(options["lr"], 0.01) if isinstance(options["lr"], torch.Tensor) else 0.01
+    flat = [part for several in parts for part in several]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            runs = [
+                clone_optimizer(optimizer, [{**options, "params": params}])
+                for params in ([flat] if together else [[part] for part in flat])
+            ]
+            for step in range(3):
+                for tensor, several in zip(tensors, parts, strict=True):
+                    gradient = torch.randn(tensor.shape, generator=generator)
+                    gradient *= torch.logspace(-2, 2, gradient.numel()).view_as(gradient) * 3.0**step
+                    for part, piece in zip(several, pieces(gradient), strict=True):
+                        part.grad = piece.clone()
+                for run in runs:
+                    run.step()
+    except Exception:  # whatever a user's class raises on pieces: it does not work on pieces
+        return None
+    return [after - start for after, start in zip(tensors, before, strict=True)]
+
+
+def _equal(first: list[torch.Tensor], second: list[torch.Tensor] | None) -> bool:
+    return second is not None and all(
+        torch.allclose(one, two, rtol=1e-5, atol=1e-7) for one, two in zip(first, second, strict=True)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """One slice as the shard sees it: `tensor` shares the parameter's storage."""
+
+    place: Slice
+    tensor: torch.nn.Parameter
+    group: int
+
+
+class OptimizerShards:
+    """The user's optimizer, spread over workers.
+
+    `layout` gives each local worker's slices; `whole` keeps slices of whole parameters in their own shape. State that
+    the user's optimizer already has is taken over; `collect` brings it back, after which both share storage.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> layout = {0: (Slice("weight", 0, 3),), 1: (Slice("weight", 3, 4),)}
+        >>> shards = OptimizerShards(optimizer, dict(model.named_parameters()), layout, whole=False)
+        >>> shards.refresh_options()
+        >>> shards.update(1, layout[1], [torch.ones(1)])
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, torch.nn.Parameter],
+        layout: Layout,
+        *,
+        whole: bool,
+    ) -> None:
+        self._optimizer, self._parameters, self._whole = optimizer, parameters, whole
+        self._fused = not whole and fused_agrees(optimizer) and all(_fusible(item) for item in parameters.values())
+        groups = {id(item): number for number, group in enumerate(optimizer.param_groups) for item in group["params"]}
+        self._pieces: dict[int, dict[Slice, _Piece]] = {}
+        self._shards: dict[int, tuple[torch.optim.Optimizer, tuple[int, ...]]] = {}
+        for worker, slices in layout.items():
+            held = {
+                place: _Piece(place=place, tensor=self._view(place), group=groups[id(parameters[place.parameter])])
+                for place in slices
+                if id(parameters[place.parameter]) in groups
+            }
+            self._pieces[worker] = held
+            numbers = tuple(sorted({piece.group for piece in held.values()}))
+            if numbers:
+                own = [
+                    {"params": [piece.tensor for piece in held.values() if piece.group == number]} for number in numbers
+                ]
+                self._shards[worker] = (clone_optimizer(optimizer, own), numbers)
+        self.refresh_options()
+        self.load()
+
+    def refresh_options(self) -> None:
+        """Copy the options (learning rates, ...) of the user's groups; call it before each step."""
+        for shard, numbers in self._shards.values():
+            for own, number in zip(shard.param_groups, numbers, strict=True):
+                own.update(options_of(self._optimizer.param_groups[number]))
+                if self._fused:
+                    own["fused"] = True
+
+    def update(self, worker: int, slices: Sequence[Slice], gradients: Sequence[torch.Tensor]) -> None:
+        """Apply the optimizer to `slices` with their (flat) gradients. Called in the worker's thread."""
+        if worker not in self._shards:
+            return
+        held = self._pieces[worker]
+        for place, gradient in zip(slices, gradients, strict=True):
+            piece = held.get(place)
+            if piece is not None:
+                piece.tensor.grad = gradient.view(piece.tensor.shape)
+        self._shards[worker][0].step()
+        for piece in held.values():
+            piece.tensor.grad = None
+
+    def load(self) -> None:
+        """Take the state from the user's optimizer. Tensors of the parameter's shape are shared, others are copied."""
+        for piece, shard in self._all_pieces():
+            state = self._optimizer.state.get(self._parameters[piece.place.parameter])
+            shard.state.pop(piece.tensor, None)
+            if state:
+                shard.state[piece.tensor] = {name: self._cut(piece, value) for name, value in state.items()}
+
+    def collect(self) -> None:
+        """Bring the state into the user's optimizer, as if it had made the steps itself."""
+        for piece, shard in self._all_pieces():
+            state = shard.state.get(piece.tensor)
+            if not state:
+                continue
+            whole = self._optimizer.state[self._parameters[piece.place.parameter]]
+            for name, value in state.items():
+                if self._is_cut(piece, value):
+                    state[name] = self._paste(piece, whole, name, value)
+                else:
+                    whole[name] = value.clone() if isinstance(value, torch.Tensor) else value
+
+    def _all_pieces(self) -> Iterable[tuple[_Piece, torch.optim.Optimizer]]:
+        for worker, (shard, _) in self._shards.items():
+            for piece in self._pieces[worker].values():
+                yield piece, shard
+
+    def _view(self, place: Slice) -> torch.nn.Parameter:
+        parameter = self._parameters[place.parameter].detach()
+        whole = place.start == 0 and place.end == parameter.numel()
+        if self._whole and not whole:
+            raise AssertionError(f"this optimizer needs whole parameters, but the program cuts {place}")
+        # A tensor without dims keeps its shape, as its state cannot be told from counters otherwise.
+        view = parameter if self._whole or parameter.dim() == 0 else parameter.view(-1)[place.start : place.end]
+        return torch.nn.Parameter(view, requires_grad=True)
+
+    def _keeps_shape(self, piece: _Piece) -> bool:
+        return self._whole or piece.tensor.dim() == 0
+
+    def _is_cut(self, piece: _Piece, value: object) -> bool:
+        return isinstance(value, torch.Tensor) and not self._keeps_shape(piece) and value.shape == piece.tensor.shape
+
+    def _cut(self, piece: _Piece, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        parameter = self._parameters[piece.place.parameter]
+        if self._keeps_shape(piece) or value.shape != parameter.shape:
+            return value.clone()
+        if not value.is_contiguous():
+            value = value.contiguous()
+        return value.detach().view(-1)[piece.place.start : piece.place.end]
+
+    def _paste(self, piece: _Piece, whole: dict[str, Any], name: str, value: torch.Tensor) -> torch.Tensor:
+        parameter = self._parameters[piece.place.parameter]
+        target: Any = whole.get(name)
+        fits = isinstance(target, torch.Tensor) and target.shape == parameter.shape and target.is_contiguous()
+        if not fits or target.dtype != value.dtype:
+            whole[name] = target = torch.zeros(parameter.shape, dtype=value.dtype, device=value.device)
+        part: torch.Tensor = target.view(-1)[piece.place.start : piece.place.end]
+        if part.data_ptr() != value.data_ptr():
+            part.copy_(value)
+        return part
+
+
+def _fusible(parameter: torch.Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.device.type in ("cpu", "cuda")

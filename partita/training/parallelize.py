@@ -1,0 +1,255 @@
+"""`parallelize`: capture, plan, measure, adopt; and `plan` for the plan alone."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import nn
+
+from partita.cluster import Cluster
+from partita.cluster.job import current_job
+from partita.cost.table import CostTable
+from partita.errors import CaptureError, InputError, PlanError
+from partita.graph import Graph, capture
+from partita.plan import Constraints, Plan
+from partita.runtime import Transport, connect
+from partita.training.adopt import choose
+from partita.training.events import PlanChosen, WarningRaised, emit
+from partita.training.inputs import BatchLeaves, take_apart
+from partita.training.job import Team
+from partita.training.optimizers import check_optimizer
+from partita.training.overrides import current_override
+from partita.training.planning import (
+    OptimizerFacts,
+    best_plan,
+    block_plan,
+    fallback_reasons,
+    has_compiler,
+    ranked_plans,
+)
+from partita.training.runners import LossFn, named_state
+from partita.training.step import Step, StepSetup, make_runner
+
+NUM_MEASURED = 4  # graph plans that are run before one is adopted
+MAX_COMPILED_OPS = 3000  # compiling larger graphs takes minutes
+
+
+class FallbackWarning(UserWarning):
+    """The model runs as one block of plain PyTorch; the message says why and what it costs."""
+
+
+def plan(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    cluster: Cluster | None = None,
+    constraints: Constraints | None = None,
+) -> Plan:
+    """The plan that is predicted to be fastest, without running anything of the model.
+
+    Args:
+        model: may live on the `meta` device.
+        loss_fn: ``loss_fn(model, batch)`` -> scalar tensor.
+        batch: the global batch; only shapes and dtypes of its tensors matter.
+        optimizer: for the size of its state and the time of its update.
+        cluster: default: this machine, or all machines of the running job.
+        constraints: corners of the plan space that are fixed.
+
+    Raises:
+        InputError, CaptureError: the model cannot be captured; says why.
+        InfeasibleError: no plan satisfies the constraints or fits the memory.
+
+    Example:
+        >>> print(partita.plan(model, loss_fn, batch, cluster=partita.Cluster.preset("2x1xcpu-16")))
+    """
+    graph = capture(model, loss_fn, batch)
+    where = cluster if cluster is not None else Cluster.detect()
+    return best_plan(graph, where, constraints or Constraints(), optimizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    plan: Plan | Constraints | Literal["auto"]
+    compile: bool | Literal["auto"]
+
+
+def parallelize(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    plan: Plan | Constraints | Literal["auto"] = "auto",
+    sync: Literal["exact"] = "exact",
+    compile: bool | Literal["auto"] = "auto",
+    cluster: Cluster | None = None,
+    timeout_s: float = 120.0,
+    check_finite: Literal["step", "op", "off"] = "step",
+) -> Step:
+    """Makes the training step of a model, split by a plan over the workers of this machine or job.
+
+    Args:
+        model: any module. In a job of one process its own parameters are what is trained.
+        optimizer: an ordinary `torch.optim.Optimizer` over the model's parameters; schedulers keep working.
+        loss_fn: ``loss_fn(model, batch)`` -> scalar tensor.
+        batch: a global batch of the usual shape; it is not trained on.
+        plan: "auto" measures the best few plans and plain PyTorch and adopts the fastest; `Constraints` fix corners and
+            take the best predicted plan; a `Plan` is used as it is.
+        sync: "exact": the mathematics is that of plain PyTorch.
+        compile: True or False fixes whether segments are compiled; "auto" leaves it to the plan.
+        cluster: default: detected.
+        timeout_s: limit of every wait in a step, seconds.
+        check_finite: "step" raises after a step whose loss is NaN or infinite, "op" checks before the update and names the
+            op (each step then costs twice), "off" does not look.
+
+    Raises:
+        InputError: something given cannot be used; says what must hold and what to change.
+        PlanError: the plan belongs to another model or cluster, or cannot be had.
+
+    Example:
+        >>> step = partita.parallelize(model, optimizer, loss_fn, batch)
+        >>> for batch in loader:
+        ...     result = step(batch)
+    """
+    start_s = time.perf_counter()
+    if sync != "exact":
+        raise InputError(f'sync must be "exact" in this version, but got {sync!r}')
+    if check_finite not in ("step", "op", "off"):
+        raise InputError(f'check_finite must be "step", "op" or "off", but got {check_finite!r}')
+    if not isinstance(plan, (Plan, Constraints)) and plan != "auto":
+        raise InputError(f'plan must be "auto", a Plan or Constraints, but got {plan!r}')
+    leaves = take_apart(batch)
+    check_optimizer(optimizer, dict(model.named_parameters()))
+    override = current_override()
+    if override.plan is not None:
+        plan = override.plan
+    where = cluster if cluster is not None else Cluster.detect()
+    if not where.is_here:
+        raise InputError(
+            "parallelize runs on the machines of this job, but got a described cluster; use partita.plan for those"
+        )
+    team, transport = _join(timeout_s)
+    setup = StepSetup(
+        model=model,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        cluster=where,
+        team=team,
+        transport=transport,
+        timeout_s=timeout_s,
+        check_finite=check_finite,
+    )
+    _equalise(setup)
+    chosen, graph = _decide(setup, batch, leaves, _Request(plan=plan, compile=compile))
+    step = Step(setup, chosen, graph, leaves)
+    emit(PlanChosen(plan=chosen, time_s=time.perf_counter() - start_s))
+    return step
+
+
+def _join(timeout_s: float) -> tuple[Team, Transport | None]:
+    job = current_job()
+    if job is None:
+        return Team(), None
+    transport = connect(timeout_s=timeout_s)
+    return Team(transport.rank, transport.num_processes), transport
+
+
+def _equalise(setup: StepSetup) -> None:
+    """All processes start from the weights, buffers and random state of rank 0."""
+    parameters, buffers = named_state(setup.model)
+    setup.team.spread([*parameters.values(), *buffers.values()])
+    setup.team.spread_random_state()
+
+
+def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request) -> tuple[Plan, Graph | None]:
+    plan = request.plan
+    if isinstance(plan, Plan) and plan.mode == "block":
+        plan.validate(None, setup.cluster)
+        return plan, None
+    try:
+        graph = capture(setup.model, setup.loss_fn, batch)
+    except CaptureError as error:
+        if isinstance(plan, Plan):
+            raise PlanError(f"the plan needs the model as a graph, but it cannot be captured: {error}") from error
+        return _fall_back(setup, error, compiled=request.compile is True), None
+    setup.team.require_equal(graph.fingerprint, "captured graph (model, loss and batch shape)")
+    if isinstance(plan, Plan):
+        plan.validate(graph, setup.cluster)
+        return _with_compile(plan, request.compile), graph
+    constraints = plan if isinstance(plan, Constraints) else Constraints()
+    _check_rows(constraints, graph)
+    if request.compile != "auto" and constraints.compiled is None:
+        constraints = msgspec.structs.replace(constraints, compiled=request.compile)
+    if constraints.compiled is None and (not has_compiler() or len(graph.nodes) > MAX_COMPILED_OPS):
+        constraints = msgspec.structs.replace(constraints, compiled=False)
+    candidates = _candidates(setup, graph, constraints)
+    if plan != "auto":
+        return candidates[0], graph if candidates[0].mode == "graph" else None
+    chosen = _measure(setup, graph, candidates, batch, leaves)
+    return chosen, graph if chosen.mode == "graph" else None
+
+
+def _with_compile(plan: Plan, compile: bool | Literal["auto"]) -> Plan:
+    return plan if compile == "auto" else msgspec.structs.replace(plan, compiled=compile)
+
+
+def _check_rows(constraints: Constraints, graph: Graph) -> None:
+    data = constraints.data or 1
+    if data > 1 and graph.batch_size < data:
+        raise InputError(
+            f"the batch must have at least one row per worker of the data axis, but it has {graph.batch_size} rows for "
+            f"data={data}; use a larger batch or a smaller data axis"
+        )
+
+
+def _fall_back(setup: StepSetup, error: CaptureError, *, compiled: bool) -> Plan:
+    reasons = fallback_reasons(error)
+    message = ". ".join(reasons)
+    warnings.warn(message, FallbackWarning, stacklevel=4)
+    emit(WarningRaised(subject="capture", message=message))
+    return block_plan(setup.cluster, graph=None, reasons=reasons, compiled=compiled)
+
+
+def _candidates(setup: StepSetup, graph: Graph, constraints: Constraints) -> tuple[Plan, ...]:
+    """Ranked plans; rank 0 searches, the others receive."""
+    plans: tuple[Plan, ...] = ()
+    error: Exception | None = None
+    if setup.team.rank == 0:
+        try:
+            plans = ranked_plans(
+                graph, setup.cluster, CostTable(setup.cluster), constraints, OptimizerFacts.of(setup.optimizer)
+            )
+        except PlanError as found:
+            error = found
+    shared = setup.team.from_first(error if error is not None else [plan.to_json() for plan in plans])
+    if isinstance(shared, Exception):
+        raise shared
+    return tuple(Plan.from_json(text) for text in shared)
+
+
+def _measure(
+    setup: StepSetup, graph: Graph, candidates: tuple[Plan, ...], batch: Any, leaves: BatchLeaves
+) -> Plan:
+    """Runs the finalists in turns and adopts the fastest; rank 0's measurement decides."""
+    finalists = _finalists(candidates)
+
+    def make(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        return make_runner(setup, plan, graph, model, optimizer)
+
+    chosen = choose(finalists, setup.model, setup.optimizer, make, batch, leaves)
+    return Plan.from_json(setup.team.from_first(chosen.to_json()))
+
+
+def _finalists(candidates: tuple[Plan, ...]) -> list[Plan]:
+    """The best few graph plans, compiled ones and others, and every plain plan."""
+    graphs = [plan for plan in candidates if plan.mode == "graph"]
+    compiled = [plan for plan in graphs if plan.compiled][: NUM_MEASURED // 2]
+    plain = [plan for plan in graphs if not plan.compiled][: NUM_MEASURED - len(compiled)]
+    return [*plain, *compiled, *(plan for plan in candidates if plan.mode == "block")]

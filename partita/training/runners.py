@@ -1,0 +1,240 @@
+"""Runners: one model with its optimizer, one way to run its training step.
+
+`GraphRunner` executes the programs of a plan; `BlockRunner` is plain PyTorch on the whole batch, the fallback for what
+cannot be captured and the baseline that every plan must beat.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from partita.errors import InputError
+from partita.graph.graph import Graph, InputKind
+from partita.plan import Plan
+from partita.program import ProgramSet, Timeline, check, lower
+from partita.program.instructions import ReduceScatter, Slice, Update
+from partita.runtime import Engine, State, Transport
+from partita.training.inputs import BatchLeaves
+from partita.training.optimizers import Kind, OptimizerShards, kind_of
+
+LossFn = Callable[[nn.Module, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one step gave. `bytes_sent` counts messages of this process to others."""
+
+    loss: float
+    bytes_sent: int = 0
+    timeline: Timeline | None = None
+
+
+class Runner(Protocol):
+    """One way to run a training step."""
+
+    def step(self, batch: Any, leaves: BatchLeaves, *, update: bool = True, record: bool = False) -> Outcome:
+        """Runs one step on the global batch; without `update` neither parameters nor buffers change."""
+        ...
+
+    def close(self) -> None:
+        """Ends threads and frees what the runner holds."""
+        ...
+
+
+def named_state(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, torch.Tensor]]:
+    """Parameters and buffers by their first names; parameters are made contiguous, so that they can be cut."""
+    parameters = dict(model.named_parameters())
+    for parameter in parameters.values():
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+    return parameters, dict(model.named_buffers())
+
+
+class GraphRunner:
+    """Executes a plan's programs on this process' workers.
+
+    Args:
+        graph: the captured step for the batch shape that will be given.
+        plan: a plan of mode "graph".
+        model, optimizer: their own tensors are the storage that the workers share.
+        process: rank of this process.
+        transport: connection to the other processes of the job; None if there are none.
+        timeout_s: limit of every wait.
+        compiled: overrides the plan's choice.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        plan: Plan,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        process: int = 0,
+        transport: Transport | None = None,
+        timeout_s: float = 120.0,
+        compiled: bool | None = None,
+    ) -> None:
+        self.graph, self.plan = graph, plan
+        self.parameters, self.buffers = named_state(model)
+        self.optimizer = optimizer
+        self.kind: Kind = kind_of(optimizer)
+        self.programs: ProgramSet = lower(graph, plan, whole_parameters=self.kind != "element")
+        check(self.programs)
+        self._check_coupled()
+        layout = updated_slices(self.programs, process)
+        self._shards = (
+            None
+            if self.kind == "coupled"
+            else OptimizerShards(optimizer, self.parameters, layout, whole=self.kind == "parameter")
+        )
+        constants = {item.name: graph.constants[item.name] for item in graph.inputs_of(InputKind.CONSTANT)}
+        values = {name: value.detach() for name, value in self.parameters.items()}
+        self._engine = Engine(
+            self.programs,
+            plan,
+            process=process,
+            state=State(values, dict(self.buffers), constants),
+            update=self._update,
+            transport=transport,
+            timeout_s=timeout_s,
+            compiled=compiled,
+        )
+
+    def step(self, batch: Any, leaves: BatchLeaves, *, update: bool = True, record: bool = False) -> Outcome:
+        if self._shards is not None:
+            self._shards.refresh_options()
+        done = self._engine.step(leaves.tensors, update=update, commit_buffers=update, record=record)
+        if update and self.kind == "coupled":
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(float(done.loss), done.bytes_sent, done.timeline)
+
+    def collect(self) -> None:
+        """Brings the optimizer's state into the user's optimizer."""
+        if self._shards is not None:
+            self._shards.collect()
+
+    def load_state(self) -> None:
+        """Takes the state from the user's optimizer."""
+        if self._shards is not None:
+            self._shards.load()
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _update(self, worker: int, slices: Sequence[Slice], gradients: Sequence[torch.Tensor]) -> None:
+        if self._shards is not None:
+            self._shards.update(worker, slices, gradients)
+            return
+        for part, gradient in zip(slices, gradients, strict=True):
+            parameter = self.parameters[part.parameter]
+            parameter.grad = gradient.view(parameter.shape).clone()
+
+    def _check_coupled(self) -> None:
+        processes = {program.process for program in self.programs.programs}
+        if self.kind == "coupled" and len(processes) > 1 and self.plan.axes.get("pipeline", 1) > 1:
+            raise InputError(
+                f"{type(self.optimizer).__name__} couples parameters, so every process must have all gradients, but the "
+                "plan spreads stages over processes; use Constraints(pipeline=1) or an element-wise optimizer"
+            )
+
+
+def updated_slices(programs: ProgramSet, process: int) -> dict[int, tuple[Slice, ...]]:
+    """The slices that each worker of a process updates."""
+    layout: dict[int, tuple[Slice, ...]] = {}
+    for program in programs.programs:
+        if program.process == process:
+            parts = [item.slices for item in program.instructions if isinstance(item, Update)]
+            layout[program.worker] = tuple(part for slices in parts for part in slices)
+    return layout
+
+
+def owners_of(programs: ProgramSet) -> Mapping[str, tuple[int, ...]]:
+    """Parameter -> processes that hold its current value after a step (those that update or receive it)."""
+    owners: dict[str, set[int]] = {}
+    for program in programs.programs:
+        for instruction in program.instructions:
+            if isinstance(instruction, ReduceScatter) and instruction.slices:
+                for name in instruction.parameters:
+                    owners.setdefault(name, set()).add(program.process)
+    return {name: tuple(sorted(found)) for name, found in owners.items()}
+
+
+class BlockRunner:
+    """Plain PyTorch: forward, backward and the user's own optimizer on the whole batch, as one block.
+
+    In a job of several processes rank 0 computes; the others wait for the loss and receive the weights on demand.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFn,
+        *,
+        compiled: bool = False,
+        num_threads: int,
+        process: int = 0,
+        transport: Transport | None = None,
+    ) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.num_threads = num_threads
+        self.process, self.transport = process, transport
+        self._loss = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
+
+    def step(self, batch: Any, leaves: BatchLeaves, *, update: bool = True, record: bool = False) -> Outcome:
+        loss = torch.zeros((), dtype=torch.float64)
+        if self.process == 0:
+            with _threads(self.num_threads):
+                loss = self._compute(batch, update).double()
+        if self.transport is not None:
+            torch.distributed.broadcast(loss, src=0)
+        return Outcome(float(loss))
+
+    def _compute(self, batch: Any, update: bool) -> torch.Tensor:
+        saved = None if update else [buffer.clone() for buffer in self.model.buffers()]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(self.model, batch)
+        if loss.dim() != 0 or not loss.requires_grad:
+            raise InputError(
+                f"loss_fn must return a scalar tensor that depends on the model's parameters, but got shape "
+                f"{tuple(loss.shape)} with requires_grad={loss.requires_grad}"
+            )
+        loss.backward()
+        if update:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if saved is not None:
+            with torch.no_grad():
+                for buffer, old in zip(self.model.buffers(), saved, strict=True):
+                    buffer.copy_(old)
+        return loss.detach()
+
+    def collect(self) -> None:
+        """The user's optimizer holds its own state."""
+
+    def load_state(self) -> None:
+        """The user's optimizer holds its own state."""
+
+    def close(self) -> None:
+        """Nothing runs between steps."""
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

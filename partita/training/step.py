@@ -1,0 +1,385 @@
+"""`Step`: the training step that `partita.parallelize` gives: called with a batch, it trains the model by its plan."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import torch
+from torch import nn
+
+from partita.cluster import Cluster
+from partita.errors import CaptureError, InputError, NonFiniteLossError, PlanError, StepError
+from partita.graph import Graph, capture
+from partita.plan import Plan
+from partita.program.timeline import Timeline
+from partita.runtime import Transport
+from partita.training.checkpoint import read_checkpoint, write_checkpoint
+from partita.training.diagnose import first_non_finite
+from partita.training.events import Checkpointed, StepFinished, WarningRaised, emit
+from partita.training.inputs import BatchKey, BatchLeaves, check_structure, take_apart
+from partita.training.job import Team
+from partita.training.planning import block_plan
+from partita.training.runners import BlockRunner, GraphRunner, LossFn, named_state, owners_of
+from partita.units import split_evenly
+
+MAX_SHAPES = 8  # batch shapes that are captured; further ones run as one block
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step gave. `loss` is that of the whole global batch; `bytes_sent` counts this process' messages."""
+
+    loss: float
+    step: int
+    step_time_s: float
+    num_samples: int
+    bytes_sent: int
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.num_samples / self.step_time_s if self.step_time_s > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSetup:
+    """Everything that a `Step` works with."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss_fn: LossFn
+    cluster: Cluster
+    team: Team
+    transport: Transport | None
+    timeout_s: float
+    check_finite: Literal["step", "op", "off"]
+
+
+class Step:
+    """Trains the model by a plan: ``result = step(batch)``. Made by `partita.parallelize`.
+
+    The model's own parameters are what the workers train, so in a job of one process `model` is always current; with
+    several processes `sync_to` collects what other processes hold. Use it as a context manager or call `close`.
+    """
+
+    def __init__(self, setup: StepSetup, plan: Plan, graph: Graph | None, first: BatchLeaves) -> None:
+        self._setup = setup
+        self._plan = plan
+        self._first = first.key
+        self._num_steps = 0
+        self._record = False
+        self._timeline: Timeline | None = None
+        self._failure: BaseException | None = None
+        self._runners: dict[BatchKey, GraphRunner | BlockRunner] = {}
+        self._current: GraphRunner | BlockRunner | None = None
+        self._runners[first.key] = self._make(plan, graph)
+
+    @property
+    def plan(self) -> Plan:
+        """The adopted plan."""
+        return self._plan
+
+    @property
+    def num_steps(self) -> int:
+        """Steps made so far, those of a loaded checkpoint included."""
+        return self._num_steps
+
+    def __enter__(self) -> Step:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __call__(self, batch: Any) -> StepResult:
+        """Trains one step on the global batch.
+
+        Raises:
+            InputError: the batch has another structure than the first one, or is empty.
+            NonFiniteLossError: the loss is NaN or infinite. With ``check_finite="op"`` nothing was updated and the message
+                names the first op; with "step" (the default) this step's update has been made already.
+            StepError: a worker or process failed; the message names the root cause.
+        """
+        self._require_open()
+        start_s = time.perf_counter()
+        leaves = take_apart(batch)
+        runner = self._runner(leaves, batch)
+        if self._setup.check_finite == "op":
+            self._check_before(runner, batch, leaves)
+        try:
+            outcome = runner.step(batch, leaves, record=self._record)
+        except (StepError, torch.distributed.DistBackendError) as error:
+            self._failure = error
+            raise
+        self._num_steps += 1
+        self._timeline = outcome.timeline or self._timeline
+        self._mark_stepped()
+        if self._setup.check_finite != "off" and not math.isfinite(outcome.loss):
+            raise NonFiniteLossError(
+                f"the loss must be finite, but got {outcome.loss} in step {self._num_steps}, whose update has been made; "
+                'use check_finite="op" to stop before the update and learn which op produced it'
+            )
+        result = StepResult(
+            loss=outcome.loss,
+            step=self._num_steps,
+            step_time_s=time.perf_counter() - start_s,
+            num_samples=leaves.rows,
+            bytes_sent=outcome.bytes_sent,
+        )
+        emit(
+            StepFinished(
+                step=result.step,
+                loss=result.loss,
+                step_time_s=result.step_time_s,
+                num_samples=result.num_samples,
+                bytes_sent=result.bytes_sent,
+                process=self._setup.team.rank,
+            )
+        )
+        return result
+
+    def timeline(self) -> Timeline | None:
+        """The measured timeline of the last recorded step. The first call starts recording, so call it, make a step, and
+        call it again. None for plans of mode "block" and before the first recorded step."""
+        self._record = True
+        return self._timeline
+
+    def sync_to(self, model: nn.Module) -> None:
+        """Copies the full, current weights and buffers into `model`, on every process.
+
+        Raises:
+            InputError: `model` has not the names and shapes of the trained model.
+        """
+        self._collect()
+        if model is self._setup.model:
+            return
+        values = self._setup.model.state_dict()
+        own = model.state_dict()
+        if {name: value.shape for name, value in values.items()} != {name: value.shape for name, value in own.items()}:
+            differing = sorted(set(values) ^ set(own))[:5]
+            raise InputError(
+                f"sync_to needs a module of the same structure, but names or shapes differ (e.g. {differing or 'shapes'})"
+            )
+        model.load_state_dict(values)
+
+    def save(self, folder: str | os.PathLike[str]) -> str:
+        """Writes a checkpoint of weights, optimizer, step count and random state; any plan can load it.
+
+        The previous checkpoint stays until the new one is complete. Returns the path of the new one.
+        """
+        self._collect()
+        team, start_s = self._setup.team, time.perf_counter()
+        path = ""
+        if team.rank == 0:
+            written = write_checkpoint(
+                folder,
+                step=self._num_steps,
+                weights=self._setup.model.state_dict(),
+                optimizer_state=self._setup.optimizer.state_dict(),
+                extra={"random_state": torch.get_rng_state()},
+            )
+            path = str(written)
+        path = str(team.from_first(path))
+        num_bytes = sum(t.numel() * t.element_size() for t in self._setup.model.state_dict().values())
+        emit(
+            Checkpointed(
+                action="saved",
+                path=path,
+                step=self._num_steps,
+                num_bytes=num_bytes,
+                time_s=time.perf_counter() - start_s,
+            )
+        )
+        return path
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Continues from the latest complete checkpoint in `folder`, whatever plan wrote it.
+
+        Raises:
+            CheckpointError: none is complete, or it belongs to another model.
+        """
+        start_s = time.perf_counter()
+        found = read_checkpoint(folder, like=self._setup.model.state_dict())
+        with torch.no_grad():
+            own = self._setup.model.state_dict()
+            for name, value in found.weights.items():
+                own[name].copy_(value)
+        self._setup.optimizer.load_state_dict(found.optimizer_state)
+        torch.set_rng_state(found.extra["random_state"])
+        self._num_steps = found.step
+        if self._current is not None:
+            self._current.load_state()
+        for runner in self._runners.values():
+            runner.load_state()
+        emit(
+            Checkpointed(
+                action="loaded",
+                path=str(folder),
+                step=found.step,
+                num_bytes=sum(t.numel() * t.element_size() for t in found.weights.values()),
+                time_s=time.perf_counter() - start_s,
+            )
+        )
+
+    def close(self) -> None:
+        """Ends the workers. The model and optimizer keep what was trained."""
+        if self._failure is None and self._current is not None:
+            self._current.collect()
+        for runner in self._runners.values():
+            runner.close()
+        self._runners.clear()
+        self._current = None
+        self._failure = self._failure or StepError("the step is closed; call parallelize again to train on")
+
+    # Inside ----------------------------------------------------------------------------------------------------
+
+    def _require_open(self) -> None:
+        if self._failure is not None:
+            raise StepError(f"no further step can be made: {self._failure}") from self._failure
+
+    def _make(self, plan: Plan, graph: Graph | None) -> GraphRunner | BlockRunner:
+        return make_runner(self._setup, plan, graph, self._setup.model, self._setup.optimizer)
+
+    def _runner(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
+        runner = self._runners.get(leaves.key)
+        if runner is None:
+            check_structure(leaves.key, self._first)
+            runner = self._runners[leaves.key] = self._adapt(leaves, batch)
+        if runner is not self._current:
+            if self._current is not None:  # each runner has its own slices: hand the optimizer's state over
+                self._current.collect()
+                runner.load_state()
+            self._current = runner
+        return runner
+
+    def _adapt(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
+        """A runner for another batch shape: the same split, captured anew."""
+        if self._plan.mode == "block":
+            return self._runners[self._first]
+        if len(self._runners) >= MAX_SHAPES:
+            self._warn_shapes(leaves)
+            return self._make(self._block(f"more than {MAX_SHAPES} batch shapes"), None)
+        try:
+            graph = capture(self._setup.model, self._setup.loss_fn, batch)
+            return self._make(adapted_plan(self._plan, graph), graph)
+        except (CaptureError, PlanError) as error:
+            return self._make(self._block(str(error)), None)
+
+    def _block(self, reason: str) -> Plan:
+        return block_plan(self._setup.cluster, graph=None, reasons=(reason,))
+
+    def _warn_shapes(self, leaves: BatchLeaves) -> None:
+        message = (
+            f"more than {MAX_SHAPES} batch shapes were seen; shape {leaves.key.shapes[:3]} runs as one block of plain "
+            "PyTorch, which is right but not split; pad or bucket the batches to few shapes"
+        )
+        warnings.warn(message, stacklevel=4)
+        emit(WarningRaised(subject="batch shapes", message=message))
+
+    def _check_before(self, runner: GraphRunner | BlockRunner, batch: Any, leaves: BatchLeaves) -> None:
+        """Runs the step without its update first, and names the op that made the loss NaN or infinite."""
+        random_state = torch.get_rng_state()
+        loss = runner.step(batch, leaves, update=False).loss
+        torch.set_rng_state(random_state)
+        if math.isfinite(loss):
+            return
+        found = ""
+        if isinstance(runner, GraphRunner):
+            found = first_non_finite(runner.graph, runner.parameters, runner.buffers, batch)
+            torch.set_rng_state(random_state)
+        raise NonFiniteLossError(
+            f"the loss must be finite, but got {loss} in step {self._num_steps + 1}; nothing was updated. "
+            f"{found or 'The model runs as one block, so the op is not known.'}"
+        )
+
+    def _mark_stepped(self) -> None:
+        if self._plan.mode == "graph":
+            from partita.training.torch_adapter import mark_stepped
+
+            mark_stepped(self._setup.optimizer)
+
+    def _collect(self) -> None:
+        """Makes model and optimizer of every process current."""
+        self._require_open()
+        team = self._setup.team
+        if self._current is not None:
+            self._current.collect()
+        if team.is_alone:
+            return
+        parameters, buffers = named_state(self._setup.model)
+        if not isinstance(self._current, GraphRunner):
+            team.spread([*parameters.values(), *buffers.values()])
+            self._setup.optimizer.load_state_dict(team.from_first(self._setup.optimizer.state_dict()))
+            return
+        owners = owners_of(self._current.programs)
+        for name, value in parameters.items():
+            team.spread([value], source=owners.get(name, (0,))[0])
+        for name, value in buffers.items():
+            team.spread([value], source=self._current.buffer_owner(name))
+        self._collect_optimizer(parameters, owners)
+
+    def _collect_optimizer(self, parameters: dict[str, nn.Parameter], owners: Any) -> None:
+        team, state = self._setup.team, self._setup.optimizer.state
+        for source in range(team.num_processes):
+            mine = [name for name, found in owners.items() if found[0] == source]
+            theirs = {name: state.get(parameters[name], {}) for name in mine} if team.rank == source else None
+            if team.num_processes > 1 and mine:
+                box = [theirs]
+                torch.distributed.broadcast_object_list(box, src=source)
+                if team.rank != source and box[0] is not None and isinstance(self._current, GraphRunner):
+                    for name, value in box[0].items():
+                        if team.rank not in owners[name]:
+                            state[parameters[name]] = value
+
+
+def make_runner(
+    setup: StepSetup, plan: Plan, graph: Graph | None, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> GraphRunner | BlockRunner:
+    """The runner that a plan asks for."""
+    if plan.mode == "block":
+        return BlockRunner(
+            model,
+            optimizer,
+            setup.loss_fn,
+            compiled=plan.compiled,
+            num_threads=plan.threads_per_worker,
+            process=setup.team.rank,
+            transport=setup.transport,
+        )
+    assert graph is not None
+    return GraphRunner(
+        graph,
+        plan,
+        model,
+        optimizer,
+        process=setup.team.rank,
+        transport=setup.transport,
+        timeout_s=setup.timeout_s,
+    )
+
+
+def adapted_plan(plan: Plan, graph: Graph) -> Plan:
+    """The same split for another batch shape: rows shared anew, fewer microbatches where there are too few rows.
+
+    Raises:
+        PlanError: the batch has fewer rows than the data axis has workers.
+    """
+    num_data = plan.axes.get("data", 1)
+    if graph.batch_size < num_data:
+        raise PlanError(f"the batch has {graph.batch_size} rows for {num_data} data workers; it runs on one worker")
+    microbatches = plan.num_microbatches
+    while microbatches > 1 and graph.batch_size < microbatches * num_data:
+        microbatches -= 1
+    return msgspec.structs.replace(
+        plan,
+        graph_fingerprint=graph.fingerprint,
+        num_microbatches=microbatches,
+        shares=split_evenly(graph.batch_size, num_data) if num_data > 1 else (),
+        compiled=False,
+        prediction=None,
+    )
