@@ -133,7 +133,7 @@ def exchange(sighting: Sighting, job: Job, *, timeout_s: float) -> tuple[Sightin
     Raises:
         ClusterError: the master is unknown or unreachable, or some process did not report within `timeout_s` (named).
     """
-    store = _initialised_store() or job_store(job, timeout_s=timeout_s)
+    store = shared_store(job, timeout_s=timeout_s)
     turn = int(store.add(f"partita/turn/{job.rank}", 1))  # each counts its own calls: keys never repeat
     store.set(f"partita/cluster/{turn}/{job.rank}", msgspec.json.encode(sighting).decode())
     sightings: list[Sighting] = []
@@ -149,6 +149,11 @@ def exchange(sighting: Sighting, job: Job, *, timeout_s: float) -> tuple[Sightin
                 "Cluster.detect()."
             ) from error
     return tuple(sightings)
+
+
+def shared_store(job: Job, *, timeout_s: float = 60.0) -> Store:
+    """The store of the process group if one is initialised, else `job_store`. Raises as that."""
+    return _initialised_store() or job_store(job, timeout_s=timeout_s)
 
 
 @functools.cache
