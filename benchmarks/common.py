@@ -31,7 +31,7 @@ def option_parser(description: str) -> argparse.ArgumentParser:
 
 def describe_machine() -> dict[str, Any]:
     """The machine and the software that figures belong to; `load` is the one-minute load average when asked."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
     import torch
 
     return {

@@ -1,8 +1,8 @@
 """Measured child processes: started once with a pinned environment, then asked by JSON messages.
 
-A benchmark program is its own child: `python -m benchmarks.NAME --child ROLE` calls `serve(handler)`. The parent holds a
-`Child`, or a `Group` of children that form one job (RANK, WORLD_SIZE, ...), and asks them. Replies have a pipe of their
-own, so whatever a model prints cannot disturb them.
+A benchmark program is its own child: `python -m benchmarks.NAME --child ROLE` calls `serve(handler)`. The parent
+holds a `Child`, or a `Group` of children that form one job (RANK, WORLD_SIZE, ...), and asks them. Replies have a
+pipe of their own, so whatever a model prints cannot disturb them.
 """
 
 from __future__ import annotations
@@ -137,7 +137,9 @@ class Child:
     def __enter__(self) -> Child:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _explain(self, what: str, num_lines: int = 15) -> str:
@@ -150,7 +152,9 @@ class Child:
 class Group:
     """`num_processes` children that form one job on this machine and are asked together."""
 
-    def __init__(self, module: str, role: str, *, num_processes: int, num_threads: int = 1, arguments: Sequence[str] = ()):
+    def __init__(
+        self, module: str, role: str, *, num_processes: int, num_threads: int = 1, arguments: Sequence[str] = ()
+    ):
         port = free_port()
         self.children: list[Child] = []
         try:
@@ -180,7 +184,9 @@ class Group:
     def __enter__(self) -> Group:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -164,10 +164,11 @@ def _family(
     settings: Callable[[Size], dict[str, Any]],
     batches: Batches,
     *,
-    learning_rate: float = 1e-2,
+    sgd_rate: float = 1e-2,
+    adam_rate: float = 1e-3,
     **constant: Any,
 ) -> Family:
-    rates = {"SGD": learning_rate, "AdamW": 1e-3}
+    rates = {"SGD": sgd_rate, "AdamW": adam_rate}
 
     def build(size: Size) -> Task:
         built = build_model(model, config, **settings(size))
@@ -187,8 +188,8 @@ TRANSFORMERS_OTHER: tuple[Family, ...] = (
     _family("convnext", "conv", "ConvNextForImageClassification", "ConvNextConfig", _convnext, _image_batches),
     _family("resnet", "conv", "ResNetForImageClassification", "ResNetConfig", _resnet, _image_batches),
     _family("regnet", "conv", "RegNetForImageClassification", "RegNetConfig", _regnet, _image_batches),
-    _family("clip", "contrastive", "CLIPModel", "CLIPConfig", _clip, _pair_batches, return_loss=True),
-    _family("wav2vec2", "audio", "Wav2Vec2ForCTC", "Wav2Vec2Config", _speech, _speech_batches, learning_rate=1e-3),
+    _family("clip", "contrastive", "CLIPModel", "CLIPConfig", _clip, _pair_batches, adam_rate=1e-4, return_loss=True),
+    _family("wav2vec2", "audio", "Wav2Vec2ForCTC", "Wav2Vec2Config", _speech, _speech_batches, sgd_rate=1e-3),
     _family("hubert", "audio", "HubertForSequenceClassification", "HubertConfig", _sound, _sound_batches),
     _family("whisper", "audio", "WhisperForConditionalGeneration", "WhisperConfig", _whisper, _spectrum_batches),
 )

@@ -1,0 +1,277 @@
+"""Promise 1: every family under forced plans gives the losses and weights of plain single-process PyTorch.
+
+    python -m benchmarks.same_result --json benchmarks/results/same_result.json --check
+
+One child walks through the plans of one process, a pair of children through those of two. Losses are compared step
+by step, weights after the last one: the largest difference within a tensor over its largest weight. A tensor whose
+true gradient is zero (the bias of attention keys) holds nothing but rounding, so it is measured against at least
+WEIGHT_FLOOR, about as far as AdamW can move a weight in the run. For the same reason AdamW runs with `eps`
+ADAM_EPS: with the default of 1e-8 it scales rounding up to full steps, and two runs of plain PyTorch with the rows
+of the batch in another order differ.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import partita  # before torch: it makes waiting threads sleep instead of spin
+from benchmarks import families
+from benchmarks.common import Report, Row, first_line, option_parser, show
+from benchmarks.coverage import largest_difference
+from benchmarks.families import Family, Task
+from benchmarks.processes import Child, ChildError, Group, Message, serve
+from partita.errors import InfeasibleError
+
+NUM_STEPS = 10
+LOSS_LIMIT, WEIGHT_LIMIT = 1e-4, 1e-3
+ADAM_EPS, WEIGHT_FLOOR = 1e-5, 1e-2
+OPTIMIZERS = ("SGD", "AdamW")
+COLUMNS = ("family", "case", "optimizer", "verdict", "loss_difference", "weight_difference", "worst_tensor", "plan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A forced plan. `crosses` demands that stages lie in different processes."""
+
+    name: str
+    num_processes: int
+    data: int
+    pipeline: int
+    num_microbatches: int = 1
+    crosses: bool = False
+
+    def constraints(self, compiled: bool) -> partita.Constraints:
+        return partita.Constraints(
+            data=self.data,
+            pipeline=self.pipeline,
+            num_workers=self.data * self.pipeline,
+            num_microbatches=self.num_microbatches,
+            threads_per_worker=1,
+            compiled=compiled,
+        )
+
+
+CASES: tuple[Case, ...] = (
+    Case(name="1 worker", num_processes=1, data=1, pipeline=1),
+    Case(name="data 2", num_processes=1, data=2, pipeline=1),
+    Case(name="pipeline 2", num_processes=1, data=1, pipeline=2),
+    Case(name="pipeline 2, 4 microbatches", num_processes=1, data=1, pipeline=2, num_microbatches=4),
+    Case(name="2 processes, data 2", num_processes=2, data=2, pipeline=1),
+    Case(name="2 processes x 2 workers", num_processes=2, data=2, pipeline=2, crosses=True),
+)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a training run leaves: losses by step, parameters and buffers by name."""
+
+    losses: list[float]
+    state: Mapping[str, Any]
+
+
+def optimizer_for(name: str, task: Task) -> Any:
+    return families.make_optimizer(name, task, **({"eps": ADAM_EPS} if name == "AdamW" else {}))
+
+
+class Examiner:
+    """A child's work: keeps the plain course of the family at hand, since the cases of a family come in turn."""
+
+    def __init__(self) -> None:
+        self._key: tuple[str, str] | None = None
+        self._plain: Course | None = None
+
+    def __call__(self, message: Message) -> Row:
+        import torch
+
+        torch.set_num_threads(1)
+        warnings.simplefilter("ignore")
+        family, optimizer_name = families.get(message["family"]), message["optimizer"]
+        case = next(case for case in CASES if case.name == message["case"])
+        if self._key != (family.name, optimizer_name):
+            self._plain, self._key = plain_course(family, optimizer_name), (family.name, optimizer_name)
+        assert self._plain is not None
+        try:
+            course, plan = partita_course(family, optimizer_name, case.constraints(message["compiled"]))
+        except InfeasibleError as error:
+            if case.num_microbatches > 1 and "microbatch" in str(error):
+                return {"verdict": "one microbatch", "reason": first_line(error)}
+            raise
+        return judge(case, plan, self._plain, course)
+
+
+def plain_course(family: Family, optimizer_name: str) -> Course:
+    import torch
+
+    task = family.task()
+    optimizer = optimizer_for(optimizer_name, task)
+    losses = []
+    for index in range(NUM_STEPS):
+        torch.manual_seed(index)
+        optimizer.zero_grad()
+        loss = task.loss_fn(task.model, task.batches(index))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return Course(losses, {name: value.detach().clone() for name, value in task.model.state_dict().items()})
+
+
+def partita_course(
+    family: Family, optimizer_name: str, constraints: partita.Constraints
+) -> tuple[Course, partita.Plan]:
+    import torch
+
+    task = family.task()
+    optimizer = optimizer_for(optimizer_name, task)
+    losses = []
+    with partita.parallelize(task.model, optimizer, task.loss_fn, task.batches(0), plan=constraints) as step:
+        for index in range(NUM_STEPS):
+            torch.manual_seed(index)
+            losses.append(float(step(task.batches(index)).loss))
+        step.sync_to(task.model)
+        plan = step.plan
+    return Course(losses, {name: value.detach().clone() for name, value in task.model.state_dict().items()}), plan
+
+
+def judge(case: Case, plan: partita.Plan, plain: Course, course: Course) -> Row:
+    """The row of one run; its verdict is "same", "different", or says which other plan ran."""
+    loss_difference = largest_difference(course.losses, plain.losses)
+    weight_difference, worst = largest_weight_difference(course.state, plain.state)
+    crossing = {(worker.stage, worker.process) for worker in plan.workers}
+    row: Row = {
+        "loss_difference": loss_difference,
+        "weight_difference": weight_difference,
+        "worst_tensor": worst,
+        "plan": f"{plan.mode} {plan.axes} x{plan.num_microbatches}",
+        "losses": course.losses,
+        "reason": "; ".join(plan.reasons),
+    }
+    if not (loss_difference <= LOSS_LIMIT and weight_difference <= WEIGHT_LIMIT):
+        return {**row, "verdict": "different"}
+    if plan.mode == "block":
+        return {**row, "verdict": "block"}
+    extents = (plan.axes.get("data", 1), plan.axes.get("pipeline", 1))
+    if extents != (case.data, case.pipeline):
+        return {**row, "verdict": "another plan"}
+    if case.crosses and any((1 - stage, process) in crossing for stage, process in crossing):
+        return {**row, "verdict": "another plan", "reason": "the stages do not lie in different processes"}
+    if plan.num_microbatches != case.num_microbatches:
+        return {**row, "verdict": "one microbatch"}
+    return {**row, "verdict": "same"}
+
+
+def largest_weight_difference(state: Mapping[str, Any], plain: Mapping[str, Any]) -> tuple[float, str]:
+    """The largest difference of a tensor relative to its largest weight, and that tensor's name."""
+    worst, worst_name = 0.0, ""
+    for name, expected in plain.items():
+        value, expected = state[name].double(), expected.double()
+        if expected.numel() == 0:
+            continue
+        difference = float((value - expected).abs().max() / expected.abs().max().clamp(min=WEIGHT_FLOOR))
+        if not difference <= worst:  # also where it is not a number
+            worst, worst_name = difference, name
+    return worst, worst_name
+
+
+PASSING = ("same", "one microbatch")
+
+
+def summarise(rows: list[Row]) -> tuple[dict[str, Any], list[str]]:
+    """Verdicts counted, the largest differences, and one miss for each run that is not the same."""
+    compared = [row for row in rows if "loss_difference" in row]
+    summary = {
+        "num_runs": len(rows),
+        "verdicts": dict(Counter(row["verdict"] for row in rows)),
+        "largest_loss_difference": max((row["loss_difference"] for row in compared), default=0.0),
+        "largest_weight_difference": max((row["weight_difference"] for row in compared), default=0.0),
+    }
+    misses = [
+        f"{row['family']}, {row['case']}, {row['optimizer']}: {row['verdict']} {row.get('reason', '')}".strip()
+        for row in rows
+        if row["verdict"] not in PASSING
+    ]
+    return summary, misses
+
+
+class Children:
+    """The single child and the pair, started when first needed and again after one is lost."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self._groups: dict[int, Child | Group] = {}
+
+    def ask(self, message: Message, num_processes: int) -> Row:
+        group = self._groups.get(num_processes)
+        if group is None:
+            group = self._start(num_processes)
+        try:
+            replies = group.ask(message, self.timeout_s)
+        except ChildError as error:
+            self._groups.pop(num_processes).close()
+            return {"verdict": "error", "reason": str(error)}
+        if isinstance(replies, dict):
+            replies = [replies]
+        failed = next((reply for reply in replies if "error" in reply), None)
+        if failed is not None:
+            # A failed step may leave the job's connections out of step: the next case starts on fresh processes.
+            if num_processes > 1:
+                self._groups.pop(num_processes).close()
+            return {"verdict": "error", "reason": f"{failed['error_type']}: {first_line(failed['error'])}", **failed}
+        if any(reply.get("losses") != replies[0].get("losses") for reply in replies):
+            return {**replies[0], "verdict": "different", "reason": "the processes report different losses"}
+        return max(replies, key=lambda reply: float(reply.get("weight_difference", 0.0)))
+
+    def _start(self, num_processes: int) -> Child | Group:
+        module = "benchmarks.same_result"
+        started = Child(module, "one") if num_processes == 1 else Group(module, "job", num_processes=num_processes)
+        self._groups[num_processes] = started
+        return started
+
+    def close(self) -> None:
+        for group in self._groups.values():
+            group.close()
+
+
+def main() -> int:
+    parser = option_parser(__doc__ or "")
+    parser.add_argument("--cases", metavar="A;B", help="only these cases: " + "; ".join(case.name for case in CASES))
+    parser.add_argument("--optimizers", default=",".join(OPTIMIZERS), metavar="A,B")
+    parser.add_argument("--compiled", action="store_true", help="compile the segments (slow: minutes a family)")
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for one run")
+    options = parser.parse_args()
+    if options.child:
+        serve(Examiner())
+        return 0
+    wanted = [name.strip() for name in options.cases.split(";")] if options.cases else [case.name for case in CASES]
+    cases = [case for case in CASES if case.name in wanted]
+    if len(cases) != len(wanted):
+        parser.error(f"--cases must name some of {[case.name for case in CASES]}, but got {wanted}")
+    settings = {
+        "num_steps": NUM_STEPS, "loss_limit": LOSS_LIMIT, "weight_limit": WEIGHT_LIMIT, "weight_floor": WEIGHT_FLOOR,
+        "adam_eps": ADAM_EPS, "compiled": options.compiled, "scale": "tiny", "threads_per_worker": 1,
+    }  # fmt: skip
+    report = Report("same_result", settings, path=options.json)
+    children = Children(options.timeout)
+    try:
+        for family in families.select(options.families):
+            for optimizer_name in options.optimizers.split(","):
+                for case in cases:
+                    key = {"family": family.name, "case": case.name, "optimizer": optimizer_name}
+                    row = children.ask({**key, "compiled": options.compiled}, case.num_processes)
+                    report.add({**key, **row})
+                    reason = first_line(row.get("reason", ""))
+                    text = f"{family.name}, {case.name}, {optimizer_name}: {row['verdict']} {reason}"
+                    print(text, file=sys.stderr, flush=True)
+    finally:
+        children.close()
+    report.finish(*summarise(report.rows))
+    show(report, COLUMNS)
+    return report.exit_code(options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
