@@ -278,7 +278,8 @@ class Engine:
             generator = default_generator(self.device)
             with torch.no_grad():
                 for name, draw in self._draws:
-                    draws[name] = draw(generator)[0]
+                    drawn = draw(generator)
+                    draws[name] = drawn if isinstance(drawn, Tensor) else drawn[0]
         persistent = self.state.registers()
         result = []
         for program in self.local:
