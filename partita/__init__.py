@@ -1,1 +1,69 @@
-"""Train any PyTorch model on whatever machines are there."""
+"""Train any PyTorch model on whatever machines are there.
+
+Example:
+    >>> import partita
+    >>> step = partita.parallelize(model, optimizer, loss_fn, batch)
+    >>> for batch in loader:
+    ...     result = step(batch)
+"""
+
+import os as _os
+import sys as _sys
+
+# Waiting OpenMP threads must sleep: spinning ones slow a step many times over when a neighbour takes part of a core.
+# It only helps before torch starts its threads, so `import partita` comes before `import torch`.
+if "torch" not in _sys.modules:
+    _os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    _os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+from partita import data, errors
+from partita.api import FallbackWarning, Step, StepResult, parallelize, plan
+from partita.cluster import Cluster
+from partita.errors import (
+    CaptureError,
+    CheckpointError,
+    ClusterError,
+    InfeasibleError,
+    InputError,
+    NonFiniteLossError,
+    PartitaError,
+    PeerLostError,
+    PlanError,
+    ProgramError,
+    StepError,
+    WaitTimeoutError,
+    WorkerError,
+)
+from partita.plan import Constraints, Plan
+from partita.program.timeline import Timeline
+from partita.training.events import subscribe
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "Cluster",
+    "ClusterError",
+    "Constraints",
+    "FallbackWarning",
+    "InfeasibleError",
+    "InputError",
+    "NonFiniteLossError",
+    "PartitaError",
+    "PeerLostError",
+    "Plan",
+    "PlanError",
+    "ProgramError",
+    "Step",
+    "StepError",
+    "StepResult",
+    "Timeline",
+    "WaitTimeoutError",
+    "WorkerError",
+    "data",
+    "errors",
+    "parallelize",
+    "plan",
+    "subscribe",
+]

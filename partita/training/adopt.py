@@ -1,4 +1,5 @@
-"""Adoption: the best few plans and plain PyTorch run in turns for real, on copies of the state; the fastest is taken."""
+"""Adoption: the best few plans and plain PyTorch run in turns for real, on copies of the state; the fastest is
+taken."""
 
 from __future__ import annotations
 

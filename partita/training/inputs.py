@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,11 +26,13 @@ class BatchKey:
 
 @dataclass(frozen=True)
 class BatchLeaves:
-    """A batch taken apart. `rows` is the extent of dim 0 that most of its tensors share (0: none has dims)."""
+    """A batch taken apart. `rows` is the extent of dim 0 that most of its tensors share (0: none has dims);
+    `offsets` gives the first row of leaves that hold only some rows of the global batch."""
 
     key: BatchKey
     tensors: Mapping[int, torch.Tensor]
     rows: int
+    offsets: Mapping[int, int] = field(default_factory=dict)
 
 
 def take_apart(batch: Any) -> BatchLeaves:

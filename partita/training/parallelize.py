@@ -17,7 +17,7 @@ from partita.cost.table import CostTable
 from partita.errors import CaptureError, InputError, PlanError
 from partita.graph import Graph, capture
 from partita.plan import Constraints, Plan
-from partita.runtime import Transport, connect
+from partita.runtime.transport import Transport
 from partita.training.adopt import choose
 from partita.training.events import PlanChosen, WarningRaised, emit
 from partita.training.inputs import BatchLeaves, take_apart
@@ -106,8 +106,8 @@ def parallelize(
         compile: True or False fixes whether segments are compiled; "auto" leaves it to the plan.
         cluster: default: detected.
         timeout_s: limit of every wait in a step, seconds.
-        check_finite: "step" raises after a step whose loss is NaN or infinite, "op" checks before the update and names the
-            op (each step then costs twice), "off" does not look.
+        check_finite: "step" raises after a step whose loss is NaN or infinite, "op" checks before the update and names
+            the op (each step then costs twice), "off" does not look.
 
     Raises:
         InputError: something given cannot be used; says what must hold and what to change.
@@ -157,6 +157,8 @@ def _join(timeout_s: float) -> tuple[Team, Transport | None]:
     job = current_job()
     if job is None:
         return Team(), None
+    from partita.runtime.processes import connect  # needs torch.distributed, which not every build of torch has
+
     transport = connect(timeout_s=timeout_s)
     return Team(transport.rank, transport.num_processes), transport
 

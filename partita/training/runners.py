@@ -19,7 +19,8 @@ from partita.graph.graph import Graph, InputKind
 from partita.plan import Plan
 from partita.program import ProgramSet, Timeline, check, lower
 from partita.program.instructions import ReduceScatter, Slice, Update
-from partita.runtime import Engine, State, Transport
+from partita.runtime.engine import Engine, State
+from partita.runtime.transport import Transport
 from partita.training.inputs import BatchLeaves
 from partita.training.optimizers import Kind, OptimizerShards, kind_of
 
@@ -81,7 +82,7 @@ class GraphRunner:
         timeout_s: float = 120.0,
         compiled: bool | None = None,
     ) -> None:
-        self.graph, self.plan = graph, plan
+        self.graph, self.plan, self.process = graph, plan, process
         self.parameters, self.buffers = named_state(model)
         self.optimizer = optimizer
         self.kind: Kind = kind_of(optimizer)
@@ -100,7 +101,7 @@ class GraphRunner:
             self.programs,
             plan,
             process=process,
-            state=State(values, dict(self.buffers), constants),
+            state=State(parameters=values, buffers=dict(self.buffers), constants=constants),
             update=self._update,
             transport=transport,
             timeout_s=timeout_s,
@@ -110,11 +111,29 @@ class GraphRunner:
     def step(self, batch: Any, leaves: BatchLeaves, *, update: bool = True, record: bool = False) -> Outcome:
         if self._shards is not None:
             self._shards.refresh_options()
-        done = self._engine.step(leaves.tensors, update=update, commit_buffers=update, record=record)
+        done = self._engine.step(
+            leaves.tensors, row_offsets=leaves.offsets, update=update, commit_buffers=update, record=record
+        )
         if update and self.kind == "coupled":
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return Outcome(float(done.loss), done.bytes_sent, done.timeline)
+
+    def rows_needed(self) -> tuple[int, int]:
+        """First and last (excluded) row of the global batch that this process' workers read."""
+        cuts = [
+            (feed.start, feed.start + feed.length) if feed.dim == 0 else (0, self.graph.batch_size)
+            for program in self.programs.programs
+            if program.process == self.process
+            for feed in program.feeds
+            if feed.leaf >= 0
+        ]
+        return (min(start for start, _ in cuts), max(end for _, end in cuts)) if cuts else (0, 1)
+
+    def buffer_owner(self, name: str) -> int:
+        """A process that has the buffer's current value."""
+        holders = [program.process for program in self.programs.programs if name in program.buffers]
+        return min(holders, default=0)
 
     def collect(self) -> None:
         """Brings the optimizer's state into the user's optimizer."""

@@ -6,7 +6,6 @@ import math
 import os
 import time
 import warnings
-
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,12 +18,13 @@ from partita.errors import CaptureError, InputError, NonFiniteLossError, PlanErr
 from partita.graph import Graph, capture
 from partita.plan import Plan
 from partita.program.timeline import Timeline
-from partita.runtime import Transport
+from partita.runtime.transport import Transport
 from partita.training.checkpoint import read_checkpoint, write_checkpoint
 from partita.training.diagnose import first_non_finite
 from partita.training.events import Checkpointed, StepFinished, WarningRaised, emit
 from partita.training.inputs import BatchKey, BatchLeaves, check_structure, take_apart
 from partita.training.job import Team
+from partita.training.loading import ShardedBatch, whole_shape
 from partita.training.planning import block_plan
 from partita.training.runners import BlockRunner, GraphRunner, LossFn, named_state, owners_of
 from partita.units import split_evenly
@@ -71,7 +71,7 @@ class Step:
     def __init__(self, setup: StepSetup, plan: Plan, graph: Graph | None, first: BatchLeaves) -> None:
         self._setup = setup
         self._plan = plan
-        self._first = first.key
+        self._first_key = first.key
         self._num_steps = 0
         self._record = False
         self._timeline: Timeline | None = None
@@ -101,13 +101,16 @@ class Step:
 
         Raises:
             InputError: the batch has another structure than the first one, or is empty.
-            NonFiniteLossError: the loss is NaN or infinite. With ``check_finite="op"`` nothing was updated and the message
-                names the first op; with "step" (the default) this step's update has been made already.
+            NonFiniteLossError: the loss is NaN or infinite. With ``check_finite="op"`` nothing was updated and the
+                message names the first op; with "step" (the default) this step's update has been made already.
             StepError: a worker or process failed; the message names the root cause.
         """
         self._require_open()
         start_s = time.perf_counter()
-        leaves = take_apart(batch)
+        if isinstance(batch, ShardedBatch):
+            batch, leaves = whole_shape(batch)
+        else:
+            leaves = take_apart(batch)
         runner = self._runner(leaves, batch)
         if self._setup.check_finite == "op":
             self._check_before(runner, batch, leaves)
@@ -143,9 +146,19 @@ class Step:
         )
         return result
 
+    def rows_needed(self, num_rows: int) -> tuple[int, int]:
+        """First and last (excluded) row that this process needs of a global batch of `num_rows` rows.
+
+        Exact for the batch size that was planned; for others all rows are asked for.
+        """
+        runner = self._runners[self._first_key]
+        if isinstance(runner, BlockRunner) or runner.graph.batch_size != num_rows:
+            return 0, num_rows
+        return runner.rows_needed()
+
     def timeline(self) -> Timeline | None:
-        """The measured timeline of the last recorded step. The first call starts recording, so call it, make a step, and
-        call it again. None for plans of mode "block" and before the first recorded step."""
+        """The measured timeline of the last recorded step. The first call starts recording, so call it, make a step,
+        and call it again. None for plans of mode "block" and before the first recorded step."""
         self._record = True
         return self._timeline
 
@@ -248,7 +261,7 @@ class Step:
     def _runner(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
         runner = self._runners.get(leaves.key)
         if runner is None:
-            check_structure(leaves.key, self._first)
+            check_structure(leaves.key, self._first_key)
             runner = self._runners[leaves.key] = self._adapt(leaves, batch)
         if runner is not self._current:
             if self._current is not None:  # each runner has its own slices: hand the optimizer's state over
@@ -260,7 +273,7 @@ class Step:
     def _adapt(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
         """A runner for another batch shape: the same split, captured anew."""
         if self._plan.mode == "block":
-            return self._runners[self._first]
+            return self._runners[self._first_key]
         if len(self._runners) >= MAX_SHAPES:
             self._warn_shapes(leaves)
             return self._make(self._block(f"more than {MAX_SHAPES} batch shapes"), None)

@@ -1,0 +1,72 @@
+"""`sharded`: a loader that reads only the rows of each global batch that this process' workers need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.utils.data import DataLoader, IterableDataset
+
+from partita.training.inputs import BatchLeaves, take_apart
+
+if TYPE_CHECKING:
+    from partita.training.step import Step
+
+
+@dataclass(frozen=True)
+class ShardedBatch:
+    """Rows ``first_row : first_row + rows of batch`` of a global batch of `num_rows` rows."""
+
+    batch: Any
+    first_row: int
+    num_rows: int
+
+
+def sharded(loader: Iterable[Any], step: Step) -> Iterator[Any]:
+    """Yields what `step` must be called with: of every global batch only the rows that this process needs.
+
+    A `DataLoader` over a map-style dataset with a batch sampler and without worker processes reads only those rows; any
+    other loader's batches are read whole and passed on whole. In a job of one process every batch is passed on whole.
+
+    Example:
+        >>> for batch in partita.data.sharded(loader, step):
+        ...     result = step(batch)
+    """
+    if not isinstance(loader, DataLoader) or not _can_select(loader):
+        yield from loader
+        return
+    for indices in loader.batch_sampler:
+        chosen = list(indices)
+        first, last = step.rows_needed(len(chosen))
+        items = [loader.dataset[index] for index in chosen[first:last]]
+        batch = loader.collate_fn(items)
+        whole = (first, last) == (0, len(chosen))
+        yield batch if whole else ShardedBatch(batch, first, len(chosen))
+
+
+def _can_select(loader: DataLoader[Any]) -> bool:
+    return loader.batch_sampler is not None and loader.num_workers == 0 and not isinstance(loader.dataset, IterableDataset)
+
+
+def whole_shape(part: ShardedBatch) -> tuple[Any, BatchLeaves]:
+    """The global batch's shape (a batch on the `meta` device) and the leaves that are here, keyed by that shape."""
+    here = take_apart(part.batch)
+
+    def grow(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == here.rows:
+            return torch.empty((part.num_rows, *leaf.shape[1:]), dtype=leaf.dtype, device="meta")
+        return leaf
+
+    whole = pytree.tree_map(grow, part.batch)
+    return whole, BatchLeaves(take_apart(whole).key, here.tensors, part.num_rows, _offsets(part, here))
+
+
+def _offsets(part: ShardedBatch, here: BatchLeaves) -> dict[int, int]:
+    return {
+        index: part.first_row
+        for index, tensor in here.tensors.items()
+        if tensor.dim() > 0 and tensor.shape[0] == here.rows
+    }
