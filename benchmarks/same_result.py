@@ -98,7 +98,7 @@ class Examiner:
         try:
             course, plan = partita_course(family, optimizer_name, case.constraints(message["compiled"]))
         except InfeasibleError as error:
-            if case.num_microbatches > 1 and "microbatch" in str(error):
+            if case.num_microbatches > 1 and "samples are coupled by" in str(error):
                 return {"verdict": "one microbatch", "reason": first_line(error)}
             raise
         return judge(case, plan, self._plain, course)

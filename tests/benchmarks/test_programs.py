@@ -25,6 +25,7 @@ def make_plan(case_name: str, *, processes: tuple[int, ...], num_microbatches: i
         axes={"data": case.data, "pipeline": case.pipeline},
         workers=workers,
         threads_per_worker=1,
+        stage_starts=("relu",) * (case.pipeline - 1),
         num_microbatches=num_microbatches,
     )
 
