@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +35,7 @@ from partita.runtime.failure import Failure, Stopped, Waiter
 from partita.runtime.local import Channel, Meeting, Party
 from partita.runtime.randomness import default_generator
 from partita.runtime.segments import Code, build, python_code
-from partita.runtime.transport import Line, Mail, Transport
+from partita.runtime.transport import Line, Mail, Session, Transport
 from partita.runtime.worker import WorkerThread
 
 _COLLECTIVES = (AllReduce, ReduceScatter, AllGather, AllToAll)
@@ -114,14 +114,13 @@ class Engine:
         self.local = tuple(program for program in programs.programs if program.process == process)
         self.device = self._device()
         self._check(transport)
-        self._transport = transport
+        self._session = transport.session() if transport is not None else None
         self._compiled = plan.compiled if compiled is None else compiled
         self._main = Waiter(self.failure)
         self._lock = threading.Lock()
         self._num_running = 0
         self._closed = False
-        self._forget: Callable[[], None] = lambda: None
-        self._connections = Connections(programs, process, transport, timeout_s)
+        self._connections = Connections(programs, process, self._session, timeout_s)
         self._codes = self._build_codes()
         self._draws = [(draw.name, python_code(draw.module.graph, draw.module)) for draw in programs.draws]
         self.workers = [self._make_worker(program) for program in self.local]
@@ -130,8 +129,8 @@ class Engine:
             binder = Binder(worker.program, self, worker.generator)
             worker.start(binder.bind(), binder.pending)
         self._random = [worker for worker in self.workers if self._draws_in(worker.program)]
-        if transport is not None:
-            self._forget = transport.on_failure(self._on_peer_failure)
+        if self._session is not None:
+            self._session.on_failure(self._on_peer_failure)
 
     # Construction ----------------------------------------------------------------------------------------------------
 
@@ -335,8 +334,8 @@ class Engine:
     def _end(self) -> None:
         """After a failure: tell the other processes, give local workers a moment to come to rest."""
         error = self.failure.error
-        if self._transport is not None and error is not None:
-            self._transport.report(error)
+        if self._session is not None and error is not None:
+            self._session.report(error)
         deadline_s = time.perf_counter() + STOP_TIME_S
         for worker in self.workers:
             worker.thread.join(max(deadline_s - time.perf_counter(), 0.0))
@@ -365,11 +364,12 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        self._forget()
         for worker in self.workers:
             worker.close()
         for worker in self.workers:
             worker.thread.join(STOP_TIME_S)
+        if self._session is not None:
+            self._session.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -384,7 +384,7 @@ class Connections:
     Everything is derived from the programs alone, in one order, so that all processes open the same lines.
     """
 
-    def __init__(self, programs: ProgramSet, process: int, transport: Transport | None, timeout_s: float) -> None:
+    def __init__(self, programs: ProgramSet, process: int, session: Session | None, timeout_s: float) -> None:
         self.process = process
         self.process_of = {program.worker: program.process for program in programs.programs}
         self._parties: Mapping[int, Party] = {}
@@ -393,17 +393,15 @@ class Connections:
         self._lines: dict[tuple[int, ...], Line] = {}
         self._mail: Mail | None = None
         self._tags: dict[tuple[int, int, str], int] = {}
-        if transport is not None:
-            self._open(programs, transport, timeout_s)
+        if session is not None:
+            self._open(programs, session, timeout_s)
 
-    def _open(self, programs: ProgramSet, transport: Transport, timeout_s: float) -> None:
+    def _open(self, programs: ProgramSet, session: Session, timeout_s: float) -> None:
         instructions = [(program.worker, one) for program in programs.programs for one in program.instructions]
-        number: dict[tuple[int, ...], int] = {}
         for group in sorted({one.group for _, one in instructions if isinstance(one, _COLLECTIVES)}):
             processes = tuple(sorted({self.process_of[worker] for worker in group}))
             if len(processes) > 1:
-                index = number[processes] = number.get(processes, -1) + 1
-                self._lines[group] = transport.line(processes, index, timeout_s)
+                self._lines[group] = session.line(processes, timeout_s)
         crossing = {
             (worker, one.peer, one.key) if isinstance(one, Send) else (one.peer, worker, one.key)
             for worker, one in instructions
@@ -411,7 +409,7 @@ class Connections:
         }
         self._tags = {address: tag for tag, address in enumerate(sorted(crossing))}
         if crossing:
-            self._mail = transport.mail(timeout_s)
+            self._mail = session.mail(timeout_s)
 
     @property
     def bytes_sent(self) -> int:

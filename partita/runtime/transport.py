@@ -48,8 +48,31 @@ class Mail(Protocol):
         ...
 
 
+class Session(Protocol):
+    """The messages of one engine. Sessions, and lines within them, are opened by all processes in the same order.
+
+    An engine that fails spoils its session only: the next one starts with lines of its own.
+    """
+
+    def line(self, processes: tuple[int, ...], timeout_s: float) -> Line:
+        """A new line among these processes. All processes of the job call this, members or not."""
+        ...
+
+    def mail(self, timeout_s: float) -> Mail: ...
+
+    def on_failure(self, listener: Callable[[StepError], None]) -> None:
+        """Call `listener` when a process is lost or reports a failure (at once if that has happened)."""
+        ...
+
+    def report(self, error: BaseException) -> None:
+        """Tell all other processes why this one ends the session."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class Transport(Protocol):
-    """The processes of a job. Lines and mail must be opened by all processes in the same order."""
+    """The processes of a job."""
 
     @property
     def rank(self) -> int: ...
@@ -57,16 +80,4 @@ class Transport(Protocol):
     @property
     def num_processes(self) -> int: ...
 
-    def line(self, processes: tuple[int, ...], number: int, timeout_s: float) -> Line:
-        """The `number`-th line among these processes (opened once, then kept)."""
-        ...
-
-    def mail(self, timeout_s: float) -> Mail: ...
-
-    def on_failure(self, listener: Callable[[StepError], None]) -> Callable[[], None]:
-        """Call `listener` when a process is lost or reports a failure; the returned function ends that."""
-        ...
-
-    def report(self, error: BaseException) -> None:
-        """Tell all other processes why this one ends."""
-        ...
+    def session(self) -> Session: ...

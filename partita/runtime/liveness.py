@@ -1,0 +1,212 @@
+"""Knowing when another process of the job is gone, or has failed, and why.
+
+Every process writes a sign of life to the job's key-value store about once a second and watches the next two ranks (in a
+ring, so that the work per process does not grow with the job). Whoever finds a rank lost writes that down for all;
+a process that fails writes down its root cause before it ends.
+
+A rank is lost if its process does not exist any more (same host), or if its sign of life stands still for `STALE_TIME_S`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from partita.errors import PeerLostError, StepError
+
+BEAT_TIME_S = 1.0
+STALE_TIME_S = 10.0
+FAREWELL_TIME_S = 3.0  # a failing process lets the others read its message this long
+_NUM_WATCHED = 2
+
+
+class Liveness:
+    """Signs of life of all processes, and the failures of sessions.
+
+    Args:
+        store: the job's key-value store; used by one background thread and, under a lock, by `report`.
+        rank, num_processes: this process's place in the job.
+        is_store_host: whether the store ends with this process.
+    """
+
+    def __init__(self, store: Any, rank: int, num_processes: int, *, is_store_host: bool) -> None:
+        self.rank = rank
+        self.num_processes = num_processes
+        self.lost: PeerLostError | None = None
+        self._store = store
+        self._store_lock = threading.Lock()
+        self._is_store_host = is_store_host
+        self._host = socket.gethostname()
+        self._lock = threading.Lock()
+        self._listeners: dict[int, Callable[[StepError], None]] = {}  # by session
+        self._seen: set[int] = set()  # sessions whose failure has been passed on
+        self._reported: set[int] = set()
+        self._beats: dict[int, tuple[int, float]] = {}  # watched rank -> last beat, when it changed
+        self._found = threading.Condition()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="partita-liveness", daemon=True)
+        self._thread.start()
+
+    # For sessions ----------------------------------------------------------------------------------------------------
+
+    def listen(self, session: int, listener: Callable[[StepError], None]) -> None:
+        with self._lock:
+            self._listeners[session] = listener
+            lost = self.lost
+        if lost is not None:
+            listener(lost)
+
+    def forget(self, session: int) -> None:
+        with self._lock:
+            self._listeners.pop(session, None)
+
+    def report(self, session: int, error: BaseException) -> None:
+        """Write down why this process ends the session; wait until the others have read it, if the store ends with it."""
+        if session in self._reported or session in self._seen or isinstance(error, PeerLostError):
+            return
+        self._reported.add(session)
+        text = {"rank": self.rank, "host": self._host, "pid": os.getpid(), "message": f"{type(error).__name__}: {error}"}
+        with contextlib.suppress(RuntimeError):  # the store is gone: the others see that themselves
+            with self._store_lock:
+                self._store.compare_set(f"failure/{session}", "", json.dumps(text))
+            deadline_s = time.monotonic() + FAREWELL_TIME_S
+            while self._is_store_host and time.monotonic() < deadline_s:
+                with self._store_lock:
+                    if self._store.add(f"read/{session}", 0) >= self.num_processes - 1:
+                        return
+                time.sleep(0.05)
+
+    def explain(self, session: int) -> bool:
+        """Wait for the reason of a broken connection; whether there is one (it has been passed to the listener)."""
+        with self._found:
+            return self._found.wait_for(
+                lambda: self.lost is not None or session in self._seen, STALE_TIME_S + 2 * BEAT_TIME_S
+            )
+
+    def close(self) -> None:
+        """Say goodbye. The process that holds the store stays until the others have done so too (a few seconds at most)."""
+        self._ending.set()
+        self._thread.join(2 * BEAT_TIME_S)
+        with contextlib.suppress(RuntimeError), self._store_lock:
+            self._store.set(f"closed/{self.rank}", "1")
+            deadline_s = time.monotonic() + FAREWELL_TIME_S
+            others = [f"closed/{rank}" for rank in range(self.num_processes) if rank != self.rank]
+            while self._is_store_host and self.lost is None and time.monotonic() < deadline_s:
+                if self._store.check(others):
+                    return
+                time.sleep(0.05)
+
+    # The background thread -------------------------------------------------------------------------------------------
+
+    def _live(self) -> None:
+        beat = 0
+        while not self._ending.wait(BEAT_TIME_S if beat else 0):
+            beat += 1
+            try:
+                with self._store_lock:
+                    self._store.set(f"alive/{self.rank}", json.dumps([beat, self._host, os.getpid()]))
+                    failures = self._read_failures()
+                    lost = self._read_signs()
+            except RuntimeError as error:
+                self._lose(
+                    f"the process that holds the job's key-value store (rank 0, or the launcher's agent) is gone: "
+                    f"{str(error).splitlines()[0]}",
+                    tell=False,
+                )
+                return
+            for session, failure in failures:
+                self._pass_on(session, failure)
+            if lost:
+                self._lose(lost, tell=True)
+                return
+
+    def _read_failures(self) -> list[tuple[int, dict[str, Any]]]:
+        with self._lock:
+            sessions = [s for s in self._listeners if s not in self._seen and s not in self._reported]
+        found = []
+        for session in [*sessions, -1]:  # -1: a lost process ends all sessions
+            if self._store.check([f"failure/{session}"]):
+                found.append((session, json.loads(self._store.get(f"failure/{session}"))))
+                self._store.add(f"read/{session}", 1)
+        return found
+
+    def _pass_on(self, session: int, failure: dict[str, Any]) -> None:
+        if session == -1:
+            self._lose(failure["message"], tell=False)
+            return
+        with self._lock:
+            listener = self._listeners.get(session)
+            self._seen.add(session)
+        error = StepError(
+            f"process rank {failure['rank']} (host {failure['host']}, pid {failure['pid']}) failed: {failure['message']}"
+        )
+        if listener is not None:
+            listener(error)
+        with self._found:
+            self._found.notify_all()
+
+    def _read_signs(self) -> str:
+        """What is wrong with the watched ranks; "" if nothing."""
+        watched = {(self.rank + step) % self.num_processes for step in range(1, _NUM_WATCHED + 1)} - {self.rank}
+        for rank in sorted(watched):
+            if not self._store.check([f"alive/{rank}"]):
+                continue  # it has not started yet: whoever waits for it has a time limit
+            beat, host, pid = json.loads(self._store.get(f"alive/{rank}"))
+            name = f"process rank {rank} (host {host}, pid {pid})"
+            if self._store.check([f"closed/{rank}"]):
+                if self._listeners:
+                    return f"{name} has ended while other processes still train; all must make the same steps"
+                continue
+            now_s = time.monotonic()
+            last, since_s = self._beats.get(rank, (-1, now_s))
+            if beat != last:
+                self._beats[rank] = (beat, now_s)
+            if host == self._host and not process_exists(pid):
+                return f"{name} is gone: it was killed or has crashed"
+            if beat == last and now_s - since_s > STALE_TIME_S:
+                return f"{name} is gone: no sign of life for {now_s - since_s:.0f} s"
+        return ""
+
+    def _lose(self, message: str, *, tell: bool) -> None:
+        with self._lock:
+            if self.lost is not None:
+                return
+            self.lost = PeerLostError(message)
+            listeners = list(self._listeners.values())
+        if tell:
+            with contextlib.suppress(RuntimeError), self._store_lock:
+                text = json.dumps({"rank": self.rank, "message": message})
+                self._store.compare_set("failure/-1", "", text)
+        for listener in listeners:
+            listener(self.lost)
+        with self._found:
+            self._found.notify_all()
+
+
+def process_exists(pid: int) -> bool:
+    """Whether a process of this host runs (one that has ended but was not collected by its parent does not)."""
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.parent.parent.joinpath("self").exists():  # Linux
+        try:
+            return stat.read_text().rsplit(")", 1)[1].split()[0] not in ("Z", "X")
+        except OSError:
+            return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def store_timeout(timeout_s: float) -> timedelta:
+    return timedelta(seconds=timeout_s)

@@ -1,0 +1,275 @@
+"""Messages between processes over `torch.distributed`: gloo for CPU tensors, NCCL for GPU tensors.
+
+All values travel as bytes where no arithmetic is needed, so every dtype works. Sums of dtypes that gloo does not know
+(bool, 16-bit floats and integers) are formed in a wider one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partita.cluster.detect import job_store
+from partita.cluster.job import current_job
+from partita.errors import PeerLostError, StepError, WaitTimeoutError
+from partita.program.instructions import TensorSpec
+from partita.runtime.liveness import Liveness
+from partita.runtime.torch_adapter import default_store
+
+_ALIGN = 16  # bytes: pieces of one message start at multiples of it, so that they can be viewed as any dtype
+_WIDER = {
+    torch.bool: torch.int32,
+    torch.int16: torch.int32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+_CONNECTED: list[ProcessTransport] = []
+
+
+class ProcessTransport:
+    """The processes of the running job, one per rank. Made by `connect`."""
+
+    def __init__(self, rank: int, num_processes: int, liveness: Liveness) -> None:
+        self.rank = rank
+        self.num_processes = num_processes
+        self.liveness = liveness
+        self._num_sessions = 0
+        self._closed = False
+
+    def session(self) -> ProcessSession:
+        self._num_sessions += 1
+        return ProcessSession(self, self._num_sessions)
+
+    def close(self) -> None:
+        """Say goodbye to the other processes. Runs by itself at the interpreter's end."""
+        if not self._closed:
+            self._closed = True
+            self.liveness.close()
+
+
+class ProcessSession:
+    """The messages of one engine: process groups of its own, so that a failed engine leaves nothing half done behind."""
+
+    def __init__(self, transport: ProcessTransport, number: int) -> None:
+        self.transport = transport
+        self.number = number
+        self.liveness = transport.liveness
+        self.failed = False
+        self._groups: list[Any] = []
+
+    def line(self, processes: tuple[int, ...], timeout_s: float) -> ProcessLine:
+        return ProcessLine(self, self._group(processes, timeout_s), processes, timeout_s)
+
+    def mail(self, timeout_s: float) -> ProcessMail:
+        return ProcessMail(self, self._group(tuple(range(self.transport.num_processes)), timeout_s), timeout_s)
+
+    def _group(self, processes: tuple[int, ...], timeout_s: float) -> Any:
+        group = dist.new_group(list(processes), timeout=timedelta(seconds=timeout_s))
+        if self.transport.rank in processes:
+            self._groups.append(group)
+        return group
+
+    def on_failure(self, listener: Callable[[StepError], None]) -> None:
+        def noted(error: StepError) -> None:
+            self.failed = True
+            listener(error)
+
+        self.liveness.listen(self.number, noted)
+
+    def report(self, error: BaseException) -> None:
+        self.failed = True
+        self.liveness.report(self.number, error)
+
+    def close(self) -> None:
+        self.liveness.forget(self.number)
+        if not self.failed:  # a group with unfinished messages may block when it is destroyed
+            for group in self._groups:
+                dist.destroy_process_group(group)
+        self._groups.clear()
+
+    def wait(self, work: Any, what: str, timeout_s: float) -> None:
+        """Wait for a message; say in one error what broke it.
+
+        Raises:
+            WaitTimeoutError, PeerLostError: the reason, as far as it is known here; a lost or failed process is reported
+                through `on_failure` before, and then counts as the root cause.
+        """
+        try:
+            work.wait()
+        except RuntimeError as error:
+            text = str(error).splitlines()[0]
+            if "timed out" in text.lower() and self.liveness.lost is None:
+                raise WaitTimeoutError(
+                    f"process rank {self.transport.rank} must not wait longer than timeout_s={timeout_s:g} for {what}, but "
+                    f"did ({text}). Raise timeout_s if the other side needs that long on purpose."
+                ) from error
+            self.liveness.explain(self.number)
+            raise PeerLostError(
+                f"process rank {self.transport.rank} lost its connection during {what} ({text}), and no process has said why"
+            ) from error
+
+
+class ProcessLine:
+    """Collectives among some processes."""
+
+    def __init__(self, session: ProcessSession, group: Any, processes: tuple[int, ...], timeout_s: float) -> None:
+        self.bytes_sent = 0
+        self._session = session
+        self._group = group
+        self._processes = processes
+        self._timeout_s = timeout_s
+        self._names = f"processes {', '.join(map(str, processes))}"
+
+    def all_reduce(self, value: Tensor) -> None:
+        wide = value.to(_WIDER[value.dtype]) if value.dtype in _WIDER and value.device.type == "cpu" else value
+        if wide.is_complex():
+            wide = torch.view_as_real(wide)
+        work = dist.all_reduce(wide, group=self._group, async_op=True)
+        self._session.wait(work, f"a sum over {self._names}", self._timeout_s)
+        if wide.dtype != value.dtype and not value.is_complex():
+            value.copy_(wide)
+        num_processes = len(self._processes)
+        # A ring sends every element twice, but for each process's own share (Patarasuk and Yuan 2009, section 3).
+        self.bytes_sent += 2 * wide.numel() * wide.element_size() * (num_processes - 1) // num_processes
+
+    def exchange(
+        self, outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[TensorSpec]]
+    ) -> dict[int, list[Tensor]]:
+        device = next((value.device for values in outgoing.values() for value in values), torch.device("cpu"))
+        sent = [[as_bytes(value) for value in outgoing.get(process, ())] for process in self._processes]
+        out_sizes = [sum(_padded(part.numel()) for part in parts) for parts in sent]
+        in_sizes = [
+            sum(_padded(spec.num_bytes) for spec in incoming.get(process, ())) for process in self._processes
+        ]
+        message = torch.zeros(sum(out_sizes), dtype=torch.uint8, device=device)
+        position = 0
+        for part in (part for parts in sent for part in parts):
+            message[position : position + part.numel()] = part
+            position += _padded(part.numel())
+        answer = torch.empty(sum(in_sizes), dtype=torch.uint8, device=device)
+        work = dist.all_to_all_single(answer, message, in_sizes, out_sizes, group=self._group, async_op=True)
+        self._session.wait(work, f"an exchange among {self._names}", self._timeout_s)
+        self.bytes_sent += message.numel()
+        return self._unpacked(answer, incoming)
+
+    def _unpacked(self, answer: Tensor, incoming: Mapping[int, Sequence[TensorSpec]]) -> dict[int, list[Tensor]]:
+        result: dict[int, list[Tensor]] = {}
+        position = 0
+        for process in self._processes:
+            for spec in incoming.get(process, ()):
+                piece = answer[position : position + spec.num_bytes]
+                result.setdefault(process, []).append(piece.view(spec.dtype).view(spec.shape))
+                position += _padded(spec.num_bytes)
+            if process in incoming:
+                result.setdefault(process, [])
+        return result
+
+
+class ProcessMail:
+    """Single values between processes, matched by tag. GPU values travel through the host's memory."""
+
+    def __init__(self, session: ProcessSession, group: Any, timeout_s: float) -> None:
+        self.bytes_sent = 0
+        self._session = session
+        self._group = group
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()  # several workers send
+
+    def send(self, value: Tensor, process: int, tag: int) -> Callable[[], None]:
+        message = as_bytes(value.cpu())
+        if message.numel() == 0:
+            return lambda: None
+        with self._lock:
+            self.bytes_sent += message.numel()
+        work = dist.isend(message, process, group=self._group, tag=tag)
+
+        def finish() -> None:
+            # `message` must live until here, and only this closure keeps it.
+            self._session.wait(work, f"process {process} to take {message.numel()} bytes", self._timeout_s)
+
+        return finish
+
+    def receive(self, spec: TensorSpec, process: int, tag: int) -> Tensor:
+        value = torch.empty(spec.shape, dtype=spec.dtype)
+        if spec.num_bytes:
+            work = dist.irecv(as_bytes(value), process, group=self._group, tag=tag)
+            self._session.wait(work, f"{spec.num_bytes} bytes from process {process}", self._timeout_s)
+        return value
+
+
+def as_bytes(value: Tensor) -> Tensor:
+    """The tensor's memory as flat bytes (a copy only if it is not contiguous)."""
+    return value.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _padded(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGN) * _ALIGN
+
+
+# Joining -------------------------------------------------------------------------------------------------------------
+
+
+def connect(*, timeout_s: float = 120.0) -> ProcessTransport:
+    """Join the processes of the running job (torchrun, mpirun, srun); later calls return the same transport.
+
+    Initialises `torch.distributed` if the script has not done so.
+
+    Raises:
+        PeerLostError: some ranks did not come within `timeout_s` (names them).
+        StepError: this process belongs to no job of several processes.
+        ClusterError: the job's master is unknown or unreachable.
+    """
+    if _CONNECTED:
+        return _CONNECTED[0]
+    initialised = dist.is_initialized()
+    if not initialised:
+        _initialise(timeout_s)
+    rank, num_processes = dist.get_rank(), dist.get_world_size()
+    store: Any = default_store()
+    turn = int(store.add(f"partita/transport/{rank}", 1))  # counts the transports that this rank has opened
+    served_here = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    own = dist.PrefixStore(f"partita/transport/{turn}", store.clone() if hasattr(store, "clone") else store)
+    transport = ProcessTransport(rank, num_processes, Liveness(own, rank, num_processes, is_store_host=served_here))
+    _CONNECTED.append(transport)
+    atexit.register(transport.close)
+    return transport
+
+
+def _initialise(timeout_s: float) -> None:
+    job = current_job()
+    if job is None:
+        raise StepError(
+            "connect must be called in a job of several processes, but no launcher has set RANK and WORLD_SIZE. Start the "
+            "script with torchrun, mpirun or srun."
+        )
+    store: Any = job_store(job, timeout_s=timeout_s)
+    turn = int(store.add(f"partita/hello/{job.rank}", 1))
+    key = f"partita/hello/{turn}"
+    store.set(f"{key}/{job.rank}", f"{socket.gethostname()} {os.getpid()}")
+    missing = []
+    for rank in range(job.world_size):
+        try:
+            store.wait([f"{key}/{rank}"], timedelta(seconds=0.1 if missing else timeout_s))
+        except RuntimeError:
+            missing.append(rank)
+    if missing:
+        raise PeerLostError(
+            f"all {job.world_size} processes of the job must start, but rank(s) {', '.join(map(str, missing))} did not come "
+            f"within timeout_s={timeout_s:g}. See their output; `partita doctor` tests the connection."
+        )
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo",
+        store=dist.PrefixStore(f"partita/group/{turn}", store),
+        rank=job.rank,
+        world_size=job.world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
