@@ -230,7 +230,7 @@ def _check_load(scene: Scene) -> list[Finding]:
 
 
 def _busy_cores(scene: Scene, *, sample_s: float) -> float | None:
-    """How many of the scene's cores others kept busy while this process slept for `sample_s`; None for a made-up tree."""
+    """How many of the scene's cores others kept busy while this process slept; None for a made-up tree."""
     if scene.root != Path("/"):
         return None
     shares: list[float] = psutil.cpu_percent(interval=sample_s, percpu=True)
@@ -326,16 +326,16 @@ def _unreachable(job: Job) -> str:
     except OSError as error:
         return f"the name {job.master_address!r} does not resolve ({error})"
     problem = ""
-    for family, kind, protocol, _, address in addresses:
+    for family, kind, protocol, _, end in addresses:
         with socket.socket(family, kind, protocol) as connection:
             connection.settimeout(CONNECT_LIMIT_S)
             try:
-                connection.connect(address)
+                connection.connect(end)
                 return ""
             except ConnectionRefusedError:
                 return ""
             except OSError as error:
-                problem = f"no connection to {address[0]!s}:{address[1]} ({error})"
+                problem = f"no connection to {job.master_address}:{job.master_port} ({error})"
     return problem
 
 

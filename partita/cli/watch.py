@@ -1,0 +1,186 @@
+"""What people and programs see of a running script: progress on the terminal, lines elsewhere, metrics in files.
+
+Everything here subscribes to the library's events. Shown and written by the first process of a job alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+import msgspec
+
+from partita.planner.describe import title
+from partita.training.events import (
+    CandidateMeasured,
+    Checkpointed,
+    Event,
+    PlanChosen,
+    StepFinished,
+    WarningRaised,
+    subscribe,
+)
+from partita.units import format_bytes, format_time
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+class Watcher(Protocol):
+    """Takes every event of this process until it is closed."""
+
+    def __call__(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def describe(event: Event) -> str:
+    """One line about an event."""
+    match event:
+        case PlanChosen():
+            return f"plan: {title(event.plan)} (found in {format_time(event.time_s)})"
+        case CandidateMeasured() if event.step_time_s is None:
+            return f"candidate: {event.description}: could not run: {event.failed}"
+        case CandidateMeasured():
+            assert event.step_time_s is not None
+            return (
+                f"candidate: {event.description}: predicted {format_time(event.predicted_step_time_s)}, "
+                f"measured {format_time(event.step_time_s)}"
+            )
+        case StepFinished():
+            return (
+                f"step {event.step}  loss {event.loss:.4g}  {event.samples_per_s:.1f} samples/s  "
+                f"{format_time(event.step_time_s)} a step"
+                + (f"  {format_bytes(event.bytes_sent)} sent" if event.bytes_sent else "")
+            )
+        case WarningRaised():
+            return f"warning: {event.subject}: {event.message}"
+        case Checkpointed():
+            return f"checkpoint {event.action}: {event.path}, step {event.step}, {format_bytes(event.num_bytes)}"
+
+
+class Lines:
+    """One line per event, but of steps only the first and then one per `interval_s`."""
+
+    def __init__(self, stream: TextIO, *, interval_s: float) -> None:
+        self._stream, self._interval_s = stream, interval_s
+        self._next_s = 0.0
+        self._unsaid: StepFinished | None = None
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepFinished):
+            if time.monotonic() < self._next_s:
+                self._unsaid = event
+                return
+            self._next_s = time.monotonic() + self._interval_s
+            self._unsaid = None
+        print(describe(event), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        if self._unsaid is not None:  # the last step always shows
+            print(describe(self._unsaid), file=self._stream, flush=True)
+            self._unsaid = None
+
+
+class Live:
+    """A line at the bottom of the terminal that follows the steps; other events scroll above it."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self._progress: Progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(),
+            console=Console(stderr=True),
+        )  # fmt: skip
+        self._task: TaskID = self._progress.add_task("capturing and planning", total=None)
+        self._progress.start()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepFinished):
+            self._progress.update(self._task, description=describe(event))
+        else:
+            self._progress.console.print(describe(event), markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class Metrics:
+    """Every event as one line of JSON, written out at once, so that a crash loses nothing."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("a", encoding="utf-8")
+
+    def __call__(self, event: Event) -> None:
+        self._stream.write(record(event) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def record(event: Event) -> str:
+    """An event as one JSON object: its fields, `event` (its kind, e.g. "step_finished") and `time_unix_s`."""
+    kind = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    fields: dict[str, Any] = msgspec.to_builtins(event)
+    if isinstance(event, StepFinished):
+        fields["samples_per_s"] = event.samples_per_s
+    return msgspec.json.encode({"event": kind, "time_unix_s": time.time(), **fields}).decode()
+
+
+class Board:
+    """Loss and speed for TensorBoard."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepFinished):
+            self._writer.add_scalar("loss", event.loss, event.step)
+            self._writer.add_scalar("samples_per_s", event.samples_per_s, event.step)
+            self._writer.add_scalar("step_time_s", event.step_time_s, event.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@contextlib.contextmanager
+def watching(name: str, folder: Path, *, interval_s: float, quiet: bool = False) -> Iterator[Path]:
+    """Show and keep all events inside; yields the path of the metrics, ``folder/name-<time>.jsonl``.
+
+    With `tensorboard` installed, the same run is written beside it as a folder of that name.
+    """
+    stem = folder / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = _unused(stem)
+    watchers: list[Watcher] = [Metrics(path)]
+    if importlib.util.find_spec("tensorboard") is not None:
+        watchers.append(Board(path.with_suffix("")))
+    if not quiet:
+        watchers.append(Live() if sys.stderr.isatty() else Lines(sys.stderr, interval_s=interval_s))
+    unsubscribe = [subscribe(watcher) for watcher in watchers]
+    try:
+        yield path
+    finally:
+        for end in unsubscribe:
+            end()
+        for watcher in watchers:
+            watcher.close()
+
+
+def _unused(stem: Path) -> Path:
+    """`stem`.jsonl, or with a number if two runs start in one second."""
+    path, number = stem.with_name(stem.name + ".jsonl"), 1
+    while path.exists():
+        number += 1
+        path = stem.with_name(f"{stem.name}-{number}.jsonl")
+    return path
