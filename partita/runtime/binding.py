@@ -1,8 +1,8 @@
 """From instructions to closures: everything that can be decided before the step is decided here.
 
 `Binder` walks one worker's program once and makes one function per instruction, which takes the worker's registers.
-It also decides who owns memory: a register may be changed in place only if its value was made by an addition here and has
-been handed to nobody since (segments may return views of their inputs; sent and reduced values are shared).
+It also decides who owns memory: a register may be changed in place only if its value was made by an addition here and
+has been handed to nobody since (segments may return views of their inputs; sent and reduced values are shared).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _PERSISTENT = ("p:", "b:", "c:")
 
 
 class UpdateFn(Protocol):
-    """Applies the optimizer, in the worker's thread, to flat slices of parameters with their gradients (flat as well)."""
+    """Applies the optimizer, in the worker's thread, to flat slices of parameters with their flat gradients."""
 
     def __call__(self, worker: int, slices: tuple[Slice, ...], gradients: list[Tensor]) -> None: ...
 
@@ -144,10 +144,7 @@ class Binder:
         """The inputs of a segment, with the strides it was made for."""
         names = run.inputs
         get: Callable[[Registers], Sequence[Tensor]]
-        if len(names) > 1:
-            get = itemgetter(*names)
-        else:
-            get = lambda registers: [registers[name] for name in names]  # noqa: E731
+        get = itemgetter(*names) if len(names) > 1 else lambda registers: [registers[name] for name in names]
         checked = [
             (index, strides)
             for index, (name, strides) in enumerate(zip(names, code.strides, strict=True))

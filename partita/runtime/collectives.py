@@ -1,10 +1,10 @@
 """Collectives: shared memory inside a process, one exchange between processes, the result shared again.
 
-Legend: a *group* is the tuple of workers of an instruction, a *position* an index into it; a *member* is an index into the
-positions that are local to this process. The local member 0 is the leader: it alone talks to other processes.
+Legend: a *group* is the tuple of workers of an instruction, a *position* an index into it; a *member* is an index
+into the positions that are local to this process. The local member 0 is the leader: it alone talks to other processes.
 
-Every sum is formed in the order of positions (local ones first per process, then processes by rank), and each element is
-summed once per process, so all members hold bit-identical results.
+Every sum is formed in the order of positions (local ones first per process, then processes by rank), and each element
+is summed once per process, so all members hold bit-identical results.
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ class ReduceScatterOp:
                 if cut.summed
             ]
 
-        here = [(position, cut) for position in seat.positions[seat.process] for cut in self.cuts[position] if cut.summed]
+        local = seat.positions[seat.process]
+        here = [(position, cut) for position in local for cut in self.cuts[position] if cut.summed]
         specs = [cut.spec for _, cut in here]
         exchanged = share_exchange(seat, outgoing, {process: specs for process in seat.others})
         result = []
@@ -279,6 +280,10 @@ class AllToAllOp:
     def _piece(self, value: Tensor, target: int) -> Tensor:
         return value.narrow(self.new_dim, self.new_starts[target], self.new_sizes[target])
 
+    def _for_process(self, process: int, brought: Sequence[Tensor]) -> list[Tensor]:
+        targets = self.seat.positions[process]
+        return [self._piece(value, target).contiguous() for value in brought for target in targets]
+
     def _spec(self, source: int, target: int) -> TensorSpec:
         shape = _resized(self.spec.shape, self.dim, self.sizes[source])
         return TensorSpec(_resized(shape, self.new_dim, self.new_sizes[target]), self.spec.dtype)
@@ -289,11 +294,11 @@ class AllToAllOp:
         here = seat.positions[seat.process]
         pieces = {position: self._piece(other, seat.position) for position, other in zip(here, brought, strict=True)}
         if seat.line is not None:
-            received = share_exchange(
-                seat,
-                lambda q: [self._piece(other, target).contiguous() for other in brought for target in seat.positions[q]],
-                {q: [self._spec(source, target) for source in seat.positions[q] for target in here] for q in seat.others},
-            )
+            incoming = {
+                process: [self._spec(source, target) for source in seat.positions[process] for target in here]
+                for process in seat.others
+            }
+            received = share_exchange(seat, lambda process: self._for_process(process, brought), incoming)
             for process, tensors in received.items():
                 for index, source in enumerate(seat.positions[process]):
                     pieces[source] = tensors[index * len(here) + seat.member]

@@ -1,7 +1,7 @@
 """`Engine`: runs one process's share of a `ProgramSet`, step after step.
 
-Per step: random draws (in the caller's thread, as plain PyTorch would draw them), feeds, then all local workers at once,
-each its own instruction list; afterwards the new values of buffers are written back.
+Per step: random draws (in the caller's thread, as plain PyTorch would draw them), feeds, then all local workers at
+once, each its own instruction list; afterwards the new values of buffers are written back.
 """
 
 from __future__ import annotations
@@ -135,16 +135,16 @@ class Engine:
     # Construction ----------------------------------------------------------------------------------------------------
 
     def _device(self) -> torch.device:
-        gpus = {self.plan.workers[program.worker].gpu for program in self.local}
-        if gpus <= {None}:
+        gpus = [gpu for program in self.local if (gpu := self.plan.workers[program.worker].gpu) is not None]
+        if not gpus:
             return torch.device("cpu")
         if len(self.local) != 1 or not torch.cuda.is_available():
             raise PlanError(
                 f"a process with GPUs must have one worker and see its GPU, but process {self.process} has "
-                f"{len(self.local)} workers on GPUs {sorted(str(gpu) for gpu in gpus)} and "
+                f"{len(self.local)} workers on GPUs {gpus} and "
                 f"{torch.cuda.device_count()} visible GPUs. Start one process per GPU."
             )
-        return torch.device("cuda", gpus.pop())
+        return torch.device("cuda", gpus[0])
 
     def _check(self, transport: Transport | None) -> None:
         if not self.local:
@@ -155,7 +155,9 @@ class Engine:
         if len({program.process for program in self.programs.programs}) > 1 and transport is None:
             raise PlanError("a plan of several processes must be given a transport, but transport is None")
         if not any(program.loss for program in self.local):
-            raise ProgramError(f"one worker of every process must have the loss, but none of process {self.process} has")
+            raise ProgramError(
+                f"one worker of every process must have the loss, but none of process {self.process} has"
+            )
         have = self.state.registers()
         for program in self.local:
             for instruction in program.instructions:
@@ -237,7 +239,8 @@ class Engine:
         """Run one training step on a batch.
 
         Args:
-            leaves: the batch's leaves by index (`pytree.tree_leaves` order); only those that the programs feed on are read.
+            leaves: the batch's leaves by index (`pytree.tree_leaves` order); only those that the programs feed on are
+                read.
             row_offsets: leaf index -> number of its first row in the global batch, for leaves that hold only some rows.
             update: False leaves parameters as they are (gradients are computed and dropped).
             commit_buffers: False leaves buffers as they are.
@@ -298,7 +301,8 @@ class Engine:
             if start < 0 or start + feed.length > whole.shape[feed.dim]:
                 raise InputError(
                     f"leaf {feed.leaf} of the batch must hold entries {feed.start}:{feed.start + feed.length} of dim "
-                    f"{feed.dim}, but its shape is {tuple(whole.shape)} and its first row is row {offset}. Pass a batch of "
+                    f"{feed.dim}, but its shape is {tuple(whole.shape)} and its first row is row {offset}. "
+                    f"Pass a batch of "
                     f"the shape that was planned."
                 )
             piece = piece.narrow(feed.dim, start, feed.length)

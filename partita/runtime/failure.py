@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 from partita.errors import WaitTimeoutError
 
-# A condition that is nearly there is polled this long before the thread parks: waking a parked thread costs about as much.
+# A condition that is nearly there is polled this long before the thread parks: waking a parked thread costs about
+# as much.
 SPIN_TIME_S = 50e-6
 
 

@@ -1,10 +1,11 @@
 """Knowing when another process of the job is gone, or has failed, and why.
 
-Every process writes a sign of life to the job's key-value store about once a second and watches the next two ranks (in a
-ring, so that the work per process does not grow with the job). Whoever finds a rank lost writes that down for all;
-a process that fails writes down its root cause before it ends.
+Every process writes a sign of life to the job's key-value store about once a second and watches the next two ranks
+(in a ring, so that the work per process does not grow with the job). Whoever finds a rank lost writes that down for
+all; a process that fails writes down its root cause before it ends.
 
-A rank is lost if its process does not exist any more (same host), or if its sign of life stands still for `STALE_TIME_S`.
+A rank is lost if its process does not exist any more (same host), or if its sign of life stands still for
+`STALE_TIME_S`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,19 @@ class Liveness:
     Args:
         store: the job's key-value store; used by one background thread and, under a lock, by `report`.
         rank, num_processes: this process's place in the job.
-        is_store_host: whether the store ends with this process.
+        store_rank: rank of the process that holds the store; None if the launcher holds it.
     """
 
-    def __init__(self, store: Any, rank: int, num_processes: int, *, is_store_host: bool) -> None:
+    def __init__(self, store: Any, rank: int, num_processes: int, *, store_rank: int | None) -> None:
         self.rank = rank
         self.num_processes = num_processes
         self.lost: PeerLostError | None = None
         self._store = store
         self._store_lock = threading.Lock()
-        self._is_store_host = is_store_host
+        self._store_rank = store_rank
+        self._is_store_host = store_rank == rank
+        self._store_name = "the launcher's agent"  # who holds the store, for the message when it is gone
+        self._store_is_gone = False
         self._host = socket.gethostname()
         self._lock = threading.Lock()
         self._listeners: dict[int, Callable[[StepError], None]] = {}  # by session
@@ -69,11 +72,17 @@ class Liveness:
             self._listeners.pop(session, None)
 
     def report(self, session: int, error: BaseException) -> None:
-        """Write down why this process ends the session; wait until the others have read it, if the store ends with it."""
-        if session in self._reported or session in self._seen or isinstance(error, PeerLostError):
+        """Write down why this process ends the session; wait for the others to read it, if the store ends with it."""
+        known = session in self._reported or session in self._seen or isinstance(error, PeerLostError)
+        if known or self._store_is_gone:
             return
         self._reported.add(session)
-        text = {"rank": self.rank, "host": self._host, "pid": os.getpid(), "message": f"{type(error).__name__}: {error}"}
+        text = {
+            "rank": self.rank,
+            "host": self._host,
+            "pid": os.getpid(),
+            "message": f"{type(error).__name__}: {error}",
+        }
         with contextlib.suppress(RuntimeError):  # the store is gone: the others see that themselves
             with self._store_lock:
                 self._store.compare_set(f"failure/{session}", "", json.dumps(text))
@@ -92,9 +101,11 @@ class Liveness:
             )
 
     def close(self) -> None:
-        """Say goodbye. The process that holds the store stays until the others have done so too (a few seconds at most)."""
+        """Say goodbye. The process that holds the store waits a few seconds for the others to do so too."""
         self._ending.set()
         self._thread.join(2 * BEAT_TIME_S)
+        if self._store_is_gone:
+            return
         with contextlib.suppress(RuntimeError), self._store_lock:
             self._store.set(f"closed/{self.rank}", "1")
             deadline_s = time.monotonic() + FAREWELL_TIME_S
@@ -113,20 +124,27 @@ class Liveness:
             try:
                 with self._store_lock:
                     self._store.set(f"alive/{self.rank}", json.dumps([beat, self._host, os.getpid()]))
+                    self._name_store_host()
                     failures = self._read_failures()
                     lost = self._read_signs()
             except RuntimeError as error:
-                self._lose(
-                    f"the process that holds the job's key-value store (rank 0, or the launcher's agent) is gone: "
-                    f"{str(error).splitlines()[0]}",
-                    tell=False,
-                )
+                self._store_is_gone = True
+                reason = str(error).splitlines()[0]
+                self._lose(f"{self._store_name} is gone: its key-value store does not answer ({reason})", tell=False)
                 return
             for session, failure in failures:
                 self._pass_on(session, failure)
             if lost:
                 self._lose(lost, tell=True)
                 return
+
+    def _name_store_host(self) -> None:
+        rank = self._store_rank
+        if rank is not None and "pid" not in self._store_name:
+            self._store_name = f"process rank {rank}"
+            if self._store.check([f"alive/{rank}"]):
+                _, host, pid = json.loads(self._store.get(f"alive/{rank}"))
+                self._store_name = _named(rank, host, pid)
 
     def _read_failures(self) -> list[tuple[int, dict[str, Any]]]:
         with self._lock:
@@ -145,9 +163,8 @@ class Liveness:
         with self._lock:
             listener = self._listeners.get(session)
             self._seen.add(session)
-        error = StepError(
-            f"process rank {failure['rank']} (host {failure['host']}, pid {failure['pid']}) failed: {failure['message']}"
-        )
+        who = _named(failure["rank"], failure["host"], failure["pid"])
+        error = StepError(f"{who} failed: {failure['message']}")
         if listener is not None:
             listener(error)
         with self._found:
@@ -160,7 +177,7 @@ class Liveness:
             if not self._store.check([f"alive/{rank}"]):
                 continue  # it has not started yet: whoever waits for it has a time limit
             beat, host, pid = json.loads(self._store.get(f"alive/{rank}"))
-            name = f"process rank {rank} (host {host}, pid {pid})"
+            name = _named(rank, host, pid)
             if self._store.check([f"closed/{rank}"]):
                 if self._listeners:
                     return f"{name} has ended while other processes still train; all must make the same steps"
@@ -191,6 +208,10 @@ class Liveness:
             self._found.notify_all()
 
 
+def _named(rank: int, host: str, pid: int) -> str:
+    return f"process rank {rank} (host {host}, pid {pid})"
+
+
 def process_exists(pid: int) -> bool:
     """Whether a process of this host runs (one that has ended but was not collected by its parent does not)."""
     stat = Path(f"/proc/{pid}/stat")
@@ -206,7 +227,3 @@ def process_exists(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def store_timeout(timeout_s: float) -> timedelta:
-    return timedelta(seconds=timeout_s)

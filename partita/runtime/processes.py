@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # exported, but not declared so
 
 from partita.cluster.detect import job_store
 from partita.cluster.job import current_job
@@ -57,7 +58,9 @@ class ProcessTransport:
 
 
 class ProcessSession:
-    """The messages of one engine: process groups of its own, so that a failed engine leaves nothing half done behind."""
+    """The messages of one engine: process groups of its own, so that a failed engine leaves nothing half done
+    behind.
+    """
 
     def __init__(self, transport: ProcessTransport, number: int) -> None:
         self.transport = transport
@@ -100,7 +103,8 @@ class ProcessSession:
         """Wait for a message; say in one error what broke it.
 
         Raises:
-            WaitTimeoutError, PeerLostError: the reason, as far as it is known here; a lost or failed process is reported
+            WaitTimeoutError, PeerLostError: the reason, as far as it is known here; a lost or failed process is
+            reported
                 through `on_failure` before, and then counts as the root cause.
         """
         try:
@@ -109,12 +113,14 @@ class ProcessSession:
             text = str(error).splitlines()[0]
             if "timed out" in text.lower() and self.liveness.lost is None:
                 raise WaitTimeoutError(
-                    f"process rank {self.transport.rank} must not wait longer than timeout_s={timeout_s:g} for {what}, but "
+                    f"process rank {self.transport.rank} must not wait longer than timeout_s={timeout_s:g} "
+                    f"for {what}, but "
                     f"did ({text}). Raise timeout_s if the other side needs that long on purpose."
                 ) from error
             self.liveness.explain(self.number)
             raise PeerLostError(
-                f"process rank {self.transport.rank} lost its connection during {what} ({text}), and no process has said why"
+                f"process rank {self.transport.rank} lost its connection during {what} ({text}), and no "
+                f"process has said why"
             ) from error
 
 
@@ -147,9 +153,7 @@ class ProcessLine:
         device = next((value.device for values in outgoing.values() for value in values), torch.device("cpu"))
         sent = [[as_bytes(value) for value in outgoing.get(process, ())] for process in self._processes]
         out_sizes = [sum(_padded(part.numel()) for part in parts) for parts in sent]
-        in_sizes = [
-            sum(_padded(spec.num_bytes) for spec in incoming.get(process, ())) for process in self._processes
-        ]
+        in_sizes = [sum(_padded(spec.num_bytes) for spec in incoming.get(process, ())) for process in self._processes]
         message = torch.zeros(sum(out_sizes), dtype=torch.uint8, device=device)
         position = 0
         for part in (part for parts in sent for part in parts):
@@ -236,9 +240,9 @@ def connect(*, timeout_s: float = 120.0) -> ProcessTransport:
     rank, num_processes = dist.get_rank(), dist.get_world_size()
     store: Any = default_store()
     turn = int(store.add(f"partita/transport/{rank}", 1))  # counts the transports that this rank has opened
-    served_here = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    own = dist.PrefixStore(f"partita/transport/{turn}", store.clone() if hasattr(store, "clone") else store)
-    transport = ProcessTransport(rank, num_processes, Liveness(own, rank, num_processes, is_store_host=served_here))
+    store_rank = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+    own = PrefixStore(f"partita/transport/{turn}", store.clone() if hasattr(store, "clone") else store)
+    transport = ProcessTransport(rank, num_processes, Liveness(own, rank, num_processes, store_rank=store_rank))
     _CONNECTED.append(transport)
     atexit.register(transport.close)
     return transport
@@ -248,27 +252,29 @@ def _initialise(timeout_s: float) -> None:
     job = current_job()
     if job is None:
         raise StepError(
-            "connect must be called in a job of several processes, but no launcher has set RANK and WORLD_SIZE. Start the "
+            "connect must be called in a job of several processes, but no launcher has set RANK and "
+            "WORLD_SIZE. Start the "
             "script with torchrun, mpirun or srun."
         )
     store: Any = job_store(job, timeout_s=timeout_s)
     turn = int(store.add(f"partita/hello/{job.rank}", 1))
     key = f"partita/hello/{turn}"
     store.set(f"{key}/{job.rank}", f"{socket.gethostname()} {os.getpid()}")
-    missing = []
+    missing: list[int] = []
     for rank in range(job.world_size):
         try:
             store.wait([f"{key}/{rank}"], timedelta(seconds=0.1 if missing else timeout_s))
         except RuntimeError:
             missing.append(rank)
     if missing:
+        names = ", ".join(map(str, missing))
         raise PeerLostError(
-            f"all {job.world_size} processes of the job must start, but rank(s) {', '.join(map(str, missing))} did not come "
-            f"within timeout_s={timeout_s:g}. See their output; `partita doctor` tests the connection."
+            f"all {job.world_size} processes of the job must start, but rank(s) {names} did not come within "
+            f"timeout_s={timeout_s:g}. See their output; `partita doctor` tests the connection."
         )
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo",
-        store=dist.PrefixStore(f"partita/group/{turn}", store),
+        store=PrefixStore(f"partita/group/{turn}", store),
         rank=job.rank,
         world_size=job.world_size,
         timeout=timedelta(seconds=timeout_s),

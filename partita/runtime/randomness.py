@@ -1,7 +1,8 @@
 """Random ops with a generator of the caller's choice instead of torch's default one, drawing the same numbers.
 
 Workers are threads of one process: were they to share torch's default generator, the numbers would depend on who
-comes first. Each worker therefore owns a generator, and every random op left in a segment is called through `with_generator`.
+comes first. Each worker therefore owns a generator, and every random op left in a segment is called through
+`with_generator`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def is_random(target: Any) -> bool:
 
 
 def with_generator(target: Any) -> Callable[..., Any]:
-    """The op as a function of a generator and its own arguments, equal in its numbers to the op on torch's default generator.
+    """The op as a function of a generator and its own arguments, equal in its numbers to the op on torch's default
+    generator.
 
     Example:
         >>> with_generator(torch.ops.aten.rand_like.default)(torch.Generator().manual_seed(0), torch.zeros(2))

@@ -1,7 +1,7 @@
 """Segments as callables: plain Python that calls one op after the other, or one compiled function.
 
-Plain code is generated from the fx graph: ops are called without wrappers, every intermediate value is let go after its last
-use, and random ops draw from the generator of the calling worker.
+Plain code is generated from the fx graph: ops are called without wrappers, every intermediate value is let go after
+its last use, and random ops draw from the generator of the calling worker.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class CompileWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Code:
-    """How a segment runs. `plain` takes a generator and the inputs; `compiled` takes the inputs only, in exactly `strides`.
+    """How a segment runs. `plain` takes a generator and the inputs; `compiled` takes the inputs only, in exactly
+    `strides`.
 
     `reason` says why a segment that was to be compiled is not.
     """
@@ -65,7 +66,8 @@ def build(segment: Segment, *, compiled: bool, device: torch.device, num_threads
     except Exception as error:  # whatever goes wrong inside a compiler, the plain code is right
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
         warnings.warn(
-            f"segment {segment.key} could not be compiled and runs op by op, which is slower but gives the same result: "
+            f"segment {segment.key} could not be compiled and runs op by op, which is slower but gives the "
+            f"same result: "
             f"{reason}. Pass compile=False to silence this. {_where(error)}",
             CompileWarning,
             stacklevel=2,
@@ -104,8 +106,8 @@ def with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
 def python_code(graph: fx.Graph, owner: torch.nn.Module) -> Callable[..., Sequence[Tensor]]:
     """A Python function ``(generator, *inputs) -> outputs`` that runs the graph's ops in order.
 
-    Example: for ``y = x @ w; return (y + 1,)`` it is ``def segment(generator, x, w): y = mm(x, w); z = add(y, 1); del y;
-    return (z,)``.
+    Example: for ``y = x @ w; return (y + 1,)`` it is ``def segment(generator, x, w): y = mm(x, w); z = add(y, 1); del
+    y; return (z,)``.
     """
     writer = _Writer(owner)
     last_use = _last_uses(graph)

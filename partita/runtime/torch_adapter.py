@@ -1,4 +1,5 @@
-"""The only place of the runtime that touches private parts of torch. `tests/runtime/test_runtime_torch_adapter.py` names them.
+"""The only place of the runtime that touches private parts of torch. `tests/runtime/test_runtime_torch_adapter.py`
+names them.
 
 * `torch._inductor.standalone_compile`: compiles one fx graph without Dynamo; its artifact is called with the inputs.
 * Inductor's configuration names `cpp_wrapper`, `cpp.threads` and `fallback_random`.
@@ -14,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -23,19 +23,21 @@ Compiled = Callable[..., Sequence[Tensor]]
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
 
 
-def compile_graph(module: fx.GraphModule, layouts: Sequence[Layout], *, device: torch.device, num_threads: int) -> Compiled:
+def compile_graph(
+    module: fx.GraphModule, layouts: Sequence[Layout], *, device: torch.device, num_threads: int
+) -> Compiled:
     """Compile a functional graph for inputs of exactly these shapes and strides, to run with `num_threads` threads.
 
     `cpp_wrapper` lets the call run without the interpreter's lock from begin to end; the number of threads is baked in.
-    Inductor keeps what it compiled on disk, by the content of the graph and its configuration (`TORCHINDUCTOR_CACHE_DIR`),
-    so the same segment is not compiled again by the next run.
+    Inductor keeps what it compiled on disk, by the content of the graph and its configuration
+    (`TORCHINDUCTOR_CACHE_DIR`), so the same segment is not compiled again by the next run.
     """
     import torch._inductor as inductor
     from torch._inductor import config
 
     mode = FakeTensorMode(shape_env=ShapeEnv())  # of its own; the sizes given are plain numbers, so nothing is dynamic
     with mode:
-        examples = [
+        examples: list[Any] = [
             torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in layouts
         ]
     graph = fx.GraphModule(module, _without_values(module))
@@ -50,11 +52,13 @@ def compile_graph(module: fx.GraphModule, layouts: Sequence[Layout], *, device: 
             fake_mode=mode,
             options={"config_patches": dict(patches)},
         )
-    return artifact  # type: ignore[no-any-return]
+    return artifact
 
 
 def _without_values(module: fx.GraphModule) -> fx.Graph:
-    """A copy of the graph without `meta`: the compiler derives shapes itself, and values there belong to another FakeTensorMode."""
+    """A copy of the graph without `meta`: the compiler derives shapes itself, and values there belong to another
+    FakeTensorMode.
+    """
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -63,7 +67,7 @@ def _without_values(module: fx.GraphModule) -> fx.Graph:
     return graph
 
 
-def default_store() -> dist.Store:
+def default_store() -> Any:
     """The store through which the processes of the running job found each other."""
     from torch.distributed.distributed_c10d import _get_default_store
 
@@ -79,7 +83,8 @@ def op_name(target: Any) -> tuple[str, str]:
 
 def direct(target: Any) -> Callable[..., Any]:
     """What an op calls in the end, without the Python frame around it; other callables as they are."""
-    return target._op if isinstance(target, torch._ops.OpOverload) else target  # type: ignore[no-any-return]
+    result: Callable[..., Any] = target._op if isinstance(target, torch._ops.OpOverload) else target
+    return result
 
 
 def takes_generator(target: Any) -> bool:

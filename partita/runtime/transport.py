@@ -29,7 +29,9 @@ class Line(Protocol):
     def exchange(
         self, outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[TensorSpec]]
     ) -> dict[int, list[Tensor]]:
-        """Give each other process (by rank) its tensors; return what each of them gave here, of the announced shapes."""
+        """Give each other process (by rank) its tensors; return what each of them gave here, of the announced
+        shapes.
+        """
         ...
 
 
