@@ -1,0 +1,121 @@
+"""Bad input: each with an error that says what must hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import partita
+from partita import Cluster, Constraints
+from partita.training.inputs import check_structure, take_apart
+
+X, Y = torch.randn(4, 3), torch.randn(4, 1)
+
+
+def mse(model: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(3, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def make(batch: Any = (X, Y), loss_fn: Any = mse, **options: Any) -> partita.Step:
+    model, optimizer = build()
+    options.setdefault("plan", Constraints(num_workers=1, compiled=False))
+    return partita.parallelize(model, optimizer, loss_fn, batch, **options)
+
+
+def test_empty_batches() -> None:
+    with pytest.raises(partita.InputError, match="at least one tensor"):
+        make(batch={})
+    with pytest.raises(partita.InputError, match="at least one row"):
+        make(batch=(X[:0], Y[:0]))
+
+
+def test_first_batch_smaller_than_the_data_axis() -> None:
+    with pytest.raises(partita.InputError, match="1 rows for"):
+        make(batch=(X[:1], Y[:1]), plan=Constraints(data=2, pipeline=1))
+
+
+def test_losses_that_cannot_be_trained_on() -> None:
+    with pytest.raises(partita.InputError, match="scalar"):
+        make(loss_fn=lambda model, batch: model(batch[0]))
+    with pytest.raises(partita.InputError, match="depend"):
+        make(loss_fn=lambda model, batch: batch[0].sum())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"sync": "stale"}, "sync"),
+        ({"check_finite": "always"}, "check_finite"),
+        ({"plan": "best"}, "plan must be"),
+        ({"cluster": Cluster.preset("2x1xcpu-4")}, "described cluster"),
+    ],
+)
+def test_arguments(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(partita.InputError, match=match):
+        make(**options)
+
+
+def test_a_plan_for_another_model() -> None:
+    other = nn.Linear(3, 2)
+    plan = partita.plan(
+        other, lambda m, b: m(b[0]).sum(), (X, Y), constraints=Constraints(num_workers=1, compiled=False)
+    )
+    with pytest.raises(partita.PlanError, match="another model"):
+        make(plan=plan)
+
+
+def test_later_batches_must_have_the_structure_of_the_first() -> None:
+    with make() as step:
+        with pytest.raises(partita.InputError, match="structure"):
+            step({"x": X})
+        with pytest.raises(partita.InputError, match="dtype"):
+            step((X.double(), Y))
+        assert step((X, Y)).step == 1
+
+
+@pytest.mark.parametrize("mode", ["step", "op"])
+def test_nan_loss_names_the_step(mode: Any) -> None:
+    with make(check_finite=mode) as step:
+        step((X, Y))
+        with pytest.raises(partita.NonFiniteLossError, match="step 2"):
+            step((X.log(), Y))
+
+
+def test_nan_loss_names_the_op_and_changes_nothing() -> None:
+    def logarithm(model: nn.Module, batch: Any) -> torch.Tensor:
+        return (model(batch[0]).sum() * batch[1].sum()).log().mean()
+
+    model, optimizer = build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plan = Constraints(num_workers=1, compiled=False)
+    with partita.parallelize(model, optimizer, logarithm, (X, Y), plan=plan, check_finite="op") as step:
+        sign = -1.0 if float((model(X).sum() * Y.sum()).detach()) > 0 else 1.0
+        with pytest.raises(partita.NonFiniteLossError, match=r"aten\.log"):
+            step((X, Y * sign))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_closed_step_refuses() -> None:
+    step = make()
+    step.close()
+    step.close()
+    with pytest.raises(partita.StepError, match="closed"):
+        step((X, Y))
+
+
+def test_take_apart_keeps_what_a_graph_depends_on() -> None:
+    first, same, other = take_apart((X, 3)), take_apart((Y.expand(4, 3), 3)), take_apart((X, 4))
+    assert first.key == same.key
+    assert first.key != other.key
+    assert first.rows == 4
+    with pytest.raises(partita.InputError, match="dims"):
+        check_structure(take_apart((X[0], 3)).key, first.key)
