@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from torch import fx
 
@@ -113,12 +114,23 @@ def _draw_placeholders(module: fx.GraphModule) -> dict[str, str]:
     return {node.name: node.meta["draw"] for node in nodes}
 
 
+_SPLITS: WeakKeyDictionary[fx.GraphModule, dict[object, Split]] = WeakKeyDictionary()
+
+
 def split(graph: Graph, *, num_microbatches: int, shares: tuple[int, ...], local_statistics: bool = False) -> Split:
     """Cuts the batch into microbatches and each of them over the data axis with extents in proportion to `shares`.
 
     Raises:
         PlanError: microbatches would change the result; says which op couples the samples.
     """
+    kept = _SPLITS.setdefault(graph.module, {})  # candidate plans of one graph share most splits
+    key = (num_microbatches, shares, local_statistics)
+    if key not in kept:
+        kept[key] = _split(graph, num_microbatches, shares, local_statistics)
+    return kept[key]
+
+
+def _split(graph: Graph, num_microbatches: int, shares: tuple[int, ...], local_statistics: bool) -> Split:
     draws, rest = hoist_draws(graph)
     leaves = _batch_leaves(graph)
     draw_of = _draw_placeholders(rest)

@@ -72,7 +72,9 @@ def write_checkpoint(
     except OSError as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"the checkpoint could not be written to {base}: {error}; earlier ones are complete") from error
+        raise CheckpointError(
+            f"the checkpoint could not be written to {base}: {error}; earlier ones are complete"
+        ) from error
     for old in _complete(base)[:-KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return target

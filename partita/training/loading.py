@@ -38,6 +38,7 @@ def sharded(loader: Iterable[Any], step: Step) -> Iterator[Any]:
     if not isinstance(loader, DataLoader) or not _can_select(loader):
         yield from loader
         return
+    assert loader.batch_sampler is not None
     for indices in loader.batch_sampler:
         chosen = list(indices)
         first, last = step.rows_needed(len(chosen))
@@ -48,7 +49,9 @@ def sharded(loader: Iterable[Any], step: Step) -> Iterator[Any]:
 
 
 def _can_select(loader: DataLoader[Any]) -> bool:
-    return loader.batch_sampler is not None and loader.num_workers == 0 and not isinstance(loader.dataset, IterableDataset)
+    return (
+        loader.batch_sampler is not None and loader.num_workers == 0 and not isinstance(loader.dataset, IterableDataset)
+    )
 
 
 def whole_shape(part: ShardedBatch) -> tuple[Any, BatchLeaves]:

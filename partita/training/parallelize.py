@@ -236,9 +236,7 @@ def _candidates(setup: StepSetup, graph: Graph, constraints: Constraints) -> tup
     return tuple(Plan.from_json(text) for text in shared)
 
 
-def _measure(
-    setup: StepSetup, graph: Graph, candidates: tuple[Plan, ...], batch: Any, leaves: BatchLeaves
-) -> Plan:
+def _measure(setup: StepSetup, graph: Graph, candidates: tuple[Plan, ...], batch: Any, leaves: BatchLeaves) -> Plan:
     """Runs the finalists in turns and adopts the fastest; rank 0's measurement decides."""
     finalists = _finalists(candidates)
 

@@ -19,8 +19,9 @@ from partita.program import Timeline, check, lower, microbatch_verdict
 from partita.simulator import shared_bytes, simulate
 
 # Seconds that measuring the ops of a new model may take; what is left over is estimated by the roofline.
-MEASURE_BUDGET_S = 6.0
-SEGMENT_BUDGET_S = 4.0
+WHOLE_GRAPH_BUDGET_S = 2.0
+CANDIDATE_BUDGET_S = 1.0
+SEGMENT_BUDGET_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,14 @@ class Evaluator:
         workers."""
         programs = lower(self.graph, plan)
         if self.cluster.is_here and not plan.compiled:
-            cores = [list(worker.cores) for worker in plan.workers if worker.process == plan.workers[0].process]
+            cores = [worker.cores for worker in plan.workers if worker.process == plan.workers[0].process]
             modules = {key: segment.module for key, segment in programs.segments.items()}
             self.cost.measure_segments(modules, cores, compiled=False, budget_s=SEGMENT_BUDGET_S)
         return self(plan)
 
     def _measure(self, plan: Plan, modules: list[torch.fx.GraphModule]) -> None:
         worker: Worker = plan.workers[0]
-        self.cost.measure(modules, worker.cores, budget_s=MEASURE_BUDGET_S)
+        self.cost.measure(modules, worker.cores, budget_s=CANDIDATE_BUDGET_S)
 
 
 def ranked_plans(
@@ -92,12 +93,12 @@ def ranked_plans(
     constraints: Constraints,
     facts: OptimizerFacts,
     *,
-    limit: int = 6,
+    limit: int = 4,
 ) -> tuple[Plan, ...]:
     """Plans best first, by simulation; plain PyTorch among them where the constraints allow it."""
     if cluster.is_here:
         for count in sorted({1, len(cluster.processes[0].cores)}):
-            cost.measure([graph.module], cluster.processes[0].cores[:count], budget_s=MEASURE_BUDGET_S)
+            cost.measure([graph.module], cluster.processes[0].cores[:count], budget_s=WHOLE_GRAPH_BUDGET_S)
     may_cut = (
         graph.batch_size > 1 and microbatch_verdict(graph, 2, local_statistics=constraints.local_statistics) is None
     )

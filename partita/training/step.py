@@ -332,8 +332,8 @@ class Step:
         owners = owners_of(self._current.programs)
         for name, value in parameters.items():
             team.spread([value], source=owners.get(name, (0,))[0])
-        for name, value in buffers.items():
-            team.spread([value], source=self._current.buffer_owner(name))
+        for name, buffer in buffers.items():
+            team.spread([buffer], source=self._current.buffer_owner(name))
         self._collect_optimizer(parameters, owners)
 
     def _collect_optimizer(self, parameters: dict[str, nn.Parameter], owners: Any) -> None:
