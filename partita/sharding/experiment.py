@@ -1,10 +1,13 @@
 """Trying a rule: run an op whole and in pieces on random tensors, and see whether the pieces recombine to the whole.
 
-Runs real kernels in this process, so only for rules whose pieces have consistent shapes (all written ones).
+Runs real kernels in this process, so only for rules whose pieces have consistent shapes (all written ones); rules that
+are merely guessed are tried in a process of their own (see `partita.sharding.helper`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +17,53 @@ from partita.sharding.placement import Partial, Placement, Replicate, Shard
 from partita.sharding.rules import Blocks, Rule
 
 
-def rule_holds(call: OpCall, rule: Rule, blocks: Blocks, *, seed: int = 0) -> bool:
+@dataclass(frozen=True)
+class Draw:
+    """How random inputs are drawn.
+
+    ``domain`` of floats: ``"normal"`` (both signs), ``"unit"`` (between 0.05 and 0.95), ``"definite"`` (square matrices
+    are symmetric positive definite, all else normal). Floats are multiplied by ``scale``. Whole numbers are drawn from
+    ``range(num_whole)``: 0 and 1 are valid indices wherever extents are at least 2.
+    """
+
+    domain: str = "normal"
+    scale: float = 1.0
+    num_whole: int = 2
+
+
+def rule_holds(call: OpCall, rule: Rule, blocks: Blocks, *, seed: int = 0, draw: Draw | None = None) -> bool:
     """Whether ``call`` run by ``rule`` over ``len(blocks.counts)`` workers equals the whole run, on random inputs.
 
-    Whole numbers are drawn from {0, 1}, which are valid indices wherever extents are at least 2; floats have both
-    signs. Rules that cut nothing are tried with as many workers as ``blocks`` has.
+    Rules that cut nothing are tried with as many workers as ``blocks`` has.
     """
+    draw = draw or Draw()
     generator = torch.Generator().manual_seed(seed)
+    wholes = [draw_tensor(spec, generator, draw) for spec in call.inputs]
+    expected = run_call(call.target, call.args, call.kwargs, tuple(wholes))
+    outputs = rule.output_placements(blocks)
+    locals_ = run_parts(call, rule, blocks, wholes, generator, draw)
+    for index, placement in enumerate(outputs):
+        if placement is None or call.outputs[index] is None:
+            continue
+        got = [result[index] for result in locals_]
+        if not all(equal(whole, expected[index]) for whole in put_together(got, placement)):
+            return False
+    return True
+
+
+def run_parts(
+    call: OpCall,
+    rule: Rule,
+    blocks: Blocks,
+    wholes: Sequence[torch.Tensor],
+    generator: torch.Generator,
+    draw: Draw,
+) -> list[tuple[Any, ...]]:
+    """Every worker's results of ``call`` by ``rule``."""
     size = len(blocks.counts)
-    wholes = [_draw(spec, generator) for spec in call.inputs]
-    placements = rule.input_placements(blocks)
-    parts = [_take_apart(w, p, size, generator) for w, p in zip(wholes, placements, strict=True)]
-    expected = _results(call.target, call.args, call.kwargs, tuple(wholes))
+    parts = [
+        take_apart(w, p, size, generator, draw) for w, p in zip(wholes, rule.input_placements(blocks), strict=True)
+    ]
     outputs = rule.output_placements(blocks)
     locals_: list[tuple[Any, ...]] = []
     for worker in range(size):
@@ -34,19 +72,13 @@ def rule_holds(call: OpCall, rule: Rule, blocks: Blocks, *, seed: int = 0) -> bo
             pairs = zip(call.outputs, outputs, strict=True)
             shapes = tuple(None if s is None or p is None else _local(s.shape, p, worker) for s, p in pairs)
             target, args, kwargs = rule.rewrite(call, shapes)
-        locals_.append(_results(target, args, kwargs, tuple(part[worker] for part in parts)))
-    for index, placement in enumerate(outputs):
-        if placement is None or call.outputs[index] is None:
-            continue
-        got = [result[index] for result in locals_]
-        if not all(_equal(whole, expected[index]) for whole in _put_together(got, placement)):
-            return False
-    return True
+        locals_.append(run_call(target, args, kwargs, tuple(part[worker] for part in parts)))
+    return locals_
 
 
-def _draw(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
+def draw_tensor(spec: TensorSpec, generator: torch.Generator, draw: Draw) -> torch.Tensor:
     """A random tensor that lies in memory as ``spec`` says."""
-    drawn = _draw_values(spec, generator)
+    drawn = _draw_values(spec, generator, draw)
     return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype).copy_(drawn) if _dense(spec) else drawn
 
 
@@ -55,12 +87,20 @@ def _dense(spec: TensorSpec) -> bool:
     return len(spec.stride) == len(spec.shape) and 0 not in spec.stride
 
 
-def _draw_values(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
+def _draw_values(spec: TensorSpec, generator: torch.Generator, draw: Draw) -> torch.Tensor:
     if spec.dtype is torch.bool:
         return torch.rand(spec.shape, generator=generator) > 0.5
-    if not spec.dtype.is_floating_point:
-        return torch.randint(0, 2, spec.shape, generator=generator).to(spec.dtype)
-    return torch.randn(spec.shape, generator=generator).to(spec.dtype)
+    if not (spec.dtype.is_floating_point or spec.dtype.is_complex):
+        return torch.randint(0, draw.num_whole, spec.shape, generator=generator).to(spec.dtype)
+    # Drawn in at least single precision: narrow types have no generators of their own.
+    wide = spec.dtype if spec.dtype.itemsize >= 4 else torch.float32
+    if draw.domain == "unit" and not spec.dtype.is_complex:
+        values = torch.rand(spec.shape, generator=generator, dtype=wide) * 0.9 + 0.05
+    else:
+        values = torch.randn(spec.shape, generator=generator, dtype=wide)
+    if draw.domain == "definite" and values.dim() >= 2 and values.shape[-1] == values.shape[-2]:
+        values = values @ values.mH + torch.eye(values.shape[-1], dtype=wide)
+    return (values * draw.scale).to(spec.dtype)
 
 
 def _local(shape: tuple[int, ...], placement: Placement, worker: int) -> tuple[int, ...]:
@@ -69,11 +109,13 @@ def _local(shape: tuple[int, ...], placement: Placement, worker: int) -> tuple[i
     return (*shape[: placement.dim], placement.sizes[worker], *shape[placement.dim + 1 :])
 
 
-def _take_apart(
-    whole: torch.Tensor, placement: Placement | None, size: int, generator: torch.Generator
+def take_apart(
+    whole: torch.Tensor, placement: Placement | None, size: int, generator: torch.Generator, draw: Draw
 ) -> list[torch.Tensor]:
+    """The parts of ``whole`` that the workers have; summands have both signs whatever the domain of the whole."""
     if isinstance(placement, Partial):
-        rest = [_draw(TensorSpec.of(whole), generator) for _ in range(size - 1)]
+        signed = Draw(scale=draw.scale, num_whole=draw.num_whole)
+        rest = [draw_tensor(TensorSpec.of(whole), generator, signed) for _ in range(size - 1)]
         return [*rest, whole - torch.stack(rest).sum(0).to(whole.dtype)]
     if not isinstance(placement, Shard):
         return [whole] * size
@@ -91,7 +133,7 @@ def _in_runs(whole: torch.Tensor, placement: Shard) -> torch.Tensor:
     return result
 
 
-def _put_together(parts: list[torch.Tensor], placement: Placement) -> list[torch.Tensor]:
+def put_together(parts: list[torch.Tensor], placement: Placement) -> list[torch.Tensor]:
     """What the whole is according to ``parts`` (every worker's word where each has the whole)."""
     if isinstance(placement, Replicate):
         return parts
@@ -103,16 +145,20 @@ def _put_together(parts: list[torch.Tensor], placement: Placement) -> list[torch
     return [torch.cat(runs, placement.dim + 1).flatten(placement.dim, placement.dim + 1)]
 
 
-def _results(target: Any, args: Any, kwargs: Any, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+def run_call(target: Any, args: Any, kwargs: Any, tensors: tuple[torch.Tensor, ...]) -> tuple[Any, ...]:
+    """The results of ``target`` as a tuple, with ``tensors`` in the slots."""
     filled_args, filled_kwargs = fill_slots((args, dict(kwargs)), tensors)
     result = target(*filled_args, **filled_kwargs)
     return tuple(result) if isinstance(result, (tuple, list)) else (result,)
 
 
-def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+def equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two results agree but for rounding; whole numbers and truth values must agree exactly."""
     if left.shape != right.shape:
         return False
-    if not right.dtype.is_floating_point:
+    if not (right.dtype.is_floating_point or right.dtype.is_complex):
         return bool(torch.equal(left.to(right.dtype), right))
     scale = max(1.0, float(right.nan_to_num(0, 0, 0).abs().max()) if right.numel() else 1.0)
-    return torch.allclose(left, right, rtol=1e-4, atol=1e-4 * scale, equal_nan=True)
+    precise = torch.finfo(right.dtype).eps < 1e-10
+    tolerance = 1e-9 if precise else max(1e-4, 8 * torch.finfo(right.dtype).eps)
+    return torch.allclose(left, right, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

@@ -76,7 +76,7 @@ def nll_loss_backward_rules(call: OpCall) -> list[Rule]:
     return parse_rules([f"{grad} S0 S0{weight} R -> S0", f"P R R{weight} R -> P"], call)
 
 
-@register("index_add", "index_reduce", "scatter_reduce", "masked_scatter", "unique", "nonzero", "_unique2", "bincount")
+@register("masked_scatter", "unique", "nonzero", "_unique2", "bincount")
 def unruled(call: OpCall) -> list[Rule]:
     """Ops whose result couples all entries: whole inputs."""
     del call

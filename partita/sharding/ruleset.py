@@ -1,11 +1,14 @@
-"""All rules of a call besides running it whole."""
+"""All rules of a call besides running it whole: the written ones, or else those found by experiment."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 
 from partita.sharding.calls import OpCall, TensorSpec
-from partita.sharding.rules import PARTIAL, Rule, written_rules
+from partita.sharding.found import is_searched, rule_book
+from partita.sharding.rules import PARTIAL, Rule, parse_rules, written_rules
 
 
 def rules_of(call: OpCall) -> list[Rule]:
@@ -14,7 +17,20 @@ def rules_of(call: OpCall) -> list[Rule]:
     Truth values are never summands: rules that would sum them are left out.
     """
     specs = (*call.inputs, *call.outputs)
-    return [rule for rule in written_rules(call) or [] if not _sums_truth_values(rule, specs)]
+    rules = written_rules(call)
+    if rules is None:
+        rules = parse_rules(rule_book().find([call])[0], call) if is_searched(call) else []
+    return [rule for rule in rules if not _sums_truth_values(rule, specs)]
+
+
+def find_rules_of(calls: Iterable[OpCall]) -> None:
+    """Find the rules of all ``calls`` that have no written ones, at once: so the helper process is asked only once."""
+    rule_book().find({c.key: c for c in calls if written_rules(c) is None and is_searched(c)}.values())
+
+
+def stop_searching() -> None:
+    """End the helper process that searches rules, if one runs."""
+    rule_book().close()
 
 
 def _sums_truth_values(rule: Rule, specs: tuple[TensorSpec | None, ...]) -> bool:

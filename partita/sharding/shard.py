@@ -24,7 +24,7 @@ from partita.sharding.localize import FakeRunner, Layout, Localizer, coordinate_
 from partita.sharding.placement import Partial, Placement, Replicate, Shard
 from partita.sharding.propagate import Call, Conversion, Propagation, Step
 from partita.sharding.rules import PARTIAL, REPLICATE
-from partita.sharding.ruleset import rules_of
+from partita.sharding.ruleset import find_rules_of, rules_of, stop_searching
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,11 @@ def shard(
     for name, value in program.placeholders.items():
         hoistable = name in seeds or name in free_inputs
         propagation.add_placeholder(value, seeds.get(name, REPLICATE), hoistable=hoistable)
-    propagation.run(program.ops)
+    find_rules_of(op.call for op in program.ops)
+    try:
+        propagation.run(program.ops)
+    finally:
+        stop_searching()
     num_inner = len(propagation.steps)
     outputs = _place_outputs(propagation, program, must_replicate, must_be_partial)
     return _assemble(propagation, program, seeds, free_inputs, outputs, num_inner, axis, FakeRunner(mode))
