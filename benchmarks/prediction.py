@@ -159,7 +159,7 @@ def summarise(rows: list[Row]) -> tuple[dict[str, Any], list[str]]:
     times = [row["time_error"] for row in rows if row.get("time_error") is not None]
     memories = [row["memory_error"] for row in rows if row.get("memory_error") is not None]
     num_right, num_pairs = ordered(rows)
-    summary = {
+    summary: dict[str, Any] = {
         "num_measured": len(times),
         "median_time_error": median(times),
         "median_memory_error": median(memories),

@@ -8,6 +8,7 @@ pipe of their own, so whatever a model prints cannot disturb them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import selectors
@@ -209,6 +210,7 @@ def serve(handler: Handler) -> None:
 
     An exception of `handler` becomes the reply `{"error": first line, "error_type": class name, "traceback": text}`.
     """
+    _end_with_parent()
     replies = os.fdopen(int(os.environ[REPLY_PIPE]), "w")
     for line in sys.stdin:
         try:
@@ -219,3 +221,10 @@ def serve(handler: Handler) -> None:
             reply = {"error": str(error), "error_type": type(error).__name__, "traceback": text}
         replies.write(json.dumps(reply, default=str) + "\n")
         replies.flush()
+
+
+def _end_with_parent() -> None:
+    """Have Linux end this process when its parent is killed while a message is answered."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,18 @@ def test_a_single_child_belongs_to_no_job(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(name, value)
     with Child(ECHO, "role") as child:
         assert "RANK" not in child.ask({"do": "environment"}, 60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_children_end_when_their_parent_is_killed() -> None:
+    code = (
+        "import os, signal; from benchmarks.processes import Child; child = Child('tests.benchmarks.echo', 'role');"
+        "child.ask({'do': 'echo'}, 60); child.send({'do': 'hang'}); print(child.process_id, flush=True);"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    parent = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    status = Path(f"/proc/{int(parent.stdout)}/stat")
+    deadline_s = time.monotonic() + 30
+    while status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        assert time.monotonic() < deadline_s, "the child outlives its parent"
+        time.sleep(0.05)
