@@ -55,7 +55,7 @@ class PlanError(PartitaError):
 
 
 class InfeasibleError(PlanError):
-    """No plan satisfies the constraints or fits the memory; names the binding limit and the smallest change that helps."""
+    """No plan satisfies the constraints or fits the memory; names the limit and the smallest change that helps."""
 
 
 class ProgramError(PartitaError):

@@ -123,8 +123,8 @@ def _check_like(found: Checkpoint, like: Mapping[str, torch.Tensor], path: Path)
     shapes = [name for name in like if name in found.weights and like[name].shape != found.weights[name].shape]
     if missing or surplus or shapes:
         raise CheckpointError(
-            f"{path} must belong to this model, but lacks {missing[:3]}, has {surplus[:3]} too many, and differs in shape "
-            f"for {shapes[:3]}"
+            f"{path} must belong to this model, but lacks {missing[:3]}, has {surplus[:3]} too many, and differs in "
+            f"shape for {shapes[:3]}"
         )
 
 

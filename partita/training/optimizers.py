@@ -39,8 +39,8 @@ def check_optimizer(optimizer: object, parameters: Mapping[str, torch.nn.Paramet
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise InputError(
-            f"optimizer must make a step from one gradient, but {type(optimizer).__name__} needs a closure that evaluates "
-            "the loss several times a step. Use another optimizer, e.g. torch.optim.AdamW."
+            f"optimizer must make a step from one gradient, but {type(optimizer).__name__} needs a closure that "
+            "evaluates the loss several times a step. Use another optimizer, e.g. torch.optim.AdamW."
         )
     ours = {id(parameter) for parameter in parameters.values()}
     if not any(id(item) in ours for group in optimizer.param_groups for item in group["params"]):

@@ -18,7 +18,8 @@ class Override:
     dry_run: bool = False
 
 
-_CURRENT: ContextVar[Override] = ContextVar("partita_override", default=Override())
+_NONE = Override()
+_CURRENT: ContextVar[Override] = ContextVar("partita_override", default=_NONE)
 
 
 def current_override() -> Override:

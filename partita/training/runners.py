@@ -160,8 +160,8 @@ class GraphRunner:
         processes = {program.process for program in self.programs.programs}
         if self.kind == "coupled" and len(processes) > 1 and self.plan.axes.get("pipeline", 1) > 1:
             raise InputError(
-                f"{type(self.optimizer).__name__} couples parameters, so every process must have all gradients, but the "
-                "plan spreads stages over processes; use Constraints(pipeline=1) or an element-wise optimizer"
+                f"{type(self.optimizer).__name__} couples parameters, so every process must have all gradients, but "
+                "the plan spreads stages over processes; use Constraints(pipeline=1) or an element-wise optimizer"
             )
 
 

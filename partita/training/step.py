@@ -124,7 +124,7 @@ class Step:
         self._mark_stepped()
         if self._setup.check_finite != "off" and not math.isfinite(outcome.loss):
             raise NonFiniteLossError(
-                f"the loss must be finite, but got {outcome.loss} in step {self._num_steps}, whose update has been made; "
+                f"the loss must be finite, but got {outcome.loss} in step {self._num_steps}, whose update is made; "
                 'use check_finite="op" to stop before the update and learn which op produced it'
             )
         result = StepResult(
@@ -176,7 +176,8 @@ class Step:
         if {name: value.shape for name, value in values.items()} != {name: value.shape for name, value in own.items()}:
             differing = sorted(set(values) ^ set(own))[:5]
             raise InputError(
-                f"sync_to needs a module of the same structure, but names or shapes differ (e.g. {differing or 'shapes'})"
+                "sync_to needs a module of the same structure, but names or shapes differ "
+                f"(e.g. {differing or 'shapes'})"
             )
         model.load_state_dict(values)
 

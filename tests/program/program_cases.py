@@ -1,4 +1,4 @@
-"""Models, plans and an oracle for program tests: a job in one thread, one memory per process, workers in random turns."""
+"""Models, plans and an oracle for program tests: a job in one thread, a memory per process, workers in random turns."""
 
 from __future__ import annotations
 

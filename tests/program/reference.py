@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.utils._pytree as pytree
 
-from partita.graph.graph import Graph, OutputKind
+from partita.graph.graph import Graph
 from partita.program.instructions import (
     AllGather,
     AllReduce,
@@ -125,7 +125,7 @@ class Reference:
         first = members[0].current
         group = len(members)
         if isinstance(first, AllReduce):
-            for index, register in enumerate(first.registers):
+            for index in range(len(first.registers)):
                 total = _sum([member.get(member.current.registers[index]) for member in members])
                 for member in members:
                     member.registers[(member.current.outputs or member.current.registers)[index]] = total

@@ -14,6 +14,7 @@ import torch
 from partita.errors import PlanError
 from partita.program import check, lower
 from partita.program.instructions import Recv, ReduceScatter, Run, Send
+from partita.program.order import check_order
 
 sys.path.insert(0, str(Path(__file__).parent))
 from program_cases import CASES, Job, captured, graph_steps, make_plan, plain_steps, read_parameters
@@ -65,6 +66,7 @@ def test_any_plan_trains_like_plain_pytorch(case: str, layout: str) -> None:
     model, graph, batches = captured(chosen, where.rows)
     programs = lower(graph, make_plan(graph, **where.options))
     check(programs)
+    check_order(programs)
     job = Job(graph, programs, model, seed=len(case) + len(layout))
     expected = copy.deepcopy(model)
     torch.manual_seed(11)
