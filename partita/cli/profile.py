@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -37,6 +38,12 @@ def profile(
     ops = _measure_target(target, budget_s) if target is not None else None
     if not is_first():
         return 0
+    if found.is_disturbed:
+        print(
+            f"partita: warning: other programs kept {found.busy_cores:.1f} of {found.num_cores} cores busy while this "
+            "was measured, so the rates are too low. Measure again when they have ended: partita profile --again.",
+            file=sys.stderr,
+        )
     if json:
         print_json({"machine": found} if ops is None else {"machine": found, "target": ops})
         return 0

@@ -141,7 +141,8 @@ class Summary:
                 "unknown" if self.memory_bytes is None else format_bytes(self.memory_bytes),
             ),
         ]
-        return f"{self.plan}\n\n{table(rows)}\nloss {self.loss:.6g}; metrics in {self.metrics}"
+        told = "The estimate counts tensors; the process also grew by code, captured graphs and allocator slack."
+        return f"{self.plan}\n\n{table(rows)}\n{told}\nloss {self.loss:.6g}; metrics in {self.metrics}"
 
 
 def _run_script(path: Path, arguments: list[str], plan: Plan | None, dry_run: bool) -> int:

@@ -18,8 +18,9 @@ import msgspec
 import psutil  # type: ignore[import-untyped]  # has no type information
 
 from partita.cluster.detect import profile_name
-from partita.cluster.hardware import affinity, cpu_quota, network_interface, read_machine
+from partita.cluster.hardware import affinity, busy_cores, cpu_quota, network_interface, read_machine
 from partita.cluster.job import Job, current_job
+from partita.cluster.measure import MAX_BUSY_SHARE
 from partita.cluster.model import Machine
 from partita.errors import ClusterError
 from partita.units import GIB, MIB, format_bytes
@@ -27,7 +28,6 @@ from partita.units import GIB, MIB, format_bytes
 Status = Literal["OK", "WARN", "FAIL"]
 OLDEST_TORCH = (2, 11)
 SMALL_SHM_BYTES = 256 * MIB
-BUSY_SHARE = 0.25  # of the allowed cores, taken by other processes
 CONNECT_LIMIT_S = 3.0
 
 
@@ -218,23 +218,12 @@ def _check_governor(scene: Scene) -> list[Finding]:
 
 
 def _check_load(scene: Scene) -> list[Finding]:
-    busy = _busy_cores(scene, sample_s=0.3)
-    if busy is None:
-        return []
-    num_cores = len(scene.machine.cores)
+    busy, num_cores = busy_cores(scene.machine.cores, sample_s=0.3), len(scene.machine.cores)
     detail = f"other processes keep {busy:.1f} of {num_cores} cores busy"
-    if busy > BUSY_SHARE * num_cores:
+    if busy > MAX_BUSY_SHARE * num_cores:
         cure = "End them (`top` shows them), or measured times and chosen plans will mislead."
         return [_warn("load", detail, cure)]
     return [_ok("load", detail)]
-
-
-def _busy_cores(scene: Scene, *, sample_s: float) -> float | None:
-    """How many of the scene's cores others kept busy while this process slept; None for a made-up tree."""
-    if scene.root != Path("/"):
-        return None
-    shares: list[float] = psutil.cpu_percent(interval=sample_s, percpu=True)
-    return sum(shares[core] for core in scene.machine.cores if core < len(shares)) / 100.0
 
 
 def _check_profile(scene: Scene) -> list[Finding]:

@@ -213,6 +213,12 @@ def interface_bytes_per_s(interface: str, root: Path = Path("/")) -> float | Non
     return speed * 1e6 / 8 if speed > 0 else None
 
 
+def busy_cores(cores: Iterable[int], *, sample_s: float) -> float:
+    """How many of `cores` others kept busy while this process slept for `sample_s` seconds (1.5 = one and a half)."""
+    shares: list[float] = psutil.cpu_percent(interval=sample_s, percpu=True)
+    return sum(shares[core] for core in cores if core < len(shares)) / 100.0
+
+
 def parse_list(text: str) -> tuple[int, ...]:
     """The numbers of a kernel list: ``"0-2,8"`` -> ``(0, 1, 2, 8)``."""
     numbers: list[int] = []

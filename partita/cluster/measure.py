@@ -26,6 +26,7 @@ import msgspec
 
 from partita.cache import read_json, write_json
 from partita.cluster.detect import exchange, look, profile_name, shared_store
+from partita.cluster.hardware import busy_cores
 from partita.cluster.job import Job, current_job
 from partita.cluster.links import PingPong, decode, encode, measure_process_link, slowest, undisturbed
 from partita.cluster.model import Link, Machine
@@ -39,6 +40,7 @@ MATRIX = 768  # 3 x 2.25 MiB: larger than L1, small enough for an L2 or L3 share
 WINDOW_S = 0.1
 NUM_WINDOWS = 5
 NUM_HANDOVERS = 400
+MAX_BUSY_SHARE = 0.25  # of the cores: more than this taken by others disturbs measurements
 
 
 class SumTime(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,10 +64,17 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes_per_s_one_core: float
     handover_s: float
     all_reduce: tuple[SumTime, ...]
+    num_cores: int = 1
     process_link: Link | None = None
     network: Link | None = None
     torch_version: str = ""
     time_s: float = 0.0  # that the measurement took
+    busy_cores: float = 0.0  # that other programs kept busy when it began
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether other programs took so much of the machine that the rates are too low to plan by."""
+        return self.busy_cores > MAX_BUSY_SHARE * self.num_cores
 
 
 def profile(*, again: bool = False, timeout_s: float = 120.0) -> Profile:
@@ -158,6 +167,8 @@ def of_host(parts: Sequence[Profile]) -> Profile:
     return msgspec.structs.replace(
         parts[0],
         flops_per_s_per_core=statistics.mean(part.flops_per_s_per_core for part in parts),
+        num_cores=sum(part.num_cores for part in parts),
+        busy_cores=sum(part.busy_cores for part in parts),
         memory_bytes_per_s=sum(part.memory_bytes_per_s for part in parts),
     )
 
@@ -218,6 +229,7 @@ def measure_rates(machine: Machine) -> Profile:
 
     start = time.perf_counter()
     cores = machine.cores
+    busy = busy_cores(cores, sample_s=0.3)
     num_elements = _copy_elements(machine)
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -233,6 +245,8 @@ def measure_rates(machine: Machine) -> Profile:
             memory_bytes_per_s_one_core=one_bytes,
             handover_s=measure_handover_s(cores),
             all_reduce=tuple(sums),
+            num_cores=len(cores),
+            busy_cores=busy,
             torch_version=str(torch.__version__),
             time_s=time.perf_counter() - start,
         )

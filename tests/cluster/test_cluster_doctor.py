@@ -104,7 +104,7 @@ def test_small_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_busy_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_busy_cores", lambda scene, *, sample_s: 2.0)
+    monkeypatch.setattr(doctor, "busy_cores", lambda cores, *, sample_s: 2.0)
     assert _one(doctor._check_load, _scene()).status == "WARN"
     assert _one(doctor._check_load, _scene(num_cores=64)).status == "OK"
 

@@ -57,7 +57,7 @@ def _profile(flops: float, num_bytes: float) -> Profile:
 
 def test_bound_processes_add_up_to_their_host() -> None:
     host = of_host([_profile(2.0, 10.0), _profile(4.0, 20.0)])
-    assert (host.flops_per_s_per_core, host.memory_bytes_per_s) == (3.0, 30.0)
+    assert (host.flops_per_s_per_core, host.memory_bytes_per_s, host.num_cores) == (3.0, 30.0, 2)
 
 
 def test_rates_count_the_work_of_all_threads() -> None:
@@ -122,3 +122,9 @@ def test_another_version_of_torch_is_measured_again(monkeypatch: pytest.MonkeyPa
 def test_two_processes_measure_their_link() -> None:
     link = measure_process_link(timeout_s=60)
     assert link.bytes_per_s > 1e6 and 0 < link.latency_s < 10
+
+
+def test_a_busy_machine_is_told() -> None:
+    quiet = msgspec.structs.replace(_profile(1.0, 1.0), num_cores=8, busy_cores=1.0)
+    assert not quiet.is_disturbed
+    assert msgspec.structs.replace(quiet, busy_cores=3.0).is_disturbed
