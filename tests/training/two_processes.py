@@ -1,0 +1,68 @@
+"""One process of a job of two, started by `test_training_processes.py`: trains and writes what it saw as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import partita
+from partita import Constraints
+
+CORNERS = {
+    "data": Constraints(data=2, pipeline=1, compiled=False),
+    "pipeline": Constraints(data=1, pipeline=2, compiled=False),
+    "block": None,
+}
+
+
+def build(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def branching(model: nn.Module, batch: Any) -> torch.Tensor:
+    loss = loss_fn(model, batch)
+    return loss * 2 if loss.item() > 100 else loss
+
+
+def loader() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(5)
+    x, y = torch.randn(28, 6, generator=generator), torch.randint(0, 3, (28,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=8)  # the last batch has 4 rows
+
+
+def main(corner: str, folder: str, rank: int) -> None:
+    model, optimizer = build(rank)  # different weights: the job starts from those of rank 0
+    batches = loader()
+    first = next(iter(batches))
+    constraints = CORNERS[corner]
+    options: dict[str, Any] = {} if constraints is None else {"plan": constraints}
+    function = branching if constraints is None else loss_fn
+    losses, num_rows = [], []
+    with partita.parallelize(model, optimizer, function, first, timeout_s=30, **options) as step:
+        for _ in range(2):
+            for batch in partita.data.sharded(batches, step):
+                losses.append(step(batch).loss)
+                num_rows.append(len(getattr(batch, "batch", batch)[0]))
+        step.save(f"{folder}/checkpoints")
+        step.sync_to(model)
+        state = {name: value.tolist() for name, value in model.state_dict().items()}
+        moments = [float(value["exp_avg"].sum()) for value in optimizer.state.values()]
+        step.load(f"{folder}/checkpoints")
+        losses.append(step(first).loss)
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump({"losses": losses, "state": state, "moments": moments, "rows": num_rows}, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
