@@ -99,7 +99,7 @@ def sort_rules(call: OpCall) -> list[Rule]:
     if call.overload == "stable":
         fixed = call.kwargs.get("dim", -1)
     else:
-        default = 1 if call.base_name in ("sort", "argsort", "cummax", "cummin", "cumprod", "logcumsumexp") else 2
+        default = 2 if call.base_name in ("topk", "kthvalue") else 1  # after their `k`
         fixed = call.argument(default, "dim", -1)
     if any(spec is None or len(spec.shape) != rank for spec in call.outputs) or not isinstance(fixed, int):
         return []

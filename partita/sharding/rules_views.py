@@ -156,6 +156,8 @@ def _dim_rules(call: OpCall, dims: Dims, rewrite: Any = None) -> list[Rule]:
 @register("permute", "permute_copy", "transpose", "t", "numpy_T", "movedim", "transpose_copy", "t_copy")
 def permute_rules(call: OpCall) -> list[Rule]:
     rank = len(call.inputs[0].shape)
+    if rank == 0:
+        return []
     if call.base_name.startswith("permute"):
         order = [_wrap(dim, rank) for dim in call.args[1]]
     elif call.base_name.startswith("transpose"):

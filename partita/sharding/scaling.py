@@ -9,9 +9,11 @@ same twin, hence the same signature.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -150,7 +152,7 @@ def _with_outputs(call: OpCall) -> OpCall | None:
 def _run_shapes(call: OpCall) -> tuple[TensorSpec | None, ...] | None:
     """The outputs that the op's shape kernel gives; None if it refuses."""
     try:
-        with FakeTensorMode():
+        with _quiet(), FakeTensorMode():
             tensors = tuple(torch.empty(spec.shape, dtype=spec.dtype) for spec in call.inputs)
             args, kwargs = fill_slots((call.args, dict(call.kwargs)), tensors)
             result = call.target(*args, **kwargs)
@@ -158,6 +160,17 @@ def _run_shapes(call: OpCall) -> tuple[TensorSpec | None, ...] | None:
         return None
     results = tuple(result) if isinstance(result, (tuple, list)) else (result,)
     return tuple(TensorSpec.of(item) if isinstance(item, torch.Tensor) else None for item in results)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's log entry for every refusal: here a refusal is an answer, not a fault."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def output_shapes(call: OpCall, shapes: list[Shape]) -> tuple[Shape | None, ...] | None:
