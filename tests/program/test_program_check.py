@@ -152,7 +152,7 @@ def test_another_group_or_key_is_caught(name: str, data: st.DataObject) -> None:
     instruction = item.instructions[index]
     assert isinstance(instruction, kinds)
     wrong = data.draw(
-        st.sampled_from([{"key": "another"}, {"group": instruction.group[:1]}, {"group": (*instruction.group, 99)}])
+        st.sampled_from([{"key": "another"}, {"group": (item.worker,)}, {"group": (*instruction.group, 99)}])
     )
     instructions = list(item.instructions)
     instructions[index] = dataclasses.replace(instruction, **wrong)
