@@ -171,6 +171,15 @@ def permute_rules(call: OpCall) -> list[Rule]:
     return _dim_rules(call, ((source, dim) for dim, source in enumerate(order)))
 
 
+@register(
+    "view_as_real", "view_as_complex", "view_as_real_copy", "view_as_complex_copy", "_conj", "_conj_physical",
+    "_conj_copy", "_neg_view",
+)  # fmt: skip
+def complex_rules(call: OpCall) -> list[Rule]:
+    """Complex numbers as pairs of real ones in a new last dim, and back: the other dims stay where they are."""
+    return _dim_rules(call, ((dim, dim) for dim in range(min(len(call.inputs[0].shape), len(_output(call))))))
+
+
 @register("squeeze", "unsqueeze", "squeeze_copy", "unsqueeze_copy")
 def squeeze_rules(call: OpCall) -> list[Rule]:
     """Dims of extent 1 come and go; the others keep their order."""

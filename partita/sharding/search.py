@@ -180,8 +180,8 @@ class _Trial:
                 outputs.append(PARTIAL)
             else:
                 return None
-        if PARTIAL in rule.inputs and not any(spec == PARTIAL or isinstance(spec, Cut) for spec in outputs):
-            return None
+        if not any(spec == PARTIAL or isinstance(spec, Cut) for spec in outputs):
+            return None  # nothing is spread: an input was taken apart that the op does not read
         return dataclasses.replace(rule, outputs=tuple(outputs))
 
     def _is_untouched(self, rule: Rule, index: int) -> bool:

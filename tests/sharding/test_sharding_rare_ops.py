@@ -80,6 +80,8 @@ CASES: list[tuple[Any, tuple[Any, ...], int]] = [
      (image, image, real(3), real(3), real(3), real(3), real(3), False, 1e-5, [True, True, True]), 1),
     (aten.diagonal_copy.default, (real(4, 5, 6), 0, 1, 2), 1),
     (aten.diagonal_copy.default, (real(4, 5, 5, 7), 1, 1, 2), 2),
+    (aten.view_as_real.default, (torch.empty(4, 5, dtype=torch.complex64),), 3),
+    (aten.view_as_complex.default, (real(4, 5, 2),), 3),
     (aten.flip.default, (real(4, 5, 6), [1]), 2),
     (aten.roll.default, (real(4, 5, 6), [2], [-1]), 2),
     (aten.repeat.default, (real(4, 5), [2, 1]), 1),
