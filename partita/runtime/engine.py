@@ -113,6 +113,7 @@ class Engine:
         self.failure = Failure()
         self.local = tuple(program for program in programs.programs if program.process == process)
         self.device = self._device()
+        self._persistent = state.registers()  # once: making hundreds of views takes as long as a small step
         self._check(transport)
         self._session = transport.session() if transport is not None else None
         self._compiled = plan.compiled if compiled is None else compiled
@@ -158,11 +159,10 @@ class Engine:
             raise ProgramError(
                 f"one worker of every process must have the loss, but none of process {self.process} has"
             )
-        have = self.state.registers()
         for program in self.local:
             for instruction in program.instructions:
                 names = instruction.inputs if isinstance(instruction, Run) else ()
-                missing = [name for name in names if name[:2] in ("p:", "b:", "c:") and name not in have]
+                missing = [name for name in names if name[:2] in ("p:", "b:", "c:") and name not in self._persistent]
                 if missing:
                     raise PlanError(
                         f"the state must hold every tensor that the programs read, but {missing[0]!r} is missing "
@@ -282,10 +282,9 @@ class Engine:
                 for name, draw in self._draws:
                     drawn = draw(generator)
                     draws[name] = drawn if isinstance(drawn, Tensor) else drawn[0]
-        persistent = self.state.registers()
         result = []
         for program in self.local:
-            registers = dict(persistent)
+            registers = dict(self._persistent)
             for feed in program.feeds:
                 whole, offset = draws.get(feed.draw), 0
                 if whole is None:

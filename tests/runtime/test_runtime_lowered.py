@@ -1,4 +1,4 @@
-"""Captured models, lowered by plans of several shapes, against plain PyTorch: losses, weights, buffers, random state."""
+"""Captured models, lowered by plans of several shapes, beside plain PyTorch: losses, weights, buffers, random state."""
 
 from __future__ import annotations
 
