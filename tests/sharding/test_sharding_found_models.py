@@ -74,7 +74,7 @@ def split(model: nn.Module, sizes: tuple[int, ...]) -> tuple[ShardedGraph, tuple
     return sharded, module(*flat), dict(zip(placeholders, flat, strict=True))
 
 
-@pytest.mark.parametrize("sizes", [(4, 3), (2, 2, 1), (1, 6)])
+@pytest.mark.parametrize("sizes", [(4, 3), (1, 2, 3)])
 @pytest.mark.parametrize("kind", [FourierMixer, Whitening, Pooling, Patches])
 def test_same_result_without_gathering(kind: type[nn.Module], sizes: tuple[int, ...]) -> None:
     torch.manual_seed(0)
