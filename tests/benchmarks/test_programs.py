@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 import torch
 
@@ -44,6 +45,10 @@ def test_verdicts_of_same_result() -> None:
     assert verdict("1 worker", make_plan("1 worker", processes=(0,)), shift=0.0041) == "different"
     assert verdict("1 worker", make_plan("1 worker", processes=(0,)), shift=math.nan) == "different"
     assert verdict("1 worker", make_plan("1 worker", processes=(0,), mode="block")) == "block"
+    lost = msgspec.structs.replace(
+        make_plan("data 2", processes=(0, 0)), mode="block", reasons=("could not be captured",)
+    )
+    assert verdict("data 2", lost) == "fallback"
     assert verdict("data 2", make_plan("pipeline 2", processes=(0, 0))) == "another plan"
     assert verdict(two, make_plan(two, processes=(0, 0), num_microbatches=4)) == "same"
     assert verdict(two, make_plan(two, processes=(0, 0))) == "one microbatch"
