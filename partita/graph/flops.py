@@ -1,53 +1,88 @@
-"""FLOPs and bytes of one op from the shapes in its node's meta.
+"""Floating-point operations and bytes of one op, from the shapes of its arguments and results.
 
-Matrix products, convolutions and attention come from torch's own FLOP registry (`torch.utils.flop_counter`); every
-other op counts one FLOP per element it gives, or per element it reads where that is more; views count none.
+Matrix products, convolutions and attention are counted by torch's own registry (2 operations for a multiply-add); every
+other op counts one operation for each element of its largest argument or result; views count nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
+from partita.graph import torch_adapter
 from partita.graph.graph import OpInfo, Phase
 
-_FREE = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "detach"})
+aten = torch.ops.aten
+
+_ALLOCATES = frozenset({aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided})
+_READS_ROWS = frozenset({aten.embedding, aten.index_select, aten.gather, aten.index, aten.take})
 
 
-def is_view(target: Any) -> bool:
-    """Whether an op gives a view of its input and moves no data."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    returns = target._schema.returns
-    return bool(returns) and all(item.alias_info is not None and not item.alias_info.is_write for item in returns)
+def _stored_bytes(tensor: torch.Tensor) -> int:
+    """Bytes that reading all elements touches; expanded dims (stride 0) are read once."""
+    count = tensor.element_size()
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        count *= int(size) if stride != 0 else min(1, int(size))
+    return count
 
 
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """The tensors in a node's ``meta["val"]``."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+def _values(node: fx.Node) -> list[torch.Tensor]:
+    """The tensors that a node holds."""
+    value = node.meta.get("val")
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    return [item for item in items if isinstance(item, torch.Tensor)]
 
 
-def op_info(node: fx.Node, phase: Phase, module: str, source: str) -> OpInfo:
-    """What is known of an op node with shapes in ``node.meta["val"]`` and its inputs'."""
-    reads = [tensor for item in node.all_input_nodes for tensor in tensors_of(item.meta.get("val"))]
-    writes = tensors_of(node.meta.get("val"))
-    if is_view(node.target) or getattr(node.target, "__name__", "").split(".")[0] in _FREE:
-        return OpInfo(0, 0, phase, module, source)
-    return OpInfo(_flops(node, reads, writes), _bytes(reads) + _bytes(writes), phase, module, source)
+def _is_free(target: Any) -> bool:
+    """Views, picks from a tuple and mere allocations compute and move nothing."""
+    return (
+        torch_adapter.is_view(target)
+        or target is operator.getitem
+        or getattr(target, "overloadpacket", target) in _ALLOCATES
+    )
 
 
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _flops(node: fx.Node, reads: list[torch.Tensor], writes: list[torch.Tensor]) -> int:
-    packet = getattr(node.target, "overloadpacket", None)
+def op_flops(node: fx.Node) -> int:
+    """Floating-point operations of ``node`` (an ATen op with ``meta["val"]`` on itself and its arguments)."""
+    target: Any = node.target
+    if _is_free(target):
+        return 0
+    packet = getattr(target, "overloadpacket", target)
     if packet in flop_registry:
-        args, kwargs = pytree.tree_map_only(fx.Node, lambda item: item.meta["val"], (node.args, dict(node.kwargs)))
-        return int(flop_registry[packet](*args, **kwargs, out_val=node.meta["val"]))
-    return max(sum(t.numel() for t in writes), max((t.numel() for t in reads), default=0))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: item.meta.get("val"))
+        return int(flop_registry[packet](*args, **kwargs, out_val=node.meta.get("val")))
+    if packet in _READS_ROWS:
+        return sum(tensor.numel() for tensor in _values(node))
+    tensors = [tensor for item in (node, *node.all_input_nodes) for tensor in _values(item)]
+    return max((tensor.numel() for tensor in tensors), default=0)
+
+
+def op_bytes(node: fx.Node) -> int:
+    """Bytes that ``node`` reads and writes (each argument once; a lookup reads the rows it returns, not the table)."""
+    target: Any = node.target
+    if _is_free(target):
+        return 0
+    written = sum(tensor.numel() * tensor.element_size() for tensor in _values(node))
+    arguments = list(node.all_input_nodes)
+    if getattr(target, "overloadpacket", target) in _READS_ROWS:
+        return 2 * written + sum(_stored_bytes(tensor) for item in arguments[1:] for tensor in _values(item))
+    return written + sum(_stored_bytes(tensor) for item in arguments for tensor in _values(item))
+
+
+def op_info(node: fx.Node, phase: Phase, module: str = "", source: str = "") -> OpInfo:
+    """What is known of ``node``, from the shapes that ``meta["val"]`` gives now (global or local).
+
+    Args:
+        node: an op; it and its arguments carry ``meta["val"]``.
+        phase: forward or backward.
+        module: path of the module that called it.
+        source: "file:line" in the user's code.
+
+    Example:
+        >>> node.meta["op"] = op_info(node, phase=Phase.FORWARD, module="layers.0")  # doctest: +SKIP
+    """
+    return OpInfo(flops=op_flops(node), num_bytes=op_bytes(node), phase=phase, module=module, source=source)

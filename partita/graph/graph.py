@@ -81,6 +81,7 @@ class Graph:
         without_gradient: trainable parameters that the loss does not reach.
         batch_spec: tree structure of the batch, for `pytree.tree_unflatten`.
         batch_size: extent of dim 0 that the tensors of the batch share (0: none has one).
+        unchecked: source lines of checks of values (``if bad(values): raise``) that the graph leaves out.
         fingerprint: hash of ops, shapes, dtypes and names; equal on every process for the same model and batch shape.
     """
 
@@ -94,6 +95,7 @@ class Graph:
     batch_size: int
     fingerprint: str
     blocks: tuple[tuple[str, ...], ...] = field(default=())  # repeated blocks: groups of module paths with equal ops
+    unchecked: tuple[str, ...] = ()
 
     @property
     def nodes(self) -> list[fx.Node]:

@@ -1,50 +1,152 @@
-"""The private parts of torch that capture needs, in one place (a test names each of them).
+"""The one door of the graph floor to what torch does not promise to keep: each name here has a test that it is there.
 
-* `FakeTensorMode`: tensors without storage; shapes, dtypes and devices only.
-* `make_fx`, `get_proxy_mode`: tracing of executed ATen ops into a `torch.fx` graph.
-* `current_autograd_sequence`: the autograd node that runs now, to find the forward op it belongs to.
+Used, by name: `torch._subclasses.fake_tensor.FakeTensorMode` (tensors without storage),
+`torch.fx.experimental.proxy_tensor` (`make_fx`, `get_proxy_mode`: record the ATen ops),
+`torch.autograd._get_sequence_nr` and `torch._C._current_autograd_node` (which forward op a backward op belongs to),
+`torch.utils.checkpoint._checkpoint_hook` and `CheckpointFunction` (switch recomputation off),
+`torch._dynamo.OptimizedModule` and `Module._compiled_call_impl` (recognise compiled modules),
+`Tensor._backward_hooks` and `Tensor._post_accumulate_grad_hooks` (hooks on parameters),
+`torch.utils._python_dispatch` (tensor subclasses), `OpOverload._schema` (which arguments an op mutates or aliases).
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
+import torch.utils.checkpoint
+from torch import fx, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
-    "DataDependentOutputException",
-    "DynamicOutputShapeException",
     "FakeTensor",
     "FakeTensorMode",
-    "TorchDispatchMode",
-    "current_autograd_sequence",
-    "make_fx",
-    "next_autograd_sequence",
-    "traced_graph",
+    "OpOverload",
+    "current_trace",
+    "eager_random",
+    "forward_sequence_number",
+    "gradient_hooks",
+    "has_accumulation_hooks",
+    "is_compiled",
+    "is_view",
+    "is_wrapper_subclass",
+    "last_sequence_number",
+    "mutates",
+    "new_fake_mode",
+    "trace",
+    "without_recomputation",
 ]
 
 
-def traced_graph() -> fx.Graph | None:
-    """The graph that is being traced right now, or None."""
-    mode: Any = get_proxy_mode()
-    return None if mode is None else mode.tracer.graph
+def new_fake_mode() -> FakeTensorMode:
+    """A mode under which tensors have shapes but no storage; real tensors that meet it are converted on the way."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def next_autograd_sequence() -> int:
-    """The sequence number that the next autograd node of this thread will get."""
-    return int(torch._C._autograd._get_sequence_nr())
+def trace(function: Callable[..., Any], args: list[Any], decompositions: Mapping[Any, Any]) -> fx.GraphModule:
+    """The ATen ops that ``function(*args)`` runs, as a graph; ``args`` are fake tensors."""
+    module: fx.GraphModule = make_fx(
+        function, decomposition_table=decompositions, tracing_mode="fake", _allow_non_fake_inputs=True
+    )(*args)
+    return module
 
 
-def current_autograd_sequence() -> int | None:
-    """The sequence number of the autograd node that runs now, or None outside a backward pass."""
-    node: Any = torch._C._current_autograd_node()
+def current_trace() -> fx.Graph:
+    """The graph that `trace` is recording into."""
+    mode = get_proxy_mode()
+    assert mode is not None, "only inside trace()"
+    graph: fx.Graph = mode.tracer.graph
+    return graph
+
+
+def last_sequence_number() -> int:
+    """Number of the autograd node made last on this thread; a dispatched op's node is made just before its dispatch."""
+    return int(torch.autograd._get_sequence_nr()) - 1  # type: ignore[attr-defined]
+
+
+def forward_sequence_number() -> int | None:
+    """Number of the autograd node whose backward runs on this thread; None outside backward."""
+    node = torch._C._current_autograd_node()
     return None if node is None else int(node._sequence_nr())
+
+
+@contextlib.contextmanager
+def without_recomputation() -> Iterator[None]:
+    """Activation checkpointing runs its function plainly: what to recompute is the plan's choice, not the graph's.
+
+    It also keeps random ops right: a recomputed dropout would be a second draw in the graph.
+    """
+    module = torch.utils.checkpoint
+
+    class Plain:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+            return function(*args)
+
+    saved = module._checkpoint_hook, module.CheckpointFunction
+    module._checkpoint_hook = contextlib.nullcontext  # type: ignore[assignment,misc]
+    module.CheckpointFunction = Plain  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        module._checkpoint_hook, module.CheckpointFunction = saved  # type: ignore[misc]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` wraps the module, as a copy or in place."""
+    from torch._dynamo import OptimizedModule  # slow to import: only when somebody captures
+
+    return isinstance(module, OptimizedModule) or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def gradient_hooks(tensor: torch.Tensor) -> list[Callable[[torch.Tensor], torch.Tensor | None]]:
+    """Functions that the user registered with ``Tensor.register_hook``."""
+    return list((tensor._backward_hooks or {}).values())
+
+
+def has_accumulation_hooks(tensor: torch.Tensor) -> bool:
+    """Whether the user registered functions with ``Tensor.register_post_accumulate_grad_hook``."""
+    return bool(getattr(tensor, "_post_accumulate_grad_hooks", None))
+
+
+def is_wrapper_subclass(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is made of other tensors (DTensor, quantised, nested)."""
+    return bool(is_traceable_wrapper_subclass(tensor)) or tensor.is_nested
+
+
+def mutates(target: object) -> bool:
+    """Whether the op writes to one of its arguments."""
+    return isinstance(target, OpOverload) and bool(target._schema.is_mutable)
+
+
+def is_view(target: object) -> bool:
+    """Whether the op's result shares storage with an argument and nothing is computed."""
+    return isinstance(target, OpOverload) and (bool(target.is_view) or target in _UNANNOTATED_VIEWS)
+
+
+_UNANNOTATED_VIEWS = frozenset({torch.ops.aten._unsafe_view.default, torch.ops.aten.lift_fresh.default})
+
+
+def _dropout(x: torch.Tensor, p: float, train: bool | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``native_dropout`` as plain dropout on a CPU computes it: an explicit draw and a product."""
+    if train is False or p == 0:
+        return x.clone(), torch.ones_like(x, dtype=torch.bool)
+    if p == 1:
+        return torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
+    mask = torch.ops.aten.bernoulli.p(torch.empty_like(x), 1 - p)
+    return x * mask.div(1 - p), mask.to(torch.bool)
+
+
+def _dropout_backward(gradient: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    return gradient * (mask.to(gradient.dtype) * scale)
+
+
+def eager_random() -> Mapping[Any, Any]:
+    """Decompositions that make every random draw an op of its own, in the order and number of eager mode on a CPU."""
+    aten = torch.ops.aten
+    return {aten.native_dropout.default: _dropout, aten.native_dropout_backward.default: _dropout_backward}

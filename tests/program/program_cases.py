@@ -13,7 +13,6 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from partita.graph.capture import capture
-from partita.graph.execute import run_graph
 from partita.graph.graph import Graph, Phase
 from partita.plan import Plan, Worker
 from partita.program.instructions import (
@@ -106,17 +105,11 @@ def denoise(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """A model with its loss and batch.
-
-    `couples`: samples meet other than in sums (one microbatch only). `as_graph`: the captured graph itself is the
-    measure, not plain PyTorch (whose in-place dropout of a transposed tensor puts the same draws elsewhere).
-    """
+    """A model with its loss and batch."""
 
     make: Callable[[], nn.Module]
     loss: Loss
     batch: Callable[[int], Any]  # number of rows -> batch
-    couples: bool = False
-    as_graph: bool = False
 
 
 def _labelled(width: int, classes: int) -> Callable[[int], Any]:
@@ -134,7 +127,7 @@ def _mlp(*between: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 CASES: dict[str, Case] = {
     "mlp": Case(_mlp(nn.Tanh, nn.ReLU), classify, _labelled(4, 3)),
     "dropout": Case(_mlp(lambda: nn.Dropout(0.4), lambda: nn.Dropout(0.2)), classify, _labelled(4, 3)),
-    "batch_norm": Case(_mlp(lambda: nn.BatchNorm1d(6)), classify, _labelled(4, 3), couples=True),
+    "batch_norm": Case(_mlp(lambda: nn.BatchNorm1d(6)), classify, _labelled(4, 3)),
     "conv": Case(
         lambda: nn.Sequential(
             nn.Conv2d(2, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(16, 3)
@@ -148,7 +141,6 @@ CASES: dict[str, Case] = {
         lambda: TiedLanguageModel(dropout=0.2),
         next_token,
         lambda rows: torch.randint(0, 13, (rows, 6)),
-        as_graph=True,
     ),
     "partly": Case(Partly, penalised, _labelled(5, 3)),
     "denoise": Case(
@@ -371,21 +363,6 @@ def plain_steps(model: nn.Module, loss: Loss, batches: Sequence[Any], learning_r
         value.backward()
         optimizer.step()
         losses.append(value.item())
-    return losses
-
-
-def graph_steps(model: nn.Module, graph: Graph, batches: Sequence[Any], learning_rate: float) -> list[float]:
-    """The same steps by running the captured graph whole, in place on `model`; returns the losses."""
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    losses = []
-    for batch in batches:
-        value, gradients, updated = run_graph(graph, parameters, buffers, batch)
-        losses.append(value.item())
-        with torch.no_grad():
-            for name, gradient in gradients.items():
-                parameters[name].sub_(gradient, alpha=learning_rate)
-            for name, buffer in updated.items():
-                buffers[name].copy_(buffer)
     return losses
 
 

@@ -17,7 +17,7 @@ from partita.program.instructions import Recv, ReduceScatter, Run, Send
 from partita.program.order import check_order
 
 sys.path.insert(0, str(Path(__file__).parent))
-from program_cases import CASES, Job, captured, graph_steps, make_plan, plain_steps, read_parameters
+from program_cases import CASES, Job, captured, make_plan, plain_steps, read_parameters
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration", "ignore:enable_nested_tensor")
 
@@ -72,10 +72,7 @@ def test_any_plan_trains_like_plain_pytorch(case: str, layout: str) -> None:
     torch.manual_seed(11)
     losses = [job.step(batch, 0.1) for batch in batches]
     torch.manual_seed(11)
-    if chosen.as_graph:
-        plain = graph_steps(expected, graph, batches, 0.1)
-    else:
-        plain = plain_steps(expected, chosen.loss, batches, 0.1)
+    plain = plain_steps(expected, chosen.loss, batches, 0.1)
     for found, value in zip(losses, plain, strict=True):
         assert set(found) == set(job.memory), "every process must have the loss"
         for loss in found.values():
