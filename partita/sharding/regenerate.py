@@ -55,6 +55,7 @@ def examples() -> Iterator[OpCall]:
     yield from _images()
     yield from _matrices()
     yield from _others()
+    yield from _losses()
 
 
 SHAPES = ((5, 7), (5, 7, 11), (5, 7, 11, 13))
@@ -138,6 +139,20 @@ def _others() -> Iterator[OpCall]:
         yield call_of(aten._cdist_backward.default, _real(5, 7, 13), first, second, p, _real(5, 7, 13))
         yield call_of(aten._pdist_forward.default, _real(7, 11), p)
     yield call_of(aten.renorm.default, _real(5, 7), 2, 0, 1.0)
+
+
+def _losses() -> Iterator[OpCall]:
+    """Losses that reduce, and what their decompositions consist of."""
+    prims = torch.ops.prims
+    for shape in ((5,), (5, 1), *SHAPES):
+        one, scalar = _real(*shape), _real()
+        for reduction in (1, 2):
+            for name, extra in (("mse_loss", ()), ("smooth_l1_loss", (1.0,)), ("huber_loss", (1.0,))):
+                forward, backward = getattr(aten, name), getattr(aten, f"{name}_backward")
+                yield call_of(forward.default, one, one, reduction, *extra)
+                yield call_of(backward.default, scalar, one, one, reduction, *extra)
+        for op in (prims.add, prims.sub, prims.mul, prims.div):
+            yield call_of(op.default, one, one)
 
 
 def regenerate(calls: Iterator[OpCall] | None = None, *, limit_s: float = 1800.0) -> dict[str, Texts]:
