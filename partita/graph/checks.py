@@ -49,7 +49,8 @@ def _check_tensor(what: str, tensor: torch.Tensor) -> None:
     if torch_adapter.has_accumulation_hooks(tensor):
         raise CaptureError(
             f"{what} has a hook of register_post_accumulate_grad_hook, which runs Python code whenever a gradient is "
-            "ready; remove it (an optimizer step in it: let the training step update) or register it with register_hook.",
+            "ready; remove it (an optimizer step in it: let the training step update) or register it with "
+            "register_hook.",
             op="register_post_accumulate_grad_hook",
         )
 
@@ -64,14 +65,14 @@ def check_batch(leaves: Sequence[tuple[Any, Any]]) -> None:
             _check_tensor(where, leaf)
             if leaf.dim() > 0 and leaf.shape[0] == 0:
                 raise InputError(
-                    f"Every tensor of the batch must have a sample, but {where} has the shape {tuple(leaf.shape)}. "
-                    "Leave empty batches out."
+                    f"Every tensor of the batch must have at least one row, but {where} has the shape "
+                    f"{tuple(leaf.shape)}. Leave empty batches out."
                 )
         elif not isinstance(leaf, _PLAIN) and not callable(leaf):
             raise InputError(
                 f"The leaves of the batch must be tensors or plain values, but {where} is a {_kind(leaf)}. "
-                "Pass tensors in tuples, lists and dicts (dict(batch) of a mapping, torch.as_tensor of an array), or register the type "
-                "with torch.utils._pytree.register_pytree_node."
+                "Pass tensors in tuples, lists and dicts (dict(batch) of a mapping, torch.as_tensor of an array), or "
+                "register the type with torch.utils._pytree.register_pytree_node."
             )
     if num_tensors == 0:
         raise InputError("The batch must hold at least one tensor, but it has none. Pass the training data in `batch`.")
@@ -85,17 +86,15 @@ def shared_batch_size(tensors: Sequence[torch.Tensor]) -> int:
 
 def check_loss(loss: object) -> torch.Tensor:
     """The loss as a tensor of shape (); refuses what is not one real number that depends on a trainable parameter."""
-    what = "loss_fn(model, batch) must return the loss as a scalar tensor"
+    what = "loss_fn must return a scalar tensor"
     if not isinstance(loss, torch.Tensor):
         hint = " Return its `.loss`." if hasattr(loss, "loss") else " Return the tensor, not a number or a container."
-        raise InputError(f"{what}, but it returned {_kind(loss)}.{hint}")
+        raise InputError(f"{what}, but got {_kind(loss)}.{hint}")
     if loss.numel() != 1:
-        raise InputError(
-            f"{what}, but it returned a tensor of shape {tuple(loss.shape)}. Reduce it with .mean() or .sum()."
-        )
+        raise InputError(f"{what}, but got shape {tuple(loss.shape)}. Reduce it with .mean() or .sum().")
     if loss.is_complex() or not loss.is_floating_point():
         hint = "Take its .real or .abs()." if loss.is_complex() else "Compute it in floating point."
-        raise InputError(f"{what} of a real floating-point type, but its type is {loss.dtype}. {hint}")
+        raise InputError(f"{what} of a real floating-point type, but got {loss.dtype}. {hint}")
     if not loss.requires_grad:
         raise InputError(
             "The loss must depend on a trainable parameter, but it depends on none. Compute it from the `model` that "
@@ -110,4 +109,5 @@ def check_callable(loss_fn: Callable[..., Any]) -> None:
 
 
 def _kind(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
