@@ -45,7 +45,6 @@ class Liveness:
         self._store_lock = threading.Lock()
         self._store_rank = store_rank
         self._is_store_host = store_rank == rank
-        self._store_name = "the launcher's agent"  # who holds the store, for the message when it is gone
         self._store_is_gone = False
         self._host = socket.gethostname()
         self._lock = threading.Lock()
@@ -55,8 +54,19 @@ class Liveness:
         self._beats: dict[int, tuple[int, float]] = {}  # watched rank -> last beat, when it changed
         self._found = threading.Condition()
         self._ending = threading.Event()
+        self._show_life(0)
+        self._store_name = self._who_holds_the_store()  # asked now: once it is gone, there is nobody to ask
         self._thread = threading.Thread(target=self._live, name="partita-liveness", daemon=True)
         self._thread.start()
+
+    def _show_life(self, beat: int) -> None:
+        self._store.set(f"alive/{self.rank}", json.dumps([beat, self._host, os.getpid()]))
+
+    def _who_holds_the_store(self) -> str:
+        if self._store_rank is None:
+            return "the launcher's agent"
+        _, host, pid = json.loads(self._store.get(f"alive/{self._store_rank}"))  # waits until it is written
+        return _named(self._store_rank, host, pid)
 
     # For sessions ----------------------------------------------------------------------------------------------------
 
@@ -119,12 +129,11 @@ class Liveness:
 
     def _live(self) -> None:
         beat = 0
-        while not self._ending.wait(BEAT_TIME_S if beat else 0):
+        while not self._ending.wait(BEAT_TIME_S):
             beat += 1
             try:
                 with self._store_lock:
-                    self._store.set(f"alive/{self.rank}", json.dumps([beat, self._host, os.getpid()]))
-                    self._name_store_host()
+                    self._show_life(beat)
                     failures = self._read_failures()
                     lost = self._read_signs()
             except RuntimeError as error:
@@ -137,14 +146,6 @@ class Liveness:
             if lost:
                 self._lose(lost, tell=True)
                 return
-
-    def _name_store_host(self) -> None:
-        rank = self._store_rank
-        if rank is not None and "pid" not in self._store_name:
-            self._store_name = f"process rank {rank}"
-            if self._store.check([f"alive/{rank}"]):
-                _, host, pid = json.loads(self._store.get(f"alive/{rank}"))
-                self._store_name = _named(rank, host, pid)
 
     def _read_failures(self) -> list[tuple[int, dict[str, Any]]]:
         with self._lock:
