@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Annotated
 
-import psutil  # type: ignore[import-untyped]  # has no type information
+import psutil
 import tyro
 
 from partita.cli.output import is_first, print_json, table

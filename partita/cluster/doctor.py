@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
-import psutil  # type: ignore[import-untyped]  # has no type information
+import psutil
 
 from partita.cluster.detect import profile_name
 from partita.cluster.hardware import affinity, busy_cores, cpu_quota, network_interface, read_machine

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]  # has no type information
+import psutil
 
 from partita.cluster.model import Gpu, Link, Machine
 from partita.cluster.presets import gpu_by_name

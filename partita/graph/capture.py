@@ -12,6 +12,7 @@ from torch import fx, nn
 from partita.errors import CaptureError
 from partita.graph import checks, torch_adapter
 from partita.graph.assemble import assemble
+from partita.graph.counters import watched_numbers
 from partita.graph.graph import Graph
 from partita.graph.recording import Recording, StepInputs, functionalize, lift_constants, record
 from partita.graph.repeat import depends_on_state
@@ -92,14 +93,16 @@ def _check_repeats(
 ) -> None:
     """If the step changed attributes of the model, records it again from there: both must be the same step.
 
-    Counters and kept intermediate results pass; a hidden state that is carried to the next step does not.
+    Counters that only count and kept intermediate results pass; a hidden state that is carried to the next step, and a
+    counter that anything is decided by, do not.
     """
     changed = substitution.changed_attributes()
     if not changed:
         return
-    second = record(model, loss_fn, inputs, substitution)
-    if depends_on_state(first, second):
-        listed = ", ".join(f"'{name}'" for name in changed[:5])
+    with watched_numbers(model, changed) as reads:
+        second = record(model, loss_fn, inputs, substitution)
+    if reads.names or depends_on_state(first, second):
+        listed = ", ".join(f"'{name}'" for name in sorted(reads.names) or changed[:5])
         raise CaptureError(
             f"The training step must be the same every time, but it changes {listed} of the model, and the next step "
             "depends on it. Keep tensors that are carried from step to step in buffers (register_buffer) and "

@@ -173,7 +173,7 @@ class Labels(TorchDispatchMode):
             except Exception as error:
                 for node in list(new_nodes(self._graph, last)):
                     self._graph.erase_node(node)  # the record of a read that failed
-                return self._answers.to(_asking_line(), error)
+                return self._answers.to(_asking_line(), _current_source()[0], error)
         if func is torch.ops.aten.bernoulli_.float and not args[0].is_contiguous():
             # In place, draws fill memory in its order; the functional op draws in the order of the dims. Dropout of a
             # transposed tensor gets plain PyTorch's mask if the dims are put into the order of memory first.

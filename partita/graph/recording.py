@@ -23,7 +23,7 @@ from partita.graph import checks, torch_adapter
 from partita.graph.graph import Phase
 from partita.graph.labels import UNKNOWN, Label, Labels, Relabel, last_node, source_of_error
 from partita.graph.standins import ModelTensors, Substitution, watched_generators
-from partita.graph.validation import Answers, answered
+from partita.graph.validation import Answers, UndecidedError, answered
 
 
 @dataclass
@@ -237,14 +237,14 @@ def _capture_error(error: Exception, failed_op: str) -> CaptureError:
     if not op:
         found = re.search(r"aten\.\w+(\.\w+)?", str(error))
         op = found.group(0) if found else type(error).__name__
-    source = source_of_error(error.__traceback__)
+    source = error.source if isinstance(error, UndecidedError) else source_of_error(error.__traceback__)
     for part, why in _WHY:
         if part in op:
             return CaptureError(
-                f"The model cannot be captured as one graph: at {source}, {why} in {op}. {_CURE}", op=op, source=source
+                f"The model must be one graph, but in {op} at {source} {why}. {_CURE}", op=op, source=source
             )
     return CaptureError(
-        f"The model cannot be captured as one graph: at {source}, {op} raised {type(error).__name__}: {error}. "
+        f"The model must be one graph, but {op} at {source} raised {type(error).__name__}: {error}. "
         "If plain PyTorch runs this batch, the step does something that only works on real data: reading values "
         f"(.numpy(), .tolist()), changing Python state, or an op without shape rules. {_CURE}",
         op=op,

@@ -99,9 +99,12 @@ def remove_identities(graph: fx.Graph) -> None:
 
 
 def remove_unused(graph: fx.Graph) -> None:
-    """Removes ops whose result nobody reads, except random ones (each draw moves the generator)."""
+    """Removes ops whose result nobody reads, except random ones (each draw moves the generator) and writes to inputs
+    (the step is then refused)."""
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and not is_random(node):
+        if node.op != "call_function" or node.users or is_random(node):
+            continue
+        if not torch_adapter.mutates(node.target):
             graph.erase_node(node)
 
 

@@ -24,31 +24,45 @@ class Question(BaseException):
     """A value is asked for that a recording does not have. (No `Exception`, so that the user's code does not catch it.)
 
     Attributes:
-        source: line that asks.
+        key: line that asks, which may be one of a library.
+        source: line of the user's code that is being run.
         asking: code of every function on the stack.
         error: what torch says of it.
     """
 
-    def __init__(self, source: str, asking: frozenset[CodeType], error: Exception) -> None:
-        super().__init__(source)
-        self.source, self.asking, self.error = source, asking, error
+    def __init__(self, key: str, source: str, asking: frozenset[CodeType], error: Exception) -> None:
+        super().__init__(key)
+        self.key, self.source, self.asking, self.error = key, source, asking, error
+
+
+class UndecidedError(Exception):
+    """Control flow depends on a value.
+
+    Attributes:
+        source: line of the user's code.
+        func: the op that reads the value.
+    """
+
+    def __init__(self, question: Question) -> None:
+        super().__init__(str(question.error))
+        self.source, self.func = question.source, getattr(question.error, "func", "aten._local_scalar_dense.default")
 
 
 class Answers:
     """What the step is told when it asks for the truth of a value; by line of the code that asks."""
 
     def __init__(self) -> None:
-        self.by_source: dict[str, bool] = {}
+        self.by_line: dict[str, bool] = {}
 
-    def to(self, source: str, error: Exception) -> bool:
-        """The answer at this line.
+    def to(self, key: str, source: str, error: Exception) -> bool:
+        """The answer at line ``key``, reached from the user's line ``source``.
 
         Raises:
             Question: there is none yet.
         """
-        if source not in self.by_source:
-            raise Question(source, _codes_on_stack(sys._getframe(1)), error)
-        return self.by_source[source]
+        if key not in self.by_line:
+            raise Question(key, source, _codes_on_stack(sys._getframe(1)), error)
+        return self.by_line[key]
 
 
 def _codes_on_stack(frame: FrameType | None) -> frozenset[CodeType]:
@@ -73,24 +87,25 @@ def answered(attempt: Callable[[Answers], T]) -> tuple[T, tuple[str, ...]]:
     """The result of ``attempt`` under the answers with which it goes on, and the lines of the checks that these skip.
 
     Raises:
-        Exception: of the attempt, if it fails whatever the answers; of torch, if both answers to a question go on.
+        UndecidedError: both answers to a question go on.
+        Exception: of the attempt, if it fails whatever the answers.
     """
     answers = Answers()
     while True:
         try:
-            return attempt(answers), tuple(sorted(answers.by_source))
+            return attempt(answers), tuple(sorted(answers.by_line))
         except Question as question:
-            if len(answers.by_source) >= _MAX_CHECKS:
-                raise question.error from None
+            if len(answers.by_line) >= _MAX_CHECKS:
+                raise UndecidedError(question) from question.error
             refused = [guess for guess in (True, False) if _is_refused(attempt, answers, question, guess)]
             if len(refused) != 1:
-                raise question.error from None
-            answers.by_source[question.source] = not refused[0]
+                raise UndecidedError(question) from question.error
+            answers.by_line[question.key] = not refused[0]
 
 
 def _is_refused(attempt: Callable[[Answers], object], answers: Answers, question: Question, guess: bool) -> bool:
     trial = Answers()
-    trial.by_source = {**answers.by_source, question.source: guess}
+    trial.by_line = {**answers.by_line, question.key: guess}
     try:
         attempt(trial)
     except Question:

@@ -28,6 +28,7 @@ from partita.program.instructions import (
     TensorSpec,
     Update,
 )
+from partita.program.order import check_order
 from partita.program.uses import is_persistent, own_slices, reads, written_specs
 
 _COLLECTIVES = (AllReduce, ReduceScatter, AllGather, AllToAll)
@@ -125,6 +126,7 @@ def check(programs: ProgramSet) -> None:
     for state in states.values():
         _check_end(state)
     _check_updates(programs)
+    check_order(programs)
 
 
 def _step(state: _State, states: Mapping[int, _State], mailbox: Mailbox) -> bool:

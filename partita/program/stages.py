@@ -71,12 +71,13 @@ def assign_stages(
             own = 0 if node.target is operator.getitem else cuts.stage_of(node.meta.get("origin", node.name))
             stage[node.name] = max([own, *before])
     home = _home_of_parameters(nodes, stage, free)
+    least = _least_stages(nodes, phase, gradients, home)
     for node in nodes:
         if phase[node.name] is Phase.BACKWARD and node.name not in free:
             if node.target is operator.getitem:
                 stage[node.name] = stage[node.args[0].name]
                 continue
-            found = _backward_stage(node, stage, home, phase, cuts.num_stages)
+            found = _backward_stage(node, stage, home, phase, cuts.num_stages, least.get(node.name, 0))
             stage[node.name] = min(found, home.get(gradients.get(node.name, ""), found))
     return Staging(cuts.num_stages, stage, phase, free)
 
@@ -124,8 +125,33 @@ def _home_of_parameters(nodes: Sequence[fx.Node], stage: Mapping[str, int], free
     return home
 
 
+def _least_stages(
+    nodes: Sequence[fx.Node], phase: Mapping[str, Phase], gradients: Mapping[str, str], home: Mapping[str, int]
+) -> dict[str, int]:
+    """Backward ops that lead to a parameter's gradient -> the highest stage at which one of these parameters lives.
+
+    Without it, the weight gradient of a stage's first layer would follow the activation that the layer reads down to the
+    stage below, and the new weight would have to come back every step.
+    """
+    least: dict[str, int] = {}
+    for node in reversed(nodes):
+        if phase[node.name] is not Phase.BACKWARD:
+            continue
+        wanted = [least[user.name] for user in node.users if user.name in least]
+        if node.name in gradients:
+            wanted.append(home.get(gradients[node.name], 0))
+        if wanted:
+            least[node.name] = max(wanted)
+    return least
+
+
 def _backward_stage(
-    node: fx.Node, stage: Mapping[str, int], home: Mapping[str, int], phase: Mapping[str, Phase], num_stages: int
+    node: fx.Node,
+    stage: Mapping[str, int],
+    home: Mapping[str, int],
+    phase: Mapping[str, Phase],
+    num_stages: int,
+    least: int,
 ) -> int:
     kept: list[int] = []
     gradients: list[int] = []
@@ -137,4 +163,4 @@ def _backward_stage(
         elif item.name in home:
             kept.append(home[item.name])
     limit = min(gradients, default=num_stages - 1)
-    return min(max(kept), limit) if kept else limit
+    return min(max(*kept, least), limit) if kept else limit

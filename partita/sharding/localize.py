@@ -269,8 +269,8 @@ class Localizer:
         elif self.coordinate == 0:
             return node
         else:
-            kwargs = {"dtype": value.spec.dtype, "device": value.spec.device, "pin_memory": False}
-            node = self._emit(aten.full.default, (list(shape), 0), kwargs, (), name, meta)
+            # Zeros of the source's shape read the source: levels and stages come out alike on all coordinates.
+            node = self._emit(aten.zeros_like.default, (Slot(0),), {}, (node,), name, meta)
         self._local_info(node, value)
         return node
 

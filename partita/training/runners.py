@@ -22,7 +22,9 @@ from partita.program.instructions import ReduceScatter, Slice, Update
 from partita.runtime.engine import Engine, State
 from partita.runtime.transport import Transport
 from partita.training.inputs import BatchLeaves
+from partita.training.job import Team
 from partita.training.optimizers import Kind, OptimizerShards, kind_of
+from partita.units import fingerprint
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -88,6 +90,8 @@ class GraphRunner:
         self.kind: Kind = kind_of(optimizer)
         self.programs: ProgramSet = lower(graph, plan, whole_parameters=self.kind != "element")
         check(self.programs)
+        if transport is not None:  # rules found by search may differ where caches do: never run unequal programs
+            Team(transport.rank, transport.num_processes).require_equal(digest(self.programs), "programs")
         self._check_coupled()
         layout = updated_slices(self.programs, process)
         self._shards = (
@@ -163,6 +167,11 @@ class GraphRunner:
                 f"{type(self.optimizer).__name__} couples parameters, so every process must have all gradients, but "
                 "the plan spreads stages over processes; use Constraints(pipeline=1) or an element-wise optimizer"
             )
+
+
+def digest(programs: ProgramSet) -> str:
+    """A hash of all instructions and segments, equal on two processes if their programs are."""
+    return fingerprint([programs.programs, sorted(programs.segments)])
 
 
 def updated_slices(programs: ProgramSet, process: int) -> dict[int, tuple[Slice, ...]]:

@@ -1,0 +1,117 @@
+"""Names every part of torch that is not public and that capture uses: a new torch that lacks one fails here first."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import nn
+
+from partita.graph import torch_adapter
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("torch._subclasses.fake_tensor", "FakeTensorMode"),
+        ("torch._subclasses.fake_tensor", "FakeTensor"),
+        ("torch.fx.experimental.proxy_tensor", "make_fx"),
+        ("torch.fx.experimental.proxy_tensor", "get_proxy_mode"),
+        ("torch.utils._python_dispatch", "TorchDispatchMode"),
+        ("torch.utils._python_dispatch", "is_traceable_wrapper_subclass"),
+        ("torch.autograd", "_get_sequence_nr"),
+        ("torch._C", "_current_autograd_node"),
+        ("torch.utils.checkpoint", "_checkpoint_hook"),
+        ("torch.utils.checkpoint", "CheckpointFunction"),
+        ("torch._dynamo", "OptimizedModule"),
+        ("torch._ops", "OpOverload"),
+    ],
+)
+def test_is_there(owner: str, name: str) -> None:
+    module = __import__(owner, fromlist=[name])
+    assert hasattr(module, name)
+
+
+def test_make_fx_takes_what_is_passed() -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    assert {"decomposition_table", "tracing_mode", "_allow_non_fake_inputs"} <= set(
+        inspect.signature(make_fx).parameters
+    )
+    assert {"_compiled_call_impl"} <= set(vars(nn.Linear(1, 1))) | set(vars(nn.Module))
+    assert torch.ops.aten.add_.Tensor._schema.is_mutable and not torch.ops.aten.add.Tensor._schema.is_mutable
+
+
+def test_sequence_numbers_join_backward_to_forward() -> None:
+    x = torch.ones(2, requires_grad=True)
+    before = torch_adapter.last_sequence_number()
+    seen = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            seen.append(torch_adapter.forward_sequence_number())
+            return gradient
+
+    Watch.apply(x).sum().backward()
+    assert torch_adapter.forward_sequence_number() is None
+    assert seen[0] is not None and seen[0] > before
+
+
+def test_recomputation_is_switched_off_and_on_again() -> None:
+    calls = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return x.sin().sin()
+
+    def step(reentrant: bool) -> int:
+        calls.clear()
+        x = torch.ones(2, requires_grad=True)
+        torch.utils.checkpoint.checkpoint(function, x, use_reentrant=reentrant).sum().backward()
+        return len(calls)
+
+    with torch_adapter.without_recomputation():
+        assert (step(False), step(True)) == (1, 1)
+    assert (step(False), step(True)) == (2, 2)
+
+
+def test_hooks_are_found() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    assert torch_adapter.gradient_hooks(parameter) == [] and not torch_adapter.has_accumulation_hooks(parameter)
+    parameter.register_hook(torch.neg)
+    assert torch_adapter.gradient_hooks(parameter) == [torch.neg]
+    parameter.register_post_accumulate_grad_hook(lambda _: None)
+    assert torch_adapter.has_accumulation_hooks(parameter)
+
+
+def test_views_and_writes_are_told_apart() -> None:
+    aten = torch.ops.aten
+    assert all(torch_adapter.is_view(op) for op in (aten.view.default, aten.t.default, aten._unsafe_view.default))
+    assert not any(torch_adapter.is_view(op) for op in (aten.add.Tensor, aten.add_.Tensor, aten.clone.default))
+    assert torch_adapter.mutates(aten.add_.Tensor) and not torch_adapter.mutates(aten.view.default)
+
+
+def test_dropout_in_parts_is_plain_dropout() -> None:
+    table = torch_adapter.eager_random()
+    native, backward = (
+        table[torch.ops.aten.native_dropout.default],
+        table[torch.ops.aten.native_dropout_backward.default],
+    )
+    x = torch.randn(50, requires_grad=True)
+    torch.manual_seed(3)
+    expected = torch.nn.functional.dropout(x, 0.4)
+    torch.manual_seed(3)
+    value, mask = native(x, 0.4, True)
+    assert torch.equal(value, expected)
+    (gradient,) = torch.autograd.grad(expected.sum(), x)
+    torch.testing.assert_close(backward(torch.ones(50), mask, 1 / 0.6), gradient)
+    for p, train in ((0.0, True), (1.0, True), (0.5, False)):
+        reference = torch.native_dropout(x, p, train)
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(native(x, p, train), reference, strict=True))
