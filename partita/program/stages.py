@@ -130,8 +130,8 @@ def _least_stages(
 ) -> dict[str, int]:
     """Backward ops that lead to a parameter's gradient -> the highest stage at which one of these parameters lives.
 
-    Without it, the weight gradient of a stage's first layer would follow the activation that the layer reads down to the
-    stage below, and the new weight would have to come back every step.
+    Without it, the weight gradient of a stage's first layer would follow the activation that the layer reads down to
+    the stage below, and the new weight would have to come back every step.
     """
     least: dict[str, int] = {}
     for node in reversed(nodes):
