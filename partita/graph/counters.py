@@ -47,8 +47,8 @@ _COUNTING = ("__add__", "__radd__", "__sub__")
 _LOOKING = (
     "__lt__", "__le__", "__eq__", "__ne__", "__gt__", "__ge__", "__bool__", "__hash__", "__int__", "__float__",
     "__index__", "__mul__", "__rmul__", "__mod__", "__rmod__", "__floordiv__", "__rfloordiv__", "__truediv__",
-    "__rtruediv__", "__pow__", "__rpow__", "__rsub__", "__neg__", "__abs__", "__round__", "__divmod__", "__and__", "__or__",
-    "__xor__", "__lshift__", "__rshift__",
+    "__rtruediv__", "__pow__", "__rpow__", "__rsub__", "__neg__", "__abs__", "__round__", "__divmod__", "__and__",
+    "__or__", "__xor__", "__lshift__", "__rshift__",
 )  # fmt: skip
 
 
