@@ -107,6 +107,13 @@ def _read_specs(instruction: Instruction, segments: Mapping[str, Segment]) -> li
 
 
 def check(programs: ProgramSet) -> None:
+    """Raises ProgramError unless the programs flow to their end (`check_flow`) and, in every order of the workers, read
+    each value complete and in time (`partita.program.order.check_order`)."""
+    check_flow(programs)
+    check_order(programs)
+
+
+def check_flow(programs: ProgramSet) -> None:
     """Raises ProgramError unless all programs together run to their end, with every value where it is read.
 
     Checked: no deadlock; no read of a register without a value; shapes and dtypes where both sides state them; no
@@ -126,7 +133,6 @@ def check(programs: ProgramSet) -> None:
     for state in states.values():
         _check_end(state)
     _check_updates(programs)
-    check_order(programs)
 
 
 def _step(state: _State, states: Mapping[int, _State], mailbox: Mailbox) -> bool:

@@ -7,7 +7,8 @@ import torch
 
 from partita.errors import ProgramError
 from partita.graph.graph import Phase
-from partita.program import ProgramSet, check
+from partita.program import ProgramSet
+from partita.program.check import check_flow
 from partita.program.instructions import (
     AllReduce,
     Feed,
@@ -54,7 +55,7 @@ READER = (run("n:w"), Free(("n:w",)))
 
 def test_an_update_beside_a_read_in_the_same_process_is_a_race() -> None:
     racing = both((run("n:w"), scatter(0), *END), READER)
-    check(racing)
+    check_flow(racing)
     with pytest.raises(ProgramError, match=r"worker 0, instruction 2 may change 'p:w' while worker 1"):
         check_order(racing)
 
@@ -77,7 +78,7 @@ def test_a_message_orders_as_well() -> None:
 
 def test_half_a_gradient_is_not_applied() -> None:
     unsummed = tuple((run("n:w"), scatter(w), *END) for w in range(2))
-    check(both(*unsummed, processes=(0, 1)))
+    check_flow(both(*unsummed, processes=(0, 1)))
     with pytest.raises(ProgramError, match=r"'w' with the sum over workers \[0, 1\]"):
         check_order(both(*unsummed, processes=(0, 1)))
 
@@ -99,7 +100,7 @@ def test_nothing_is_added_to_a_reduced_gradient() -> None:
 def test_a_received_value_is_read() -> None:
     sender = (run("n:x@0"), Send("n:x@0", 1, "x", WEIGHT), Free(("n:x@0",)))
     unread = both(sender, (Recv("n:x@0", 0, "x", WEIGHT), Free(("n:x@0",))))
-    check(unread)
+    check_flow(unread)
     with pytest.raises(ProgramError, match=r"frees 'n:x@0', written by its instruction 0, which nothing has read"):
         check_order(unread)
 
@@ -115,6 +116,6 @@ def test_new_weights_are_sent_after_their_update_only() -> None:
     head = (run("n:w"), scatter(0))
     check_order(both((*head, *END, send), (*READER, receive), processes=(0, 1)))
     early = both((*head, send, *END), (*READER, receive), processes=(0, 1))
-    check(early)
+    check_flow(early)
     with pytest.raises(ProgramError, match=r"may send 'p:w' before worker 0 has updated its part"):
         check_order(early)
