@@ -86,6 +86,9 @@ class GraphRunner:
     ) -> None:
         self.graph, self.plan, self.process = graph, plan, process
         self.parameters, self.buffers = named_state(model)
+        for item in graph.inputs_of(InputKind.BUFFER):  # a frozen parameter that the step changes is one as well
+            if item.name not in self.buffers:
+                self.buffers[item.name] = self.parameters[item.name].detach()
         self.optimizer = optimizer
         self.kind: Kind = kind_of(optimizer)
         self.programs: ProgramSet = lower(graph, plan, whole_parameters=self.kind != "element")
