@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from partita.graph.graph import Graph, InputKind
+from partita.graph.simplify import is_random
 from partita.program.instructions import Draw, TensorSpec
 
 aten = torch.ops.aten
@@ -27,18 +28,6 @@ _SHAPE_ONLY = frozenset(
         "aten::exponential", "aten::geometric", "aten::log_normal", "aten::cauchy", "aten::random",
     }
 )  # fmt: skip
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether a node draws random numbers. Attention with a dropout probability of 0 draws none."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    for index, argument in enumerate(target._schema.arguments):
-        if argument.name == "dropout_p":
-            given = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", argument.default_value)
-            return bool(given != 0.0)
-    return True
 
 
 def reads_shape_only(node: fx.Node) -> bool:

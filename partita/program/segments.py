@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from partita.graph.graph import OpInfo
-from partita.program.draws import is_random
+from partita.graph.simplify import is_random
 from partita.program.instructions import Segment, TensorSpec
 from partita.sharding.communication import COMMUNICATION_OPS
 from partita.units import fingerprint

@@ -11,7 +11,8 @@ from torch import fx
 
 from partita.errors import PlanError
 from partita.graph.graph import Graph, InputKind
-from partita.program.draws import hoist_draws, is_random
+from partita.graph.simplify import is_random
+from partita.program.draws import hoist_draws
 from partita.program.instructions import Draw
 from partita.sharding.placement import Placement, Replicate, Shard
 from partita.sharding.shard import ShardedGraph, shard

@@ -15,7 +15,7 @@ from torch import fx
 
 from partita.errors import PlanError
 from partita.graph.graph import Graph, Input, InputKind, OpInfo, Phase
-from partita.program.draws import is_random
+from partita.graph.simplify import is_random
 
 _FREE_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.SEED)
 

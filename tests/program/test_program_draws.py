@@ -10,7 +10,8 @@ from torch import nn
 
 from partita.graph.capture import capture
 from partita.graph.graph import Graph, InputKind
-from partita.program.draws import hoist_draws, is_random
+from partita.graph.simplify import is_random
+from partita.program.draws import hoist_draws
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")
 
