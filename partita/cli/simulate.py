@@ -53,7 +53,8 @@ def _simulate(task: Any, plan: Plan | None, cluster: Any) -> tuple[Plan, Timelin
     from partita.cost.table import CostTable
     from partita.graph import capture
     from partita.plan import Constraints
-    from partita.training.planning import Evaluator, OptimizerFacts, best_plan
+    from partita.training.optimizers import OptimizerFacts
+    from partita.training.planning import Evaluator, best_plan
 
     graph = capture(task.model, task.loss_fn, task.batch)
     if plan is None:

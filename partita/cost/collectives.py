@@ -7,10 +7,10 @@ With p participants, B bytes of the whole tensor, latency a and bandwidth b:
     all_gather          (p-1) a +   (p-1)/p B / b
     all_to_all          (p-1) a +   (p-1)/p B / b / p  (each worker holds B/p and keeps 1/p of it)
 
-Inside a process of k workers nothing is sent: each worker sums its slice of k tensors in shared memory, (k+1) B bytes
-over
-the memory's bandwidth, between two waits; gathers read and write B. Across processes: reduce inside, exchange between
-processes once, share the result.
+Inside a process of k workers nothing is sent: the workers meet, then each sums its slice of k tensors in shared memory,
+(k+1) B bytes in all over the bandwidth of memory; gathers read and write B. Where the result is put together by all
+members (gathers, sums of more than `SMALL_BYTES`) they meet once more. Across processes: reduce inside, exchange
+between processes once, share the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from collections import Counter
 
 from partita.cluster.model import Cluster, Link
 from partita.cost.model import CollectiveKind, Place
+from partita.cost.overheads import Overheads
 from partita.cost.roofline import DEFAULT_CORE_BYTES_PER_S, DEFAULT_MEMORY_BYTES_PER_S
+
+SMALL_BYTES = 32 * 1024  # up to this size every member of a process sums everything itself
 
 
 def link_between(cluster: Cluster, source: Place, target: Place) -> Link | None:
@@ -40,16 +43,26 @@ def link_time_s(link: Link, kind: CollectiveKind, num_bytes: float, num_processe
     return rounds * link.latency_s + moved / link.bytes_per_s
 
 
-def inside_time_s(kind: CollectiveKind, num_bytes: float, num_workers: int, bytes_per_s: float, wait_s: float) -> float:
+def inside_time_s(
+    kind: CollectiveKind, num_bytes: float, num_workers: int, bytes_per_s: float, overheads: Overheads, num_tensors: int
+) -> float:
     """Time of a collective of the workers of one process through shared memory."""
     if num_workers < 2:
         return 0.0
     passes = {"all_reduce": num_workers + 1, "reduce_scatter": num_workers + 1, "all_gather": 2, "all_to_all": 2}[kind]
-    return 2 * wait_s + passes * num_bytes / bytes_per_s
+    meetings = 2 if kind == "all_gather" or (kind == "all_reduce" and num_bytes > SMALL_BYTES) else 1
+    tensors_s = (num_tensors - 1) * overheads.tensor_s
+    return meetings * overheads.meeting_s + tensors_s + passes * num_bytes / bytes_per_s
 
 
 def collective_time_s(
-    cluster: Cluster, kind: CollectiveKind, num_bytes: int, group: tuple[Place, ...], *, wait_s: float
+    cluster: Cluster,
+    kind: CollectiveKind,
+    num_bytes: int,
+    group: tuple[Place, ...],
+    *,
+    overheads: Overheads,
+    num_tensors: int = 1,
 ) -> float:
     """Hierarchical time of a collective of `group`; the fullest process and the slowest link decide."""
     per_process = Counter(place.process for place in group)
@@ -57,10 +70,9 @@ def collective_time_s(
     for place in {place.process: place for place in group}.values():
         count = per_process[place.process]
         whole = cluster.machines[place.machine].memory_bytes_per_s or DEFAULT_MEMORY_BYTES_PER_S
-        bandwidth = min(
-            whole, DEFAULT_CORE_BYTES_PER_S * sum(max(len(p.cores), 1) for p in group if p.process == place.process)
-        )
-        inside_s = max(inside_s, inside_time_s(kind, num_bytes, count, bandwidth, wait_s))
+        num_cores = sum(max(len(p.cores), 1) for p in group if p.process == place.process)
+        bandwidth = overheads.sum_bytes_per_s or min(whole, DEFAULT_CORE_BYTES_PER_S * num_cores)
+        inside_s = max(inside_s, inside_time_s(kind, num_bytes, count, bandwidth, overheads, num_tensors))
     crosses = len({place.machine for place in group}) > 1
     link = cluster.network if crosses else cluster.process_link
     return inside_s + link_time_s(link, kind, num_bytes, len(per_process))

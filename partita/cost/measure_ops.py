@@ -20,6 +20,9 @@ from torch import fx
 
 REPEAT_S = 0.002  # one sample repeats the op for about this long, so that the clock's grain does not matter
 NUM_SAMPLES = 5
+SHORT_S = 0.0005  # calls that run together are repeated to last about this long
+MIN_ROUNDS, MAX_ROUNDS = 3, 25
+WAIT_LIMIT_S = 600.0
 
 
 def make_tensor(spec: torch.Tensor, high: int = 1) -> torch.Tensor:
@@ -72,6 +75,15 @@ def index_bound(node: fx.Node) -> int:
     return 1
 
 
+def placeholder_bound(node: fx.Node) -> int:
+    """A bound below which an integer input is a valid index for every op that reads it, directly or through views."""
+    bounds = []
+    for user in node.users:
+        is_view = isinstance(user.target, torch._ops.OpOverload) and user.target.is_view
+        bounds.append(placeholder_bound(user) if is_view and user.args[0] is node else index_bound(user))
+    return min(bounds, default=1)
+
+
 def time_call(call: Callable[[], object], *, repeat_s: float = REPEAT_S) -> float:
     """Median seconds of one call, after two warm-ups, over samples of `repeat_s` each."""
     call()
@@ -111,34 +123,56 @@ def measure_dispatch_s(cores: tuple[int, ...]) -> float:
     return found[0]
 
 
-def measure_concurrent(
+def measure_together(
     calls: Sequence[Callable[[], object]], cores: Sequence[tuple[int, ...]], *, budget_s: float
 ) -> float:
-    """Median seconds of one call while all `calls` run at the same time, each in a loop on its own pinned thread."""
-    barrier = threading.Barrier(len(calls))
-    samples: list[float] = []
+    """Seconds until the slowest of `calls` is done when all start together, each on its own pinned thread: the median
+    over at least three rounds, more as far as `budget_s` reaches. Raises what a call raises.
 
-    def body(call: Callable[[], object]) -> None:
-        call()
-        barrier.wait(timeout=600)
-        end = time.perf_counter() + budget_s
-        for _ in range(1000):
-            start = time.perf_counter()
+    Workers that exchange something after each segment wait for the slowest of them, so that is what counts. Calls
+    shorter than `SHORT_S` are repeated within a round: the threads start some microseconds apart.
+    """
+    times_s: list[list[float]] = [[] for _ in calls]
+    repeats, over = 1, False
+    start_s = time.perf_counter()
+
+    def decide() -> None:
+        """Run by the barrier while all wait, so that all see the same."""
+        nonlocal repeats, over
+        num_rounds = len(times_s[0])
+        if num_rounds == 1:  # the first round tells how long a call is
+            repeats = max(1, min(int(SHORT_S / max(*(t[0] for t in times_s), 1e-8)), 1000))
+        over = num_rounds > MAX_ROUNDS or (num_rounds > MIN_ROUNDS and time.perf_counter() - start_s > budget_s)
+
+    barrier = threading.Barrier(len(calls), action=decide)
+
+    def body(place: int) -> None:
+        call = calls[place]
+        for _ in range(2):
             call()
-            now = time.perf_counter()
-            samples.append(now - start)  # list.append is atomic
-            if now > end:
-                break
+        while True:
+            barrier.wait(WAIT_LIMIT_S)
+            if over:
+                return
+            times_s[place].append(_timed(call, repeats))
 
-    def guarded(call: Callable[[], object]) -> None:
+    def guarded(place: int) -> None:
         try:
-            body(call)
+            body(place)
         except BaseException:
             barrier.abort()
             raise
 
-    _on_pinned_threads(cores, [functools.partial(guarded, call) for call in calls])
-    return statistics.median(samples)
+    _on_pinned_threads(cores, [functools.partial(guarded, place) for place in range(len(calls))])
+    slowest_s: list[float] = [max(round_s) for round_s in zip(*times_s, strict=True)][1:]
+    return statistics.median(slowest_s)
+
+
+def _timed(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
 
 
 def _measure_node(node: fx.Node) -> float | None:

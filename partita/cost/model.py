@@ -24,39 +24,46 @@ class Place(Protocol):
 
 class CostModel(Protocol):
     """Predicted times, all in seconds. `num_active` is the number of workers of the same machine that compute at the
-    same time (they share memory bandwidth and, where not compiled, the interpreter)."""
+    same time, on average (they share memory bandwidth and, where not compiled, the interpreter)."""
 
-    def op_time_s(self, node: fx.Node, place: Place, *, num_active: int = 1) -> float:
+    def op_time_s(self, node: fx.Node, place: Place, *, num_active: float = 1) -> float:
         """Time of one op with the local shapes in ``node.meta["val"]`` and its inputs', uncompiled."""
         ...
 
     def segment_time_s(
-        self, module: fx.GraphModule, key: str, place: Place, *, compiled: bool, num_active: int = 1
+        self, module: fx.GraphModule, key: str, place: Place, *, compiled: bool, num_active: float = 1
     ) -> float:
         """Time of a whole segment; the measured one where the table has it, else the sum of its ops."""
         ...
 
-    def update_time_s(self, num_elements: int, optimizer: str, place: Place, *, num_active: int = 1) -> float:
-        """Time of the optimizer (class name, e.g. "AdamW") on `num_elements` float32 parameters."""
+    def update_time_s(self, sizes: tuple[int, ...], optimizer: str, place: Place, *, num_active: float = 1) -> float:
+        """Time of the optimizer (class name, e.g. "AdamW") on float32 slices of `sizes` elements."""
         ...
 
     def transfer_time_s(self, num_bytes: int, source: Place, target: Place) -> float:
         """Time until a value of `num_bytes` is at `target`."""
         ...
 
-    def collective_time_s(self, kind: CollectiveKind, num_bytes: int, group: tuple[Place, ...]) -> float:
-        """Time of a collective, hierarchical where the group spans processes. `num_bytes`: of the whole tensor."""
+    def collective_time_s(
+        self, kind: CollectiveKind, num_bytes: int, group: tuple[Place, ...], *, num_tensors: int = 1
+    ) -> float:
+        """Time of a collective, hierarchical where the group spans processes. `num_bytes`: of the whole tensors."""
         ...
 
     def instruction_time_s(self) -> float:
         """Fixed cost of one instruction of a worker."""
         ...
 
-    def step_time_s(self) -> float:
-        """Fixed cost of one step: waking the workers and joining them."""
+    def step_time_s(self, num_workers: int) -> float:
+        """Fixed cost of one step: waking the `num_workers` workers of a process and joining them."""
         ...
 
     @property
     def uncertainty(self) -> float:
         """Relative error expected of a predicted step time (0.1 = 10 %)."""
+        ...
+
+    @property
+    def refined_uncertainty(self) -> float:
+        """The same where the plan's segments and updates were measured as a whole."""
         ...

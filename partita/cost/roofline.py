@@ -59,7 +59,7 @@ def rates_of(machine: Machine, place: Place, *, launch_s: float) -> Rates:
     )
 
 
-def roofline_s(rates: Rates, flops: float, num_bytes: float, *, num_active: int = 1) -> float:
+def roofline_s(rates: Rates, flops: float, num_bytes: float, *, num_active: float = 1) -> float:
     """Seconds of an op that does `flops` and moves `num_bytes`, while `num_active` workers share the memory."""
     bandwidth = min(rates.bytes_per_s, rates.machine_bytes_per_s / max(num_active, 1))
     return rates.launch_s + max(flops / (rates.flops_per_s * rates.efficiency), num_bytes / bandwidth)

@@ -1,19 +1,23 @@
-"""`CostTable`: measured op and segment times of this machine, kept on disk; a roofline where nothing was measured.
+"""`CostTable`: measured times of ops, segments and updates on this machine; a roofline where nothing was measured.
 
-Contention: `num_active` workers share the memory, so an op that moves n bytes takes at least ``num_active * n /
-bandwidth``; and
-not-compiled ops hold the interpreter for `dispatch_s` each, so `num_active` workers together need at least
-``num_active * dispatch_s``
-for one op each. A compiled segment that was not measured is taken as its ops without dispatch, where ops other than
-contractions cost `FUSED_SHARE` (fusion saves the writing and reading of what lies between them).
+Times of ops and the runtime's overheads are kept on disk. Times of whole segments and updates replace the sum of their
+parts for as long as the table lives: they depend on more than their names tell (values, what else ran).
+
+Contention, where it was not measured: `num_active` workers share the memory, so an op that moves n bytes takes at least
+``num_active * n / bandwidth``; and not-compiled ops hold the interpreter for `dispatch_s` each, so `num_active` workers
+together need at least ``num_active * dispatch_s`` for one op each. A compiled segment that was not measured is taken as
+its ops without dispatch, where ops other than contractions cost `FUSED_SHARE` (fusion saves the writing and reading of
+what lies between them).
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
@@ -21,19 +25,21 @@ from torch import fx
 from partita.cache import read_json, write_json
 from partita.cluster.model import Cluster
 from partita.cost.collectives import collective_time_s, link_between
-from partita.cost.measure_ops import index_bound, make_tensor, measure_concurrent, measure_dispatch_s, measure_nodes
+from partita.cost.measure_ops import measure_dispatch_s, measure_nodes
 from partita.cost.memory import update_traffic_bytes
 from partita.cost.model import CollectiveKind, Place
+from partita.cost.overheads import Overheads
 from partita.cost.roofline import Rates, rates_of, roofline_s
 from partita.graph.graph import OpInfo
 from partita.sharding.communication import COMMUNICATION_OPS
 from partita.units import fingerprint
 
 FUSED_SHARE = 0.4
-WAIT_S = 20e-6  # waking a waiting thread of this process
+UPDATE_TENSOR_S = 12e-6  # what an optimizer takes for each tensor, whatever its size
 DISPATCH_S = 4e-6  # of a CPU op, where not measured
 GPU_LAUNCH_S = 6e-6
 UNCERTAINTY_MEASURED = 0.15
+UNCERTAINTY_REFINED = 0.08
 UNCERTAINTY_ROOFLINE = 0.5
 MEASURE_LIMIT_BYTES = 2**30  # ops that touch more are left to the roofline: measuring them could exhaust the memory
 
@@ -78,7 +84,8 @@ class CostTable:
         hardware = [(m.cpu, len(m.cores), m.cache_bytes, tuple(g.name for g in m.gpus)) for m in cluster.machines]
         self._name = f"cost/{fingerprint([*hardware, torch.__version__])}.json"
         self._ops: dict[str, float] = {}
-        self._segments: dict[str, float] = {}
+        self._wholes: dict[tuple[object, ...], dict[float, float]] = {}  # segment or update -> num_active -> seconds
+        self._overheads: Overheads | None = None
         self._dispatch_s = DISPATCH_S
         self._dispatch_measured = False
         self._keys: dict[tuple[int, int], tuple[fx.Node, str]] = {}
@@ -98,7 +105,16 @@ class CostTable:
     def uncertainty(self) -> float:
         return UNCERTAINTY_MEASURED if self._ops else UNCERTAINTY_ROOFLINE
 
-    def op_time_s(self, node: fx.Node, place: Place, *, num_active: int = 1) -> float:
+    @property
+    def refined_uncertainty(self) -> float:
+        return UNCERTAINTY_REFINED
+
+    @property
+    def overheads(self) -> Overheads:
+        """What the runtime takes for itself: measured, or the defaults."""
+        return self._overheads or Overheads()
+
+    def op_time_s(self, node: fx.Node, place: Place, *, num_active: float = 1) -> float:
         if is_free(node):
             return 0.0
         rates, num_bytes = self._rates(place), _num_bytes(node)
@@ -110,11 +126,14 @@ class CostTable:
         return max(alone_s, num_active * self._dispatch_s) if place.gpu is None else alone_s
 
     def segment_time_s(
-        self, module: fx.GraphModule, key: str, place: Place, *, compiled: bool, num_active: int = 1
+        self, module: fx.GraphModule, key: str, place: Place, *, compiled: bool, num_active: float = 1
     ) -> float:
-        measured = self._segments.get(_segment_key(key, len(place.cores), compiled, num_active))
-        if measured is not None:
-            return measured
+        def sum_s(active: float) -> float:
+            return self._sum_of_ops_s(module, place, compiled, active)
+
+        return _between(self._wholes.get(_segment_key(key, len(place.cores), compiled), {}), num_active, sum_s)
+
+    def _sum_of_ops_s(self, module: fx.GraphModule, place: Place, compiled: bool, num_active: float) -> float:
         total = 0.0
         for node in module.graph.nodes:
             if is_free(node):
@@ -126,24 +145,33 @@ class CostTable:
             total += time_s
         return total + (self._dispatch_s if compiled else 0.0)
 
-    def update_time_s(self, num_elements: int, optimizer: str, place: Place, *, num_active: int = 1) -> float:
-        if not num_elements:
+    def update_time_s(self, sizes: tuple[int, ...], optimizer: str, place: Place, *, num_active: float = 1) -> float:
+        if not sizes:
             return 0.0
-        num_bytes = num_elements * update_traffic_bytes(optimizer) / self._efficiency
-        return roofline_s(self._rates(place), 0, num_bytes, num_active=num_active)
+
+        def formula_s(active: float) -> float:
+            num_bytes = sum(sizes) * update_traffic_bytes(optimizer) / self._efficiency
+            return roofline_s(self._rates(place), 0, num_bytes, num_active=active) + len(sizes) * UPDATE_TENSOR_S
+
+        return _between(self._wholes.get(_update_key(sizes, optimizer, len(place.cores)), {}), num_active, formula_s)
 
     def transfer_time_s(self, num_bytes: int, source: Place, target: Place) -> float:
         link = link_between(self._cluster, source, target)
-        return WAIT_S if link is None else WAIT_S + link.latency_s + num_bytes / link.bytes_per_s
+        handover_s = self.overheads.handover_s
+        return handover_s if link is None else handover_s + link.latency_s + num_bytes / link.bytes_per_s
 
-    def collective_time_s(self, kind: CollectiveKind, num_bytes: int, group: tuple[Place, ...]) -> float:
-        return collective_time_s(self._cluster, kind, num_bytes, group, wait_s=WAIT_S)
+    def collective_time_s(
+        self, kind: CollectiveKind, num_bytes: int, group: tuple[Place, ...], *, num_tensors: int = 1
+    ) -> float:
+        return collective_time_s(
+            self._cluster, kind, num_bytes, group, overheads=self.overheads, num_tensors=num_tensors
+        )
 
     def instruction_time_s(self) -> float:
-        return self._dispatch_s
+        return self.overheads.instruction_s
 
-    def step_time_s(self) -> float:
-        return 2 * WAIT_S
+    def step_time_s(self, num_workers: int) -> float:
+        return self.overheads.step_of(num_workers)
 
     def missing(self, modules: Iterable[fx.GraphModule], num_threads: int) -> list[fx.Node]:
         """One node for each kind of op that the table has no time for."""
@@ -180,33 +208,27 @@ class CostTable:
             self._store()
         return len(known)
 
-    def measure_segments(
-        self,
-        modules: Mapping[str, fx.GraphModule],
-        cores: Sequence[tuple[int, ...]],
-        *,
-        compiled: bool,
-        budget_s: float,
-        compiler: Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., object]] | None = None,
-    ) -> int:
-        """Run each module on ``len(cores)`` pinned threads at once and keep its time under its key. `compiler` turns
-        a module and example
-        inputs into a callable; it is required if `compiled`. The values kept replace the sum of ops. Returns the
-        number measured."""
-        if compiled and compiler is None:
-            raise ValueError("measure_segments(compiled=True) needs a compiler.")
-        if not self._cluster.is_here or not modules:
-            return 0
-        share_s = budget_s / len(modules)
-        for key, module in modules.items():
-            placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-            inputs = [make_tensor(node.meta["val"], _placeholder_bound(node)) for node in placeholders]
-            run = compiler(module, inputs) if compiled and compiler is not None else module
-            calls = [lambda run=run, inputs=inputs: run(*inputs) for _ in cores]
-            seconds = measure_concurrent(calls, cores, budget_s=share_s)
-            self._segments[_segment_key(key, len(cores[0]), compiled, len(cores))] = seconds
-        self._store()
-        return len(modules)
+    def measure_overheads(self, measurer: Callable[[Sequence[int]], Overheads]) -> None:
+        """Have `measurer` find the runtime's overheads on the cores of process 0, unless they are known. Does nothing
+        for a cluster that is only described."""
+        if self._cluster.is_here and self._overheads is None:
+            self._overheads = measurer(self._cluster.processes[0].cores)
+            self._store()
+
+    def keep_segment_time(
+        self, key: str, time_s: float, *, num_threads: int, compiled: bool, num_active: int = 1
+    ) -> None:
+        """From now on the segment takes `time_s` while `num_active` workers run."""
+        self._wholes.setdefault(_segment_key(key, num_threads, compiled), {})[num_active] = time_s
+
+    def knows_segment(self, key: str, *, num_threads: int, compiled: bool, num_active: int = 1) -> bool:
+        return num_active in self._wholes.get(_segment_key(key, num_threads, compiled), {})
+
+    def keep_update_time(
+        self, sizes: tuple[int, ...], optimizer: str, time_s: float, *, num_threads: int, num_active: int = 1
+    ) -> None:
+        """From now on the update of slices of these sizes takes `time_s` while `num_active` workers run."""
+        self._wholes.setdefault(_update_key(sizes, optimizer, num_threads), {})[num_active] = time_s
 
     def _key(self, node: fx.Node, num_threads: int) -> str:
         cached = self._keys.get((id(node), num_threads))
@@ -224,21 +246,22 @@ class CostTable:
 
     def _load(self) -> None:
         kept = read_json(self._name) or {}
-        for field, target in (("ops", self._ops), ("segments", self._segments)):
-            values = kept.get(field)
-            if isinstance(values, dict):
-                target.update({k: float(v) for k, v in values.items() if isinstance(v, int | float) and v >= 0})
+        values = kept.get("ops")
+        if isinstance(values, dict):
+            self._ops.update({k: float(v) for k, v in values.items() if isinstance(v, int | float) and v >= 0})
+        with contextlib.suppress(msgspec.ValidationError):
+            self._overheads = msgspec.convert(kept.get("overheads"), Overheads, strict=False)
         if isinstance(kept.get("dispatch_s"), float):
             self._dispatch_s, self._dispatch_measured = kept["dispatch_s"], True
 
     def _store(self) -> None:
         kept = read_json(self._name) or {}  # another process may have added to it
-        merged: dict[str, Any] = {"ops": self._ops, "segments": self._segments}
-        for field in merged:
-            if isinstance(kept.get(field), dict):
-                merged[field] = {**kept[field], **merged[field]}
+        known = kept.get("ops")
+        merged: dict[str, Any] = {"ops": {**(known if isinstance(known, dict) else {}), **self._ops}}
         if self._dispatch_measured:
             merged["dispatch_s"] = self._dispatch_s
+        if self._overheads is not None:
+            merged["overheads"] = msgspec.to_builtins(self._overheads, str_keys=True)
         write_json(self._name, merged)
 
 
@@ -256,8 +279,28 @@ def _ops_of(modules: Iterable[fx.GraphModule]) -> Iterator[fx.Node]:
         yield from (node for node in module.graph.nodes if not is_free(node))
 
 
-def _segment_key(key: str, num_threads: int, compiled: bool, num_active: int) -> str:
-    return f"{key}|{num_threads}|{'compiled' if compiled else 'ops'}|{num_active}"
+def _segment_key(key: str, num_threads: int, compiled: bool) -> tuple[object, ...]:
+    return ("segment", key, num_threads, compiled)
+
+
+def _update_key(sizes: tuple[int, ...], optimizer: str, num_threads: int) -> tuple[object, ...]:
+    return ("update", sizes, optimizer, num_threads)
+
+
+def _between(measured: Mapping[float, float], num_active: float, formula_s: Callable[[float], float]) -> float:
+    """Seconds at `num_active` from what was measured at other numbers: linear between two of them; beyond them, and
+    with a single one, in proportion to the formula; the formula itself where nothing was measured."""
+    if not measured:
+        return formula_s(num_active)
+    low = max((active for active in measured if active <= num_active), default=None)
+    high = min((active for active in measured if active >= num_active), default=None)
+    if low is not None and high is not None:
+        share = (num_active - low) / (high - low) if high > low else 0.0
+        return measured[low] + share * (measured[high] - measured[low])
+    nearest = low if high is None else high
+    assert nearest is not None
+    base_s = formula_s(nearest)
+    return measured[nearest] * (formula_s(num_active) / base_s if base_s > 0 else 1.0)
 
 
 def _flops(node: fx.Node) -> int:
@@ -275,8 +318,3 @@ def _is_contraction(node: fx.Node) -> bool:
     return _flops(node) > 2 * max(_num_bytes(node), 1) or any(
         part in str(node.target) for part in ("mm", "convolution", "attention", "lstm", "gru")
     )
-
-
-def _placeholder_bound(node: fx.Node) -> int:
-    """The bound of valid indices for an integer input: the smallest among the ops that read it."""
-    return min((index_bound(user) for user in node.users), default=1)

@@ -64,7 +64,7 @@ class Pricer:
         """Lower bound of the corner's step time (see `partita.planner.bound`)."""
         per_process = max(Counter((w.stage, w.process) for w in corner.workers).values())
         elements = float(self._work.parameter_elements.sum()) / corner.pipeline / per_process
-        update_s = min(self._cost.update_time_s(int(elements), self._optimizer, worker) for worker in corner.workers)
+        update_s = min(self._cost.update_time_s((int(elements),), self._optimizer, worker) for worker in corner.workers)
         pipeline_s = pipeline_bound_s(self._stage_times(corner), corner.pipeline, corner.num_microbatches)
         return self._fixed_s(corner) + pipeline_s + update_s * (1 - 1e-12)
 
@@ -107,7 +107,8 @@ class Pricer:
         """Forward, backward and update of the whole batch as one plain PyTorch block on `place`."""
         key = f"whole:{self._graph.fingerprint}"
         run_s = self._cost.segment_time_s(self._graph.module, key, place, compiled=compiled)
-        return run_s + self._cost.update_time_s(int(self._work.parameter_elements.sum()), self._optimizer, place)
+        elements = int(self._work.parameter_elements.sum())
+        return run_s + self._cost.update_time_s((elements,), self._optimizer, place)
 
     def whole_memory_bytes(self) -> int:
         return int(self._static_bytes().sum() + self._work.saved_bytes.sum())
@@ -117,9 +118,9 @@ class Pricer:
 
     def _fixed_s(self, corner: Corner) -> float:
         per_microbatch = 2 if corner.pipeline == 1 else 6
-        return (
-            self._cost.step_time_s() + (per_microbatch * corner.num_microbatches + 2) * self._cost.instruction_time_s()
-        )
+        per_process = max(Counter(worker.process for worker in corner.workers).values())
+        num_instructions = per_microbatch * corner.num_microbatches + 2
+        return self._cost.step_time_s(per_process) + num_instructions * self._cost.instruction_time_s()
 
     def _of_stage(self, corner: Corner, stage: int) -> list[Worker]:
         return [worker for worker in corner.workers if worker.stage == stage]
@@ -231,7 +232,7 @@ class Pricer:
         fewest = min(Counter(worker.process for worker in workers).values())
         active = self._active(corner, workers[0].machine)
         update_s = max(
-            self._cost.update_time_s(-(-elements // fewest), self._optimizer, w, num_active=active) for w in workers
+            self._cost.update_time_s((-(-elements // fewest),), self._optimizer, w, num_active=active) for w in workers
         )
         if len(workers) == 1:
             return update_s

@@ -21,6 +21,8 @@ from partita.planner.space import Corner, corners
 from partita.planner.work import Work, measure_work
 from partita.units import format_bytes, format_time, split_evenly
 
+MAX_REFINED = 3  # refining a compiled plan compiles it
+
 
 class Outcome(Protocol):
     """What an evaluation of a plan tells; `partita.program.timeline.Timeline` is one."""
@@ -46,15 +48,17 @@ def search(
     limit: int = 8,
     microbatches: bool = False,
     evaluate: Callable[[Plan], Outcome] | None = None,
+    refine: Callable[[Plan], Outcome] | None = None,
 ) -> tuple[Plan, ...]:
-    """Up to `limit` plans, best first: by predicted step time, then by fewer workers. Plain PyTorch (eager and
-    compiled,
-    on one thread and on all) is among them unless `constraints` fix the mesh, the microbatches, schedule or stages.
+    """Plans, best first: by predicted step time, then by fewer workers; up to `limit` compiled ones and as many that
+    are not. Plain PyTorch (eager and compiled, on one thread and on all) is among them unless `constraints` fix the
+    mesh, the microbatches, schedule or stages.
 
     `microbatches` says whether this graph may be cut into microbatches (nothing but sums crosses samples).
     `evaluate`, usually lowering and simulation, replaces the formula's prediction of the best plans; a plan for which
-    it raises
-    `PlanError` or `ProgramError` is dropped. Raises `InfeasibleError`, naming the binding limit, if no plan is left.
+    it raises `PlanError` or `ProgramError` is dropped. `refine` predicts better than `evaluate` but takes longer: it is
+    asked about the best plan until the best plan is a refined one, `MAX_REFINED` times at most.
+    Raises `InfeasibleError`, naming the binding limit, if no plan is left.
     """
     wanted = constraints if constraints is not None else Constraints()
     if limit < 1:
@@ -64,17 +68,26 @@ def search(
         graph, work, cluster, cost, optimizer=optimizer, state_bytes_per_element=optimizer_state_bytes_per_element
     )
     space = corners(cluster, wanted, batch_size=graph.batch_size, num_ops=len(work.names), microbatches=microbatches)
-    ranked, bounds, misses = _branch_and_bound(pricer, space, wanted.stage_starts, limit)
-    plans = [_graph_plan(graph, cluster, cost, work, candidate, wanted) for candidate in ranked]
+    plans: list[Plan] = []
+    bounds: list[float] = []
+    misses: list[str] = []
+    for compiled in (False, True):  # what compiling saves is a guess until it is tried: the two are ranked apart
+        corners_of_kind = tuple(corner for corner in space if corner.compiled is compiled)
+        ranked, found_bounds, found_misses = _branch_and_bound(pricer, corners_of_kind, wanted.stage_starts, limit)
+        plans += [_graph_plan(graph, cluster, cost, work, candidate, wanted) for candidate in ranked]
+        bounds += found_bounds
+        misses += found_misses
     plans += _blocks(graph, cluster, cost, pricer, wanted)
     if evaluate is not None:
         plans, dropped = _evaluated(plans, evaluate, cluster)
         misses += dropped
+    if refine is not None:
+        _refine_best(plans, refine, cluster, cost.refined_uncertainty)
     if not plans:
         raise InfeasibleError(misses[0] if misses else "No plan satisfies the constraints: free one of them.")
     bounds += [_time_s(plan) for plan in plans]  # evaluated ones and blocks belong to the space as well
     plans.sort(key=lambda plan: (_time_s(plan), plan.num_workers))
-    return _explained(_keep_blocks(plans, limit), space_bound_s(bounds), len(space))
+    return _explained(_keep(plans, limit), space_bound_s(bounds), len(space))
 
 
 @dataclass(frozen=True)
@@ -230,19 +243,41 @@ def _evaluated(
     return kept, dropped
 
 
+def _refine_best(
+    plans: list[Plan], refine: Callable[[Plan], Outcome], cluster: Cluster, uncertainty: float
+) -> None:
+    """Refines predictions in place, always that of the best graph plan, until it is a refined one."""
+    refined: set[str] = set()
+    while len(refined) < MAX_REFINED:
+        graphs = [plan for plan in plans if plan.mode == "graph"]
+        best = min(graphs, key=lambda plan: (_time_s(plan), plan.num_workers), default=None)
+        if best is None or best.hash in refined:
+            return
+        better, _ = _evaluated([best], refine, cluster)
+        refined.add(best.hash)
+        plans[plans.index(best) : plans.index(best) + 1] = [_with_uncertainty(plan, uncertainty) for plan in better]
+
+
+def _with_uncertainty(plan: Plan, uncertainty: float) -> Plan:
+    assert plan.prediction is not None
+    prediction = msgspec.structs.replace(plan.prediction, uncertainty=uncertainty)
+    return msgspec.structs.replace(plan, prediction=prediction)
+
+
 def _time_s(plan: Plan) -> float:
     assert plan.prediction is not None
     return plan.prediction.step_time_s
 
 
-def _keep_blocks(plans: list[Plan], limit: int) -> list[Plan]:
-    """The first `limit`, plus the best plain eager and compiled plan: they are measured before anything is adopted."""
-    kept = plans[:limit]
+def _keep(plans: list[Plan], limit: int) -> list[Plan]:
+    """The first `limit` compiled graph plans and as many others, and the best plain eager and compiled plan: they are
+    measured before anything is adopted."""
+    kept: set[int] = set()
     for compiled in (False, True):
-        block = next((plan for plan in plans if plan.mode == "block" and plan.compiled is compiled), None)
-        if block is not None and block not in kept:
-            kept.append(block)
-    return kept
+        graphs = [plan for plan in plans if plan.mode == "graph" and plan.compiled is compiled]
+        blocks = [plan for plan in plans if plan.mode == "block" and plan.compiled is compiled]
+        kept |= {id(plan) for plan in (*graphs[:limit], *blocks[:1])}
+    return [plan for plan in plans if id(plan) in kept]
 
 
 def _explained(plans: list[Plan], bound_s: float, num_corners: int) -> tuple[Plan, ...]:

@@ -227,6 +227,11 @@ class Program:
     loss: str = ""
     buffers: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def updated(self) -> tuple[Slice, ...]:
+        """The slices that the worker updates."""
+        return tuple(part for item in self.instructions if isinstance(item, Update) for part in item.slices)
+
 
 @dataclass(frozen=True)
 class ProgramSet:

@@ -39,7 +39,7 @@ from partita.runtime.collectives import (
     barrier,
 )
 from partita.runtime.local import Channel
-from partita.runtime.segments import Code, with_strides
+from partita.runtime.segments import Code, fits, with_strides
 from partita.runtime.transport import Mail
 
 Registers = dict[str, Tensor]
@@ -160,14 +160,14 @@ class Binder:
             nonlocal fixed
             values = get(registers)
             if fixed is None:  # layouts do not change from step to step, but for the user's data
-                fixed = [i for i, strides in checked if i not in volatile and not _fits(values[i], strides)]
+                fixed = [i for i, strides in checked if i not in volatile and not fits(values[i], strides)]
             if not fixed and not volatile:
                 return values
             values = list(values)
             for index in fixed:
                 values[index] = with_strides(values[index], expected[index])
             for index in volatile:
-                if not _fits(values[index], expected[index]):
+                if not fits(values[index], expected[index]):
                     values[index] = with_strides(values[index], expected[index])
             return values
 
@@ -370,11 +370,3 @@ def cuts_of(instruction: ReduceScatter) -> list[list[Cut]]:
 
 def _resized(spec: TensorSpec, dim: int, extent: int) -> TensorSpec:
     return TensorSpec((*spec.shape[:dim], extent, *spec.shape[dim + 1 :]), spec.dtype)
-
-
-def _fits(value: Tensor, strides: tuple[int, ...]) -> bool:
-    """Whether the value's strides are these, where a stride means anything."""
-    own = value.stride()
-    if own == strides:
-        return True
-    return all(a == b or extent < 2 for a, b, extent in zip(own, strides, value.shape, strict=True))

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from partita.cost.collectives import SMALL_BYTES
 from partita.program.instructions import TensorSpec
 from partita.runtime.local import Meeting
+from partita.runtime.torch_adapter import sums
 from partita.runtime.transport import Line
-
-# Up to this size every member sums everything itself: cheaper than a second meeting.
-SMALL_BYTES = 32 * 1024
 
 
 @dataclass(frozen=True)
@@ -155,20 +154,27 @@ class Cut:
     summed: bool = True
 
     def of(self, value: Tensor) -> Tensor:
-        if self.dim < 0:
-            return value.reshape(-1)[self.start : self.start + self.length]
-        return value.narrow(self.dim, self.start, self.length)
+        if self.dim >= 0:
+            return value.narrow(self.dim, self.start, self.length)
+        flat = value.reshape(-1)
+        return flat if self.length == flat.numel() else flat[self.start : self.start + self.length]
+
+    def is_whole(self, value: Tensor) -> bool:
+        return self.dim < 0 and self.length == value.numel() and value.is_contiguous()
 
 
 class ReduceScatterOp:
-    """Every position p receives the sums of `cuts[p]`; the buffers for this worker's results are kept between steps."""
+    """Every position p receives the sums of `cuts[p]`. Buffers for results that are formed one by one are kept between
+    steps."""
 
     def __init__(self, seat: Seat, cuts: Sequence[Sequence[Cut]], device: torch.device, *, keep: bool) -> None:
         self.seat = seat
         self.cuts = cuts
         self.mine = cuts[seat.position]
         self.alone = seat.num_local == 1 and seat.line is None
-        self.buffers = self._buffers(device) if keep and not self.alone else None
+        # Everything comes from memory of this process and is to be summed: one call does it, instead of one a tensor.
+        self.together = not self.alone and seat.line is None and all(cut.summed for cut in self.mine)
+        self.buffers = self._buffers(device) if keep and not self.alone and not self.together else None
 
     def _buffers(self, device: torch.device) -> list[Tensor]:
         return [torch.empty(cut.spec.shape, dtype=cut.spec.dtype, device=device) for cut in self.mine]
@@ -178,6 +184,8 @@ class ReduceScatterOp:
             return [cut.of(values[cut.tensor]) for cut in self.mine]
         seat = self.seat
         brought = seat.meeting.gather(seat.member, values)
+        if self.together:
+            return self._sum_together(brought)
         received = self._exchange(brought)
         results = self.buffers or self._buffers(values[0].device)
         for index, (cut, out) in enumerate(zip(self.mine, results, strict=True)):
@@ -188,6 +196,18 @@ class ReduceScatterOp:
             for pieces in received:
                 out.add_(pieces[index])
         return results
+
+    def _sum_together(self, brought: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        parts: list[list[Tensor]] = [[] for _ in brought]
+        for cut in self.mine:
+            own = [values[cut.tensor] for values in brought]
+            whole = all(map(cut.is_whole, own))  # then summed in its own shape: no views have to be made
+            for part, value in zip(parts, own, strict=True):
+                part.append(value if whole else cut.of(value))
+        return [
+            total.reshape(-1) if cut.dim < 0 and total.dim() != 1 else total
+            for cut, total in zip(self.mine, sums(parts), strict=True)
+        ]
 
     def _exchange(self, brought: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """Other processes' sums for this worker's cuts, per process."""

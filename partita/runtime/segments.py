@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -61,19 +62,42 @@ def build(segment: Segment, *, compiled: bool, device: torch.device, num_threads
         (spec.shape, _contiguous(spec.shape) if stride is None else stride, spec.dtype)
         for spec, stride in zip(segment.input_specs, strides, strict=True)
     ]
+    made = _compiled(segment, layouts, device, num_threads)
+    if isinstance(made, str):
+        return Code(plain, strides, reason=made)
+    return Code(plain, tuple(layout[1] for layout in layouts), made)
+
+
+_MADE: dict[tuple[object, ...], Call | str] = {}  # what the compiler gave, or why it failed
+_MAKING = threading.Lock()
+
+
+def _compiled(
+    segment: Segment, layouts: Sequence[Layout], device: torch.device, num_threads: int
+) -> Call | str:
+    """The compiled segment, or the reason why there is none; each once a process: plans of one model share segments,
+    and a plan is measured before it is run."""
+    key = (segment.key, *layouts, device, num_threads)
+    with _MAKING:
+        if key not in _MADE:
+            _MADE[key] = _compile(segment, layouts, device, num_threads)
+        return _MADE[key]
+
+
+def _compile(
+    segment: Segment, layouts: Sequence[Layout], device: torch.device, num_threads: int
+) -> Call | str:
     try:
-        call = compile_graph(segment.module, layouts, device=device, num_threads=num_threads)
+        return compile_graph(segment.module, layouts, device=device, num_threads=num_threads)
     except Exception as error:  # whatever goes wrong inside a compiler, the plain code is right
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
         warnings.warn(
             f"segment {segment.key} could not be compiled and runs op by op, which is slower but gives the "
-            f"same result: "
-            f"{reason}. Pass compile=False to silence this. {_where(error)}",
+            f"same result: {reason}. Pass compile=False to silence this. {_where(error)}",
             CompileWarning,
-            stacklevel=2,
+            stacklevel=4,
         )
-        return Code(plain, strides, reason=reason)
-    return Code(plain, tuple(layout[1] for layout in layouts), call)
+        return reason
 
 
 def _where(error: BaseException) -> str:
@@ -95,9 +119,22 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def fits(value: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether the value's strides are these, where a stride means anything."""
+    own = value.stride()
+    if own == strides:
+        return True
+    return all(a == b or extent < 2 for a, b, extent in zip(own, strides, value.shape, strict=True))
+
+
 def with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """A copy of `value` that lies in memory with these strides."""
-    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
+    """A copy of `value` that lies in memory with these strides; along a stride of 0 its first entry stands for all."""
+    once = value
+    for dim, stride in enumerate(strides):
+        if stride == 0 and value.shape[dim] > 1:
+            once = once.narrow(dim, 0, 1)
+    copy = torch.empty_strided(once.shape, strides, dtype=value.dtype, device=value.device).copy_(once)
+    return copy.expand(value.shape)
 
 
 # Plain code ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ names them.
 * Inductor's configuration names `cpp_wrapper`, `cpp.threads` and `fallback_random`.
 * `torch._subclasses.FakeTensorMode`: inputs for the compiler that have shapes and strides but no memory.
 * `OpOverload._op`, `._schema`, `._overloadname`, `.tags`: an op's inner callable and its signature.
+* `torch._foreach_add`, `torch._foreach_add_`: sums of many tensors in one call.
 * `torch.distributed.distributed_c10d._get_default_store`: the key-value store of the running job.
 """
 
@@ -72,6 +73,16 @@ def default_store() -> Any:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
+
+
+def sums(parts: Sequence[list[Tensor]]) -> list[Tensor]:
+    """``[parts[0][i] + parts[1][i] + ... for every i]``, each sum from left to right."""
+    if len(parts) == 1 or not parts[0]:
+        return [value.clone() for value in parts[0]]
+    totals = list(torch._foreach_add(parts[0], parts[1]))
+    for part in parts[2:]:
+        torch._foreach_add_(totals, part)
+    return totals
 
 
 def op_name(target: Any) -> tuple[str, str]:

@@ -1,14 +1,19 @@
 """`simulate`: executes programs in virtual time, with durations from a cost model.
 
-Every worker has a clock. `Run` and `Update` advance it; a `Send` takes a link from its source process to its target
-process for the message's duration and lets the sender go on at once; a `Recv` waits for the message; a collective
-starts when its last member has come. Links between the same two processes carry one message at a time; within a
-process handing a value over costs one instruction. The events are those that the runtime records.
+Every worker has a clock. It starts when the process's random draws are made. `Run` and `Update` advance it; a `Send`
+takes a link from its source process to its target process for the message's duration and lets the sender go on at once;
+a `Recv` waits for the message; a collective starts when its last member has come. Links between the same two processes
+carry one message at a time. The events are those that the runtime records.
+
+Workers that compute at the same time slow each other, and how long they do so depends on how slow they are: the step
+is simulated with every worker of a machine taken as active, then again with the activity that came out, `NUM_PASSES`
+times in all.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+import bisect
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -31,6 +36,9 @@ from partita.program.instructions import (
 )
 from partita.program.timeline import Event, Timeline
 from partita.simulator.memory import MemoryMeter
+
+Activity = Mapping[tuple[int, int], float]  # (worker, index of the instruction) -> num_active of `CostModel`
+NUM_PASSES = 3
 
 Collective = AllReduce | ReduceScatter | AllGather | AllToAll
 _COLLECTIVES = (AllReduce, ReduceScatter, AllGather, AllToAll)
@@ -90,26 +98,68 @@ def simulate(programs: ProgramSet, plan: Plan, cost: CostModel, *, optimizer: st
     Raises:
         ProgramError: the programs deadlock (run `partita.program.check` first).
     """
-    return _Simulation(programs, plan, cost, optimizer).run()
+    per_machine = Counter(worker.machine for worker in plan.workers)
+    active: Activity = {
+        (program.worker, index): per_machine[plan.workers[program.worker].machine]
+        for program in programs.programs
+        for index in range(len(program.instructions))
+    }
+    timeline = _Simulation(programs, plan, cost, optimizer, active).run()
+    if plan.axes.get("pipeline", 1) > 1 and max(per_machine.values()) > 1:  # else all are busy at the same times
+        for _ in range(NUM_PASSES - 1):
+            active = activity(timeline, plan)
+            timeline = _Simulation(programs, plan, cost, optimizer, active).run()
+    return timeline
+
+
+def activity(timeline: Timeline, plan: Plan) -> Activity:
+    """By (worker, instruction): how many workers of the machine compute while it runs, on average, itself included."""
+    busy: dict[int, list[Event]] = defaultdict(list)
+    for event in timeline.events:  # sorted by start
+        if event.kind in ("Run", "Update"):
+            busy[plan.workers[event.worker].machine].append(event)
+    found: dict[tuple[int, int], float] = {}
+    for events in busy.values():
+        longest_s = max(event.time_s for event in events)
+        starts = [event.start_s for event in events]
+        for event in events:
+            first = bisect.bisect_left(starts, event.start_s - longest_s)
+            last = bisect.bisect_right(starts, event.end_s)
+            shared_s = sum(
+                max(min(event.end_s, other.end_s) - max(event.start_s, other.start_s), 0.0)
+                for other in events[first:last]
+                if other.worker != event.worker
+            )
+            found[event.worker, event.index] = 1 + (shared_s / event.time_s if event.time_s > 0 else 0.0)
+    return found
 
 
 class _Simulation:
-    def __init__(self, programs: ProgramSet, plan: Plan, cost: CostModel, optimizer: str) -> None:
+    def __init__(
+        self, programs: ProgramSet, plan: Plan, cost: CostModel, optimizer: str, num_active: Activity
+    ) -> None:
         self.programs, self.plan, self.cost, self.optimizer = programs, plan, cost, optimizer
-        start_s = cost.step_time_s()
+        self.num_active = num_active
+        per_process = Counter(worker.process for worker in plan.workers)
         self.clocks = {
             program.worker: _Clock(
-                program, plan.workers[program.worker], start_s, MemoryMeter(program, programs.segments)
+                program,
+                plan.workers[program.worker],
+                cost.step_time_s(per_process[program.process]) + self._draws_s(plan.workers[program.worker]),
+                MemoryMeter(program, programs.segments),
             )
             for program in programs.programs
         }
-        per_machine: dict[int, int] = defaultdict(int)
-        for worker in plan.workers:
-            per_machine[worker.machine] += 1
-        self.num_active = {worker.index: per_machine[worker.machine] for worker in plan.workers}
         self.mail: dict[tuple[int, int, str], float] = {}
         self.link_free_s: dict[tuple[int, int], float] = defaultdict(float)
         self.bytes_sent = 0
+
+    def _draws_s(self, place: Worker) -> float:
+        """Every process makes all draws, one after the other, before its workers start."""
+        return sum(
+            self.cost.segment_time_s(draw.module, f"draw {draw.name}", place, compiled=False)
+            for draw in self.programs.draws
+        )
 
     def run(self) -> Timeline:
         while any(clock.current is not None for clock in self.clocks.values()):
@@ -145,15 +195,17 @@ class _Simulation:
 
     def _duration_s(self, clock: _Clock, instruction: Instruction) -> float:
         fixed_s = self.cost.instruction_time_s()
-        active = self.num_active[clock.program.worker]
+        active = self.num_active.get((clock.program.worker, clock.position), 1.0)
         if isinstance(instruction, Run):
             segment = self.programs.segments[instruction.segment]
             return fixed_s + self.cost.segment_time_s(
                 segment.module, segment.key, clock.place, compiled=self.plan.compiled, num_active=active
             )
         if isinstance(instruction, Update):
-            elements = sum(part.num_elements for part in instruction.slices)
-            return fixed_s + self.cost.update_time_s(elements, self.optimizer, clock.place, num_active=active)
+            sizes = tuple(part.num_elements for part in instruction.slices)
+            return fixed_s + self.cost.update_time_s(sizes, self.optimizer, clock.place, num_active=active)
+        if isinstance(instruction, ReduceScatter):  # alone: its gradients are only cut
+            return fixed_s * (1 + len(instruction.registers))
         if isinstance(instruction, Send):
             self._send(clock, instruction)
             return fixed_s
@@ -182,7 +234,10 @@ class _Simulation:
         num_bytes = _collective_bytes(instruction)
         places = tuple(member.place for member in members)
         duration_s = self.cost.instruction_time_s()
-        duration_s += self.cost.collective_time_s(_KINDS[type(instruction)], num_bytes, places)
+        num_tensors = len(getattr(instruction, "registers", ())) or 1
+        duration_s += self.cost.collective_time_s(
+            _KINDS[type(instruction)], num_bytes, places, num_tensors=num_tensors
+        )
         num_processes = len({place.process for place in places})
         if num_processes > 1:
             self.bytes_sent += 2 * (num_processes - 1) * num_bytes

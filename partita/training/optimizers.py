@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 
+from partita.cost.memory import STATE_ELEMENTS
 from partita.errors import InputError
 from partita.program.instructions import Slice
 from partita.training.torch_adapter import clone_optimizer
@@ -73,6 +74,26 @@ def fused_agrees(optimizer: torch.optim.Optimizer) -> bool:
         and _experiment(optimizer, group)[1]
         for group in optimizer.param_groups
     )
+
+
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """What planning needs to know of an optimizer; `optimizer` itself where there is one."""
+
+    name: str = "SGD"
+    state_bytes_per_element: float = 0.0
+    kind: Kind = "element"
+    optimizer: torch.optim.Optimizer | None = None
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer | None) -> OptimizerFacts:
+        if optimizer is None:
+            return cls()
+        name = type(optimizer).__name__
+        states = STATE_ELEMENTS.get(name, 2)
+        if name == "SGD" and any(group.get("momentum", 0) for group in optimizer.param_groups):
+            states = 1
+        return cls(name, 4.0 * states, kind_of(optimizer), optimizer)
 
 
 def _experiment(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> tuple[Kind, bool]:

@@ -17,15 +17,16 @@ from partita.cost.table import CostTable
 from partita.errors import CaptureError, InputError, PlanError
 from partita.graph import Graph, capture
 from partita.plan import Constraints, Plan
+from partita.runtime.allocator import keep_freed_memory
 from partita.runtime.transport import Transport
 from partita.training.adopt import choose
 from partita.training.events import PlanChosen, WarningRaised, emit
 from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
-from partita.training.optimizers import check_optimizer
+from partita.training.measuring import StepValues
+from partita.training.optimizers import OptimizerFacts, check_optimizer
 from partita.training.overrides import current_override
 from partita.training.planning import (
-    OptimizerFacts,
     best_plan,
     block_plan,
     fallback_reasons,
@@ -52,12 +53,13 @@ def plan(
     cluster: Cluster | None = None,
     constraints: Constraints | None = None,
 ) -> Plan:
-    """The plan that is predicted to be fastest, without running anything of the model.
+    """The plan that is predicted to be fastest, without training. On this machine, ops and segments of the best plans
+    are measured, each for itself; nothing of the model changes.
 
     Args:
         model: may live on the `meta` device.
         loss_fn: ``loss_fn(model, batch)`` -> scalar tensor.
-        batch: the global batch; only shapes and dtypes of its tensors matter.
+        batch: the global batch; its tensors may live on the `meta` device.
         optimizer: for the size of its state and the time of its update.
         cluster: default: this machine, or all machines of the running job.
         constraints: corners of the plan space that are fixed.
@@ -71,7 +73,19 @@ def plan(
     """
     graph = capture(model, loss_fn, batch)
     where = cluster if cluster is not None else Cluster.detect()
-    return best_plan(graph, where, constraints or Constraints(), optimizer)
+    if where.is_here:
+        keep_freed_memory()
+    values = _values(model, graph, take_apart(batch))
+    return best_plan(graph, where, constraints or Constraints(), optimizer, values)
+
+
+def _values(model: nn.Module, graph: Graph, leaves: BatchLeaves) -> StepValues:
+    return StepValues(
+        parameters=dict(model.named_parameters()),
+        buffers=dict(model.named_buffers()),
+        constants=graph.constants,
+        leaves=leaves.tensors,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +149,7 @@ def parallelize(
         raise InputError(
             "parallelize runs on the machines of this job, but got a described cluster; use partita.plan for those"
         )
+    keep_freed_memory()
     team, transport = _join(timeout_s)
     setup = StepSetup(
         model=model,
@@ -191,7 +206,7 @@ def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request
         constraints = msgspec.structs.replace(constraints, compiled=request.compile)
     if constraints.compiled is None and (not has_compiler() or len(graph.nodes) > MAX_COMPILED_OPS):
         constraints = msgspec.structs.replace(constraints, compiled=False)
-    candidates = _candidates(setup, graph, constraints)
+    candidates = _candidates(setup, graph, constraints, _values(setup.model, graph, leaves))
     if plan != "auto":
         return candidates[0], graph if candidates[0].mode == "graph" else None
     chosen = _measure(setup, graph, candidates, batch, leaves)
@@ -219,15 +234,16 @@ def _fall_back(setup: StepSetup, error: CaptureError, *, compiled: bool) -> Plan
     return block_plan(setup.cluster, graph=None, reasons=reasons, compiled=compiled)
 
 
-def _candidates(setup: StepSetup, graph: Graph, constraints: Constraints) -> tuple[Plan, ...]:
+def _candidates(
+    setup: StepSetup, graph: Graph, constraints: Constraints, values: StepValues
+) -> tuple[Plan, ...]:
     """Ranked plans; rank 0 searches, the others receive."""
     plans: tuple[Plan, ...] = ()
     error: Exception | None = None
     if setup.team.rank == 0:
         try:
-            plans = ranked_plans(
-                graph, setup.cluster, CostTable(setup.cluster), constraints, OptimizerFacts.of(setup.optimizer)
-            )
+            facts = OptimizerFacts.of(setup.optimizer)
+            plans = ranked_plans(graph, setup.cluster, CostTable(setup.cluster), constraints, facts, values=values)
         except PlanError as found:
             error = found
     shared = setup.team.from_first(error if error is not None else [plan.to_json() for plan in plans])

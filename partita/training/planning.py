@@ -1,45 +1,29 @@
-"""From a captured graph to ranked plans: measured op times, exact search, and simulation of the best."""
+"""From a captured graph to ranked plans: measured op times, exact search, simulation of the best, and measured parts of
+the best of these."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
-from dataclasses import dataclass
 
 import torch
 
 from partita.cluster import Cluster
-from partita.cost.memory import STATE_ELEMENTS
 from partita.cost.table import CostTable
 from partita.errors import CaptureError, InfeasibleError
 from partita.graph.graph import Graph
 from partita.plan import Constraints, Plan, Worker, cluster_fingerprint
 from partita.planner import search
-from partita.program import Timeline, check, lower, microbatch_verdict
+from partita.program import ProgramSet, Timeline, check, lower, microbatch_verdict
+from partita.runtime.overheads import measure_overheads
 from partita.simulator import shared_bytes, simulate
+from partita.training.measuring import PartMeasurer, StepValues
+from partita.training.optimizers import OptimizerFacts
 
 # Seconds that measuring the ops of a new model may take; what is left over is estimated by the roofline.
 WHOLE_GRAPH_BUDGET_S = 2.0
 CANDIDATE_BUDGET_S = 1.0
-SEGMENT_BUDGET_S = 3.0
-
-
-@dataclass(frozen=True)
-class OptimizerFacts:
-    """What planning needs to know of an optimizer."""
-
-    name: str = "SGD"
-    state_bytes_per_element: float = 0.0
-
-    @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer | None) -> OptimizerFacts:
-        if optimizer is None:
-            return cls()
-        name = type(optimizer).__name__
-        states = STATE_ELEMENTS.get(name, 2)
-        if name == "SGD" and any(group.get("momentum", 0) for group in optimizer.param_groups):
-            states = 1
-        return cls(name, 4.0 * states)
 
 
 def has_compiler() -> bool:
@@ -48,42 +32,52 @@ def has_compiler() -> bool:
 
 
 class Evaluator:
-    """Prices plans by lowering and simulating them; on this machine, ops and segments that were not measured yet are
-    measured within a budget."""
+    """Prices plans by lowering and simulating them. On this machine, ops that were not measured yet are measured within
+    a budget first; `refine` measures the plan's segments and updates."""
 
-    def __init__(self, graph: Graph, cluster: Cluster, cost: CostTable, facts: OptimizerFacts) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        cluster: Cluster,
+        cost: CostTable,
+        facts: OptimizerFacts,
+        values: StepValues | None = None,
+    ) -> None:
         self.graph, self.cluster, self.cost, self.facts = graph, cluster, cost, facts
+        self._measurer = PartMeasurer(graph, cost, values or StepValues(), facts)
+        self._programs: dict[str, ProgramSet] = {}
+        if cluster.is_here:
+            cost.measure_overheads(measure_overheads)
 
     def __call__(self, plan: Plan) -> Timeline:
-        programs = lower(self.graph, plan)
-        check(programs)
+        programs = self._lowered(plan)
         if self.cluster.is_here:
-            self._measure(plan, [segment.module for segment in programs.segments.values()])
+            modules = [segment.module for segment in programs.segments.values()]
+            modules += [draw.module for draw in programs.draws]
+            self.cost.measure(modules, plan.workers[0].cores, budget_s=CANDIDATE_BUDGET_S)
+        return self._simulated(programs, plan)
+
+    def refine(self, plan: Plan) -> Timeline:
+        """Like a call, after measuring the plan's segments as a whole, as many at a time as there are workers."""
+        programs = self._lowered(plan)
+        if self.cluster.is_here:
+            self._measurer.measure(programs, plan)
+        return self._simulated(programs, plan)
+
+    def _lowered(self, plan: Plan) -> ProgramSet:
+        programs = self._programs.get(plan.hash)
+        if programs is None:
+            programs = lower(self.graph, plan, whole_parameters=self.facts.kind != "element")
+            check(programs)
+            self._programs[plan.hash] = programs
+        return programs
+
+    def _simulated(self, programs: ProgramSet, plan: Plan) -> Timeline:
         timeline = simulate(programs, plan, self.cost, optimizer=self.facts.name)
         shared = shared_bytes(
             self.graph, programs, optimizer_state_bytes_per_element=self.facts.state_bytes_per_element
         )
-        return Timeline(
-            events=timeline.events,
-            step_time_s=timeline.step_time_s,
-            peak_memory_bytes=timeline.peak_memory_bytes,
-            shared_memory_bytes=shared,
-            bytes_sent=timeline.bytes_sent,
-        )
-
-    def refine(self, plan: Plan) -> Timeline:
-        """Like a call, after measuring the plan's uncompiled segments as a whole, as many at a time as there are
-        workers."""
-        programs = lower(self.graph, plan)
-        if self.cluster.is_here and not plan.compiled:
-            cores = [worker.cores for worker in plan.workers if worker.process == plan.workers[0].process]
-            modules = {key: segment.module for key, segment in programs.segments.items()}
-            self.cost.measure_segments(modules, cores, compiled=False, budget_s=SEGMENT_BUDGET_S)
-        return self(plan)
-
-    def _measure(self, plan: Plan, modules: list[torch.fx.GraphModule]) -> None:
-        worker: Worker = plan.workers[0]
-        self.cost.measure(modules, worker.cores, budget_s=CANDIDATE_BUDGET_S)
+        return dataclasses.replace(timeline, shared_memory_bytes=shared)
 
 
 def ranked_plans(
@@ -94,14 +88,30 @@ def ranked_plans(
     facts: OptimizerFacts,
     *,
     limit: int = 4,
+    values: StepValues | None = None,
 ) -> tuple[Plan, ...]:
-    """Plans best first, by simulation; plain PyTorch among them where the constraints allow it."""
+    """Plans best first, by simulation; plain PyTorch among them where the constraints allow it. The random state is
+    left as it was."""
+    with torch.random.fork_rng(devices=[]):  # what is measured is made up, and some of it draws
+        return _ranked(graph, cluster, cost, constraints, facts, limit, values)
+
+
+def _ranked(
+    graph: Graph,
+    cluster: Cluster,
+    cost: CostTable,
+    constraints: Constraints,
+    facts: OptimizerFacts,
+    limit: int,
+    values: StepValues | None,
+) -> tuple[Plan, ...]:
     if cluster.is_here:
         for count in sorted({1, len(cluster.processes[0].cores)}):
             cost.measure([graph.module], cluster.processes[0].cores[:count], budget_s=WHOLE_GRAPH_BUDGET_S)
     may_cut = (
         graph.batch_size > 1 and microbatch_verdict(graph, 2, local_statistics=constraints.local_statistics) is None
     )
+    evaluator = Evaluator(graph, cluster, cost, facts, values)
     return search(
         graph,
         cluster,
@@ -111,15 +121,21 @@ def ranked_plans(
         optimizer_state_bytes_per_element=facts.state_bytes_per_element,
         limit=limit,
         microbatches=may_cut or (constraints.num_microbatches or 1) > 1,
-        evaluate=Evaluator(graph, cluster, cost, facts),
+        evaluate=evaluator,
+        refine=evaluator.refine if cluster.is_here else None,
     )
 
 
 def best_plan(
-    graph: Graph, cluster: Cluster, constraints: Constraints, optimizer: torch.optim.Optimizer | None
+    graph: Graph,
+    cluster: Cluster,
+    constraints: Constraints,
+    optimizer: torch.optim.Optimizer | None,
+    values: StepValues | None = None,
 ) -> Plan:
     """The plan that is predicted to be fastest."""
-    plans = ranked_plans(graph, cluster, CostTable(cluster), constraints, OptimizerFacts.of(optimizer))
+    facts = OptimizerFacts.of(optimizer)
+    plans = ranked_plans(graph, cluster, CostTable(cluster), constraints, facts, values=values)
     if not plans:
         raise InfeasibleError("no plan satisfies the constraints: free one of them")
     return plans[0]

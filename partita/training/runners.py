@@ -18,7 +18,7 @@ from partita.errors import InputError
 from partita.graph.graph import Graph, InputKind
 from partita.plan import Plan
 from partita.program import ProgramSet, Timeline, check, lower
-from partita.program.instructions import ReduceScatter, Slice, Update
+from partita.program.instructions import ReduceScatter, Slice
 from partita.runtime.engine import Engine, State
 from partita.runtime.transport import Transport
 from partita.training.inputs import BatchLeaves
@@ -179,12 +179,7 @@ def digest(programs: ProgramSet) -> str:
 
 def updated_slices(programs: ProgramSet, process: int) -> dict[int, tuple[Slice, ...]]:
     """The slices that each worker of a process updates."""
-    layout: dict[int, tuple[Slice, ...]] = {}
-    for program in programs.programs:
-        if program.process == process:
-            parts = [item.slices for item in program.instructions if isinstance(item, Update)]
-            layout[program.worker] = tuple(part for slices in parts for part in slices)
-    return layout
+    return {program.worker: program.updated for program in programs.programs if program.process == process}
 
 
 def owners_of(programs: ProgramSet) -> Mapping[str, tuple[int, ...]]:

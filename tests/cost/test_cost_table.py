@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from partita.cluster.model import Cluster, Gpu, Link, Machine, Process
 from partita.cost.collectives import collective_time_s, link_time_s
-from partita.cost.measure_ops import make_arguments, make_tensor, measure_concurrent, measure_nodes
+from partita.cost.measure_ops import make_arguments, make_tensor, measure_nodes, measure_together, placeholder_bound
+from partita.cost.overheads import Overheads
 from partita.cost.roofline import rates_of, roofline_s
 from partita.cost.table import CostTable, op_key
 from partita.graph.graph import OpInfo, Phase
@@ -28,6 +31,9 @@ class Place:
     machine: int = 0
     cores: tuple[int, ...] = (0,)
     gpu: int | None = None
+
+
+FREE = Overheads(step_s={1: 0.0}, instruction_s=0.0, meeting_s=0.0, tensor_s=0.0, handover_s=0.0)
 
 
 def make_cluster(is_here: bool = True) -> Cluster:
@@ -130,14 +136,52 @@ def test_contention_and_compilation_order_times() -> None:
     assert table.segment_time_s(module, "k", Place(), compiled=True) < one
 
 
-def test_measured_segments_replace_the_sum() -> None:
+def test_measured_segments_replace_the_sum_and_are_joined_by_lines() -> None:
     table, module = CostTable(make_cluster()), make_module()
-    assert table.measure_segments({"k": module}, [(0,), (0,)], compiled=False, budget_s=0.01) == 1
-    measured = table.segment_time_s(module, "k", Place(), compiled=False, num_active=2)
+
+    def time_s(num_active: float, **other: Any) -> float:
+        options = {"key": "k", "compiled": False, **other}
+        return table.segment_time_s(module, place=Place(), num_active=num_active, **options)
+
+    sums = {active: time_s(active) for active in (1, 2, 3)}
+    table.keep_segment_time("k", 4.0, num_threads=1, compiled=False, num_active=2)
+    assert time_s(2) == 4.0
+    assert time_s(1) == pytest.approx(4.0 * sums[1] / sums[2]), "one point is carried on as the sum of ops goes"
+    table.keep_segment_time("k", 3.0, num_threads=1, compiled=False)
+    assert (time_s(1), time_s(1.5), time_s(2)) == (3.0, 3.5, 4.0)
+    assert time_s(3) == pytest.approx(4.0 * sums[3] / sums[2])
+    assert time_s(2, compiled=True) != 4.0 and time_s(2, key="other") == sums[2]
+    assert table.knows_segment("k", num_threads=1, compiled=False, num_active=2)
+    assert not table.knows_segment("k", num_threads=2, compiled=False, num_active=2)
+
+
+def test_measured_updates_replace_the_formula() -> None:
+    table = CostTable(make_cluster())
+    few, many = (table.update_time_s(sizes, "AdamW", Place()) for sizes in ((1000,), (10,) * 100))
+    assert 0 < few < many, "every tensor has its price"
+    assert table.update_time_s((), "AdamW", Place()) == 0.0
+    table.keep_update_time((10,) * 100, "AdamW", 2.0, num_threads=1, num_active=2)
+    assert table.update_time_s((10,) * 100, "AdamW", Place(), num_active=2) == 2.0
+    assert table.update_time_s((10,) * 100, "SGD", Place(), num_active=2) != 2.0
+
+
+def test_overheads_are_measured_once_and_kept() -> None:
+    asked: list[Sequence[int]] = []
+
+    def measurer(cores: Sequence[int]) -> Overheads:
+        asked.append(cores)
+        return Overheads(step_s={1: 1.0, 4: 7.0}, instruction_s=0.5)
+
+    table = CostTable(make_cluster())
+    table.measure_overheads(measurer)
+    assert asked == [(0,)]
+    assert [table.step_time_s(count) for count in (1, 2, 4, 5)] == [1.0, 3.0, 7.0, 9.0]
     again = CostTable(make_cluster())
-    assert again.segment_time_s(module, "k", Place(), compiled=False, num_active=2) == measured
-    with pytest.raises(ValueError, match="compiler"):
-        table.measure_segments({"k": module}, [(0,)], compiled=True, budget_s=0.01)
+    again.measure_overheads(measurer)
+    assert again.overheads == table.overheads and len(asked) == 1
+    described = CostTable(make_cluster(is_here=False))
+    described.measure_overheads(measurer)
+    assert described.overheads == Overheads() and len(asked) == 1
 
 
 def test_real_ops_are_measured_and_torch_threads_restored() -> None:
@@ -154,7 +198,18 @@ def test_a_failing_call_is_raised_and_does_not_hang() -> None:
         raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
-        measure_concurrent([fail, lambda: None], [(0,), (0,)], budget_s=0.01)
+        measure_together([fail, lambda: None], [(0,), (0,)], budget_s=0.01)
+
+
+def test_calls_that_run_together_take_as_long_as_the_slowest() -> None:
+    threads = set()
+
+    def call(seconds: float) -> None:
+        threads.add(threading.get_ident())
+        time.sleep(seconds)
+
+    slowest_s = measure_together([lambda: call(0.001), lambda: call(0.02)], [(0,), (0,)], budget_s=0.01)
+    assert len(threads) == 2 and slowest_s >= 0.02
 
 
 @given(st.lists(st.integers(1, 4), max_size=3), st.sampled_from([torch.float32, torch.int64, torch.bool]))
@@ -176,6 +231,17 @@ def test_index_inputs_are_valid() -> None:
     assert torch.ops.aten.embedding.default(*args).shape == (100, 2)
 
 
+def test_the_bound_of_an_index_holds_through_views() -> None:
+    graph = fx.Graph()
+    weight, index = graph.placeholder("w"), graph.placeholder("i")
+    weight.meta["val"], index.meta["val"] = torch.empty(5, 2), torch.zeros(4, 6, dtype=torch.int64)
+    part = graph.call_function(torch.ops.aten.slice.Tensor, (index, 1, 0, 3))
+    graph.call_function(torch.ops.aten.embedding.default, (weight, part))
+    assert placeholder_bound(index) == 5
+    graph.call_function(torch.ops.aten.relu.default, (index,))
+    assert placeholder_bound(index) == 1, "nothing is known of this reader"
+
+
 def test_roofline_has_two_slopes() -> None:
     rates = rates_of(make_cluster().machines[0], Place(), launch_s=1e-6)
     assert roofline_s(rates, 0, 0) == 1e-6
@@ -185,12 +251,12 @@ def test_roofline_has_two_slopes() -> None:
 
 def test_collectives_are_hierarchical() -> None:
     cluster = make_cluster()
-    near = collective_time_s(cluster, "all_reduce", 10**6, (Place(0), Place(1, 0, (1,))), wait_s=0)
-    far = collective_time_s(cluster, "all_reduce", 10**6, (Place(0), Place(2, 1)), wait_s=0)
-    inside = collective_time_s(cluster, "all_reduce", 10**6, (Place(), Place(cores=(1,))), wait_s=0)
+    near = collective_time_s(cluster, "all_reduce", 10**6, (Place(0), Place(1, 0, (1,))), overheads=FREE)
+    far = collective_time_s(cluster, "all_reduce", 10**6, (Place(0), Place(2, 1)), overheads=FREE)
+    inside = collective_time_s(cluster, "all_reduce", 10**6, (Place(), Place(cores=(1,))), overheads=FREE)
     assert inside < near < far
     assert far == pytest.approx(2e-4 + 1e6 / 1e8)
-    both = collective_time_s(cluster, "all_reduce", 10**6, (Place(), Place(cores=(1,)), Place(2, 1)), wait_s=0)
+    both = collective_time_s(cluster, "all_reduce", 10**6, (Place(), Place(cores=(1,)), Place(2, 1)), overheads=FREE)
     assert both == pytest.approx(inside + far)
 
 

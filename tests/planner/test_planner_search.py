@@ -84,32 +84,33 @@ class SimpleCost:
     """Op times are FLOPs at 1 MFLOP/s a core, communication by constants."""
 
     uncertainty = 0.1
+    refined_uncertainty = 0.05
 
     def __init__(self, *, link_s: float = 0.0, compiled: float = 0.5, collective_s: float = 0.0) -> None:
         self.link_s, self.compiled, self.collective_s = link_s, compiled, collective_s
 
-    def op_time_s(self, node: fx.Node, place: Any, *, num_active: int = 1) -> float:
+    def op_time_s(self, node: fx.Node, place: Any, *, num_active: float = 1) -> float:
         return 1e-6 + float(node.meta["op"].flops) * 1e-6 / len(place.cores)
 
     def segment_time_s(
-        self, module: fx.GraphModule, key: str, place: Any, *, compiled: bool, num_active: int = 1
+        self, module: fx.GraphModule, key: str, place: Any, *, compiled: bool, num_active: float = 1
     ) -> float:
         nodes = [node for node in module.graph.nodes if "op" in node.meta]
         return sum(self.op_time_s(node, place) for node in nodes) * (self.compiled if compiled else 1.0)
 
-    def update_time_s(self, num_elements: int, optimizer: str, place: Any, *, num_active: int = 1) -> float:
-        return num_elements * 1e-9
+    def update_time_s(self, sizes: tuple[int, ...], optimizer: str, place: Any, *, num_active: float = 1) -> float:
+        return sum(sizes) * 1e-9
 
     def transfer_time_s(self, num_bytes: int, source: Any, target: Any) -> float:
         return 0.0 if source.process == target.process else self.link_s
 
-    def collective_time_s(self, kind: Any, num_bytes: int, group: tuple[Any, ...]) -> float:
+    def collective_time_s(self, kind: Any, num_bytes: int, group: tuple[Any, ...], *, num_tensors: int = 1) -> float:
         return self.collective_s
 
     def instruction_time_s(self) -> float:
         return 0.0
 
-    def step_time_s(self) -> float:
+    def step_time_s(self, num_workers: int) -> float:
         return 0.0
 
 

@@ -1,0 +1,197 @@
+"""Measures the parts of a plan on this machine: its segments, as many at a time as it has workers, and its updates.
+
+Nothing of the step is run as a whole, and nothing of the user's is changed: segments are functional, and updates run on
+tensors made for the purpose. Segments get the model's own weights and rows of the batch where these are real tensors,
+because some kernels are slower on some values; everything in between is made up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from partita.cost.measure_ops import make_tensor, measure_together, placeholder_bound
+from partita.cost.table import CostTable
+from partita.graph.graph import Graph, InputKind
+from partita.plan import Plan, Worker
+from partita.program.instructions import Feed, Program, ProgramSet, Run, Segment, Slice
+from partita.runtime.segments import Code, build, fits, with_strides
+from partita.training.optimizers import OptimizerFacts, OptimizerShards
+from partita.training.torch_adapter import clone_optimizer
+
+SEGMENTS_BUDGET_S = 1.5  # for all segments of a plan
+LONGEST_S = 3.0  # a segment estimated to take longer is left to the sum of its ops, whose error is small then
+UPDATES_BUDGET_S = 0.1
+LARGEST_UPDATE_BYTES = 2**28  # parameters of more are not copied to measure their update
+WEIGHT_SCALE = 0.02  # standard deviation of made-up weights: that of common initialisations
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepValues:
+    """Real tensors of a step, as far as they are there: by name parameters, buffers and constants; by index the leaves
+    of the batch."""
+
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    leaves: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def of(self, register: str, feeds: Mapping[str, Feed]) -> Tensor | None:
+        """The value of a register at the start of the step; None if it is made later or is not there."""
+        sources = {"p:": self.parameters, "b:": self.buffers, "c:": self.constants}
+        if register[:2] in sources:
+            value = sources[register[:2]].get(register[2:])
+        else:
+            feed = feeds.get(register)
+            value = self.leaves.get(feed.leaf) if feed is not None and feed.leaf >= 0 else None
+            if value is not None and feed is not None and feed.dim >= 0:
+                if feed.start + feed.length > value.shape[feed.dim]:
+                    return None
+                value = value.narrow(feed.dim, feed.start, feed.length)
+        return None if value is None or value.device.type != "cpu" else value.detach()
+
+
+class PartMeasurer:
+    """Fills a `CostTable` with the times of a plan's segments and updates.
+
+    Args:
+        graph: the captured step.
+        cost: where the times go.
+        values: real tensors of the step.
+        facts: of the user's optimizer; without the optimizer itself, updates are left to the formula.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        cost: CostTable,
+        values: StepValues,
+        facts: OptimizerFacts,
+    ) -> None:
+        self.graph, self.cost, self.values, self.facts = graph, cost, values, facts
+
+    def measure(self, programs: ProgramSet, plan: Plan) -> None:
+        """Measure what the table does not know of process 0's part of the plan."""
+        local = [program for program in programs.programs if program.process == plan.workers[0].process]
+        workers = [plan.workers[program.worker] for program in local]
+        if any(worker.gpu is not None for worker in workers):
+            return
+        self._segments(programs, local, workers, plan)
+        if self.facts.optimizer is not None and self.facts.kind != "coupled":
+            self._updates(self.facts.optimizer, local, workers)
+
+    # Segments ----------------------------------------------------------------------------------------------------
+
+    def _segments(self, programs: ProgramSet, local: list[Program], workers: list[Worker], plan: Plan) -> None:
+        # Stages of a pipeline are busy in turns: they are measured alone as well.
+        counts = sorted({1, len(workers)} if plan.axes.get("pipeline", 1) > 1 else {len(workers)})
+        runs = {
+            item.segment: (item, program)
+            for program in local
+            for item in program.instructions
+            if isinstance(item, Run)
+        }
+        estimates = {key: self._estimate_s(programs.segments[key], workers[0], plan.compiled) for key in runs}
+        total_s = sum(estimates.values()) or 1.0
+        for key, (run, program) in runs.items():
+            missing = [count for count in counts if not self._knows(key, plan, count)]
+            if not missing or estimates[key] > LONGEST_S:
+                continue
+            share_s = SEGMENTS_BUDGET_S * estimates[key] / total_s / len(missing)
+            segment = programs.segments[key]
+            code = build(
+                segment, compiled=plan.compiled, device=torch.device("cpu"), num_threads=plan.threads_per_worker
+            )
+            for count in missing:
+                calls = [self._call(segment, code, run, program) for _ in range(count)]
+                cores = [worker.cores for worker in workers[:count]]
+                try:
+                    time_s = measure_together(calls, cores, budget_s=share_s)
+                except (RuntimeError, IndexError, NotImplementedError):
+                    break  # it cannot run on made-up values; its ops' times stand for it
+                self.cost.keep_segment_time(
+                    key, time_s, num_threads=plan.threads_per_worker, compiled=plan.compiled, num_active=count
+                )
+
+    def _knows(self, key: str, plan: Plan, count: int) -> bool:
+        return self.cost.knows_segment(
+            key, num_threads=plan.threads_per_worker, compiled=plan.compiled, num_active=count
+        )
+
+    def _estimate_s(self, segment: Segment, worker: Worker, compiled: bool) -> float:
+        return self.cost.segment_time_s(segment.module, segment.key, worker, compiled=compiled)
+
+    def _call(self, segment: Segment, code: Code, run: Run, program: Program) -> Callable[[], object]:
+        feeds = {feed.register: feed for feed in program.feeds}
+        nodes = [node for node in segment.module.graph.nodes if node.op == "placeholder"]
+        inputs = []
+        for node, name, strides in zip(nodes, run.inputs, code.strides, strict=True):
+            value = self.values.of(name, feeds)
+            if value is None or value.shape != node.meta["val"].shape or value.dtype != node.meta["val"].dtype:
+                value = made_up(node, is_weight=name.startswith("p:"))
+            inputs.append(value if strides is None or fits(value, strides) else with_strides(value, strides))
+        bound = code.bind(torch.Generator())
+        return lambda: bound(*inputs)
+
+    # Updates -----------------------------------------------------------------------------------------------------
+
+    def _updates(self, optimizer: torch.optim.Optimizer, local: list[Program], workers: list[Worker]) -> None:
+        layout = {program.worker: program.updated for program in local}
+        busy = [worker for worker in workers if layout[worker.index]]
+        inputs = {item.name: item for item in self.graph.inputs_of(InputKind.PARAMETER)}
+        names = dict.fromkeys(part.parameter for slices in layout.values() for part in slices)
+        num_bytes = sum(torch.Size(inputs[name].shape).numel() * inputs[name].dtype.itemsize for name in names)
+        if not busy or num_bytes > LARGEST_UPDATE_BYTES:
+            return
+        parameters = {
+            name: torch.nn.Parameter(torch.zeros(inputs[name].shape, dtype=inputs[name].dtype)) for name in names
+        }
+        shards = self._shards(optimizer, parameters, layout)
+        if shards is None:
+            return
+        calls = [_update_call(shards, worker.index, layout[worker.index], parameters) for worker in busy]
+        try:
+            time_s = measure_together(calls, [worker.cores for worker in busy], budget_s=UPDATES_BUDGET_S)
+        except RuntimeError:
+            return
+        for worker in busy:
+            sizes = tuple(part.num_elements for part in layout[worker.index])
+            self.cost.keep_update_time(
+                sizes, self.facts.name, time_s, num_threads=len(worker.cores) or 1, num_active=len(busy)
+            )
+
+    def _shards(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, torch.nn.Parameter],
+        layout: Mapping[int, tuple[Slice, ...]],
+    ) -> OptimizerShards | None:
+        """The user's optimizer over other parameters of the same names; None if it does not know all of them."""
+        name_of = {id(value): name for name, value in self.values.parameters.items()}
+        groups: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            names = [name_of.get(id(item), "") for item in group["params"]]
+            mine = [parameters[name] for name in names if name in parameters]
+            groups.append({**group, "params": mine})
+        if sum(len(group["params"]) for group in groups) != len(parameters):
+            return None
+        clone = clone_optimizer(optimizer, groups)
+        return OptimizerShards(clone, parameters, layout, whole=self.facts.kind == "parameter")
+
+
+def _update_call(
+    shards: OptimizerShards, worker: int, slices: Sequence[Slice], parameters: Mapping[str, torch.nn.Parameter]
+) -> Callable[[], object]:
+    gradients = [torch.full((part.num_elements,), 1e-3, dtype=parameters[part.parameter].dtype) for part in slices]
+    return lambda: shards.update(worker, slices, gradients)
+
+
+def made_up(node: fx.Node, *, is_weight: bool) -> Tensor:
+    """A real tensor for a segment's input, from the FakeTensor in its ``meta["val"]``."""
+    spec = node.meta["val"]
+    value = make_tensor(spec, placeholder_bound(node))
+    return value.mul_(WEIGHT_SCALE) if is_weight and value.is_floating_point() else value
