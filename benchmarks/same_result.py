@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,7 @@ from partita.graph.graph import Phase
 
 NUM_STEPS = 10
 LOSS_LIMIT, WEIGHT_LIMIT = 1e-4, 1e-3
+LEAST_PLANS = 6  # of a family and optimizer must be the same (where as many are tried)
 ADAM_EPS, WEIGHT_FLOOR = 1e-5, 1e-2
 OPTIMIZERS = ("SGD", "AdamW")
 COLUMNS = ("family", "case", "optimizer", "verdict", "loss_difference", "weight_difference", "worst_tensor", "plan")
@@ -64,6 +65,8 @@ CASES: tuple[Case, ...] = (
     Case(name="data 2", num_processes=1, data=2, pipeline=1),
     Case(name="pipeline 2", num_processes=1, data=1, pipeline=2),
     Case(name="pipeline 2, 4 microbatches", num_processes=1, data=1, pipeline=2, num_microbatches=4),
+    Case(name="data 3, uneven rows", num_processes=1, data=3, pipeline=1),
+    Case(name="data 2 x pipeline 2", num_processes=1, data=2, pipeline=2),
     Case(name="2 processes, data 2", num_processes=2, data=2, pipeline=1),
     Case(name="2 processes x 2 workers", num_processes=2, data=2, pipeline=2, crosses=True),
 )
@@ -103,8 +106,8 @@ class Examiner:
         try:
             course, plan = partita_course(family, optimizer_name, case.constraints(message["compiled"], middle))
         except InfeasibleError as error:
-            if case.num_microbatches > 1 and "samples are coupled by" in str(error):
-                return {"verdict": "one microbatch", "reason": first_line(error)}
+            if case.num_microbatches > 1 and "must give the same result as the whole batch" in str(error):
+                return {"verdict": "refused", "reason": first_line(error)}
             raise
         return judge(case, plan, self._plain, course)
 
@@ -181,7 +184,7 @@ def judge(case: Case, plan: partita.Plan, plain: Course, course: Course) -> Row:
     if case.crosses and any((1 - stage, process) in crossing for stage, process in crossing):
         return {**row, "verdict": "another plan", "reason": "the stages do not lie in different processes"}
     if plan.num_microbatches != case.num_microbatches:
-        return {**row, "verdict": "one microbatch"}
+        return {**row, "verdict": "another plan"}
     return {**row, "verdict": "same"}
 
 
@@ -198,8 +201,9 @@ def largest_weight_difference(state: Mapping[str, Any], plain: Mapping[str, Any]
     return worst, worst_name
 
 
+# "refused": samples are coupled, so that microbatches would change the result, and the planner says by which op.
 # "fallback": the step cannot be captured, so it ran as one block and gave the same result.
-PASSING = ("same", "one microbatch", "fallback")
+PASSING = ("same", "refused", "fallback")
 
 
 def summarise(rows: list[Row]) -> tuple[dict[str, Any], list[str]]:
@@ -215,6 +219,15 @@ def summarise(rows: list[Row]) -> tuple[dict[str, Any], list[str]]:
         f"{row['family']}, {row['case']}, {row['optimizer']}: {row['verdict']} {row.get('reason', '')}".strip()
         for row in rows
         if row["verdict"] not in PASSING
+    ]
+    tried: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in rows:
+        tried[row["family"], row["optimizer"]].append(row["verdict"])
+    misses += [
+        f"{family}, {optimizer}: at least {LEAST_PLANS} forced plans must be the same, but {verdicts.count('same')} are "
+        f"({len(verdicts)} were tried)"
+        for (family, optimizer), verdicts in tried.items()
+        if LEAST_PLANS <= len(verdicts) and verdicts.count("same") < LEAST_PLANS and "fallback" not in verdicts
     ]
     return summary, misses
 

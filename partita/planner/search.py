@@ -243,9 +243,7 @@ def _evaluated(
     return kept, dropped
 
 
-def _refine_best(
-    plans: list[Plan], refine: Callable[[Plan], Outcome], cluster: Cluster, uncertainty: float
-) -> None:
+def _refine_best(plans: list[Plan], refine: Callable[[Plan], Outcome], cluster: Cluster, uncertainty: float) -> None:
     """Refines predictions in place, always that of the best graph plan, until it is a refined one."""
     refined: set[str] = set()
     while len(refined) < MAX_REFINED:

@@ -108,11 +108,13 @@ def _draw(node: fx.Node) -> Draw:
 
     def blank(item: fx.Node) -> fx.Node:
         value = item.meta["val"]
-        return graph.call_function(
+        made = graph.call_function(
             aten.empty_strided.default,
             (list(value.shape), list(value.stride())),
             {"dtype": value.dtype, "device": value.device},
         )
+        made.meta["val"] = value
+        return made
 
     def copy(item: fx.Node) -> fx.Node:
         if item not in copies:

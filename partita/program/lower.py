@@ -116,7 +116,9 @@ class _Lowering:
                     buffers=buffers,
                 )
             )
-        return ProgramSet(tuple(programs), self.store.segments, self.split.draws)
+        result = ProgramSet(tuple(programs), self.store.segments, self.split.draws)
+        _check_streams(result)
+        return result
 
     def _local(self, worker: Worker, microbatch: int) -> tuple[Local, LocalTasks]:
         local = self.split.locals[microbatch, worker.data]
@@ -260,6 +262,23 @@ class _Lowering:
             assert isinstance(source, fx.Node)
             key = f"{node.name}@{suffix}:{worker.stage}"
             out.append(_exchange(node, source, register(source.name), register(node.name), group, key))
+
+
+def _check_streams(programs: ProgramSet) -> None:
+    """Every process makes the hoisted draws of the next step itself, so all must know where the last step's stream of
+    random numbers ended: each needs a worker on the stage that draws."""
+    drawing = {
+        program.process
+        for program in programs.programs
+        for item in program.instructions
+        if isinstance(item, Run) and programs.segments[item.segment].random
+    }
+    idle = {program.process for program in programs.programs} - drawing
+    if programs.draws and drawing and idle:
+        raise PlanError(
+            f"every process must take part in draws of random numbers that depend on data, since others follow them, "
+            f"but process {min(idle)} has no worker on the stage that draws; use pipeline=1, or one process"
+        )
 
 
 _RESULT = "n:result"

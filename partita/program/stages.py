@@ -3,6 +3,9 @@
 Forward ops follow the cuts of the plan in the captured graph's order. A backward op runs where the values are that the
 forward phase kept for it, and never on a later stage than the gradients that it reads come from. Ops that
 depend on parameters, constants and factories alone are *free*: every stage that needs one computes it itself.
+
+Random draws that depend on data (others are made before the step) follow one another in one stream, as in plain
+PyTorch. They all run on one stage, the latest that the cuts give any of them.
 """
 
 from __future__ import annotations
@@ -63,13 +66,12 @@ def assign_stages(
     maps the nodes that give a parameter's gradient to the parameter's placeholder: they run where it is read first."""
     phase = _phases(module)
     free = _free_nodes(module, inputs)
-    stage: dict[str, int] = {}
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
-    for node in nodes:
-        if phase[node.name] is Phase.FORWARD and node.name not in free:
-            before = [stage[item.name] for item in node.all_input_nodes if item.name in stage]
-            own = 0 if node.target is operator.getitem else cuts.stage_of(node.meta.get("origin", node.name))
-            stage[node.name] = max([own, *before])
+    forward = [node for node in nodes if phase[node.name] is Phase.FORWARD and node.name not in free]
+    stage = _forward_stages(forward, cuts, 0)
+    drawing = {stage[node.name] for node in forward if is_random(node)}
+    if len(drawing) > 1:
+        stage = _forward_stages(forward, cuts, max(drawing))
     home = _home_of_parameters(nodes, stage, free)
     least = _least_stages(nodes, phase, gradients, home)
     for node in nodes:
@@ -79,7 +81,30 @@ def assign_stages(
                 continue
             found = _backward_stage(node, stage, home, phase, cuts.num_stages, least.get(node.name, 0))
             stage[node.name] = min(found, home.get(gradients.get(node.name, ""), found))
+    _check_draws(nodes, stage)
     return Staging(cuts.num_stages, stage, phase, free)
+
+
+def _forward_stages(forward: Sequence[fx.Node], cuts: StageCuts, least_of_draws: int) -> dict[str, int]:
+    """Ops that draw random numbers run on stage `least_of_draws` or later, all others where the cuts put them, but no
+    op before what it reads."""
+    stage: dict[str, int] = {}
+    for node in forward:
+        before = [stage[item.name] for item in node.all_input_nodes if item.name in stage]
+        own = 0 if node.target is operator.getitem else cuts.stage_of(node.meta.get("origin", node.name))
+        stage[node.name] = max([own, *before, least_of_draws if is_random(node) else 0])
+    return stage
+
+
+def _check_draws(nodes: Sequence[fx.Node], stage: Mapping[str, int]) -> None:
+    """Draws that depend on data continue one stream of random numbers, which only one worker at a time can have."""
+    places = {stage[node.name]: node.name for node in nodes if is_random(node) and node.name in stage}
+    if len(places) > 1:
+        first, last = min(places), max(places)
+        raise PlanError(
+            f"all ops that draw random numbers which depend on data must run on one stage, but {places[first]!r} runs "
+            f"on stage {first} and {places[last]!r} in the backward phase of stage {last}; use pipeline=1"
+        )
 
 
 def _phases(module: fx.GraphModule) -> dict[str, Phase]:

@@ -154,9 +154,7 @@ def _timelines(
 ) -> list[Timeline]:
     """Recorded timelines of steps of workers with these instructions, the first ones left out."""
     segments = {"value": _segment("value", _value), "late": _segment("late", _late)}
-    programs = tuple(
-        Program(worker, 0, 0, tuple(items), (), loss=_LOSS) for worker, items in enumerate(instructions)
-    )
+    programs = tuple(Program(worker, 0, 0, tuple(items), (), loss=_LOSS) for worker, items in enumerate(instructions))
     workers = tuple(
         Worker(index=index, process=0, machine=0, cores=(cores[index],), stage=0, data=index)
         for index in range(len(instructions))
@@ -178,4 +176,3 @@ def _timelines(
 
 def _no_update(worker: int, slices: tuple[Slice, ...], gradients: list[Tensor]) -> None:
     raise AssertionError("these programs update nothing")
-

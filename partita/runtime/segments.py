@@ -72,9 +72,7 @@ _MADE: dict[tuple[object, ...], Call | str] = {}  # what the compiler gave, or w
 _MAKING = threading.Lock()
 
 
-def _compiled(
-    segment: Segment, layouts: Sequence[Layout], device: torch.device, num_threads: int
-) -> Call | str:
+def _compiled(segment: Segment, layouts: Sequence[Layout], device: torch.device, num_threads: int) -> Call | str:
     """The compiled segment, or the reason why there is none; each once a process: plans of one model share segments,
     and a plan is measured before it is run."""
     key = (segment.key, *layouts, device, num_threads)
@@ -84,9 +82,7 @@ def _compiled(
         return _MADE[key]
 
 
-def _compile(
-    segment: Segment, layouts: Sequence[Layout], device: torch.device, num_threads: int
-) -> Call | str:
+def _compile(segment: Segment, layouts: Sequence[Layout], device: torch.device, num_threads: int) -> Call | str:
     try:
         return compile_graph(segment.module, layouts, device=device, num_threads=num_threads)
     except Exception as error:  # whatever goes wrong inside a compiler, the plain code is right

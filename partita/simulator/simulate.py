@@ -135,9 +135,7 @@ def activity(timeline: Timeline, plan: Plan) -> Activity:
 
 
 class _Simulation:
-    def __init__(
-        self, programs: ProgramSet, plan: Plan, cost: CostModel, optimizer: str, num_active: Activity
-    ) -> None:
+    def __init__(self, programs: ProgramSet, plan: Plan, cost: CostModel, optimizer: str, num_active: Activity) -> None:
         self.programs, self.plan, self.cost, self.optimizer = programs, plan, cost, optimizer
         self.num_active = num_active
         per_process = Counter(worker.process for worker in plan.workers)
@@ -235,9 +233,7 @@ class _Simulation:
         places = tuple(member.place for member in members)
         duration_s = self.cost.instruction_time_s()
         num_tensors = len(getattr(instruction, "registers", ())) or 1
-        duration_s += self.cost.collective_time_s(
-            _KINDS[type(instruction)], num_bytes, places, num_tensors=num_tensors
-        )
+        duration_s += self.cost.collective_time_s(_KINDS[type(instruction)], num_bytes, places, num_tensors=num_tensors)
         num_processes = len({place.process for place in places})
         if num_processes > 1:
             self.bytes_sent += 2 * (num_processes - 1) * num_bytes

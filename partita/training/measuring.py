@@ -90,10 +90,7 @@ class PartMeasurer:
         # Stages of a pipeline are busy in turns: they are measured alone as well.
         counts = sorted({1, len(workers)} if plan.axes.get("pipeline", 1) > 1 else {len(workers)})
         runs = {
-            item.segment: (item, program)
-            for program in local
-            for item in program.instructions
-            if isinstance(item, Run)
+            item.segment: (item, program) for program in local for item in program.instructions if isinstance(item, Run)
         }
         estimates = {key: self._estimate_s(programs.segments[key], workers[0], plan.compiled) for key in runs}
         total_s = sum(estimates.values()) or 1.0

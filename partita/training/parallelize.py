@@ -234,9 +234,7 @@ def _fall_back(setup: StepSetup, error: CaptureError, *, compiled: bool) -> Plan
     return block_plan(setup.cluster, graph=None, reasons=reasons, compiled=compiled)
 
 
-def _candidates(
-    setup: StepSetup, graph: Graph, constraints: Constraints, values: StepValues
-) -> tuple[Plan, ...]:
+def _candidates(setup: StepSetup, graph: Graph, constraints: Constraints, values: StepValues) -> tuple[Plan, ...]:
     """Ranked plans; rank 0 searches, the others receive."""
     plans: tuple[Plan, ...] = ()
     error: Exception | None = None

@@ -51,7 +51,7 @@ def test_verdicts_of_same_result() -> None:
     assert verdict("data 2", lost) == "fallback"
     assert verdict("data 2", make_plan("pipeline 2", processes=(0, 0))) == "another plan"
     assert verdict(two, make_plan(two, processes=(0, 0), num_microbatches=4)) == "same"
-    assert verdict(two, make_plan(two, processes=(0, 0))) == "one microbatch"
+    assert verdict(two, make_plan(two, processes=(0, 0))) == "another plan"
     assert verdict(crossing, make_plan(crossing, processes=(0, 0, 1, 1))) == "same"
     assert verdict(crossing, make_plan(crossing, processes=(0, 1, 0, 1))) == "another plan"
 
@@ -66,11 +66,13 @@ def test_weights_near_zero_are_measured_against_the_floor() -> None:
 def test_same_result_counts_errors_as_misses_but_not_coupled_samples() -> None:
     key = {"family": "lstm", "case": "data 2", "optimizer": "SGD"}
     same = {**key, "verdict": "same", "loss_difference": 1e-6, "weight_difference": 1e-5}
-    rows = [same, {**key, "verdict": "one microbatch"}, {**key, "verdict": "error", "reason": "lost"}]
+    rows = [*[same] * 6, {**key, "verdict": "refused"}, {**key, "verdict": "error", "reason": "lost"}]
     summary, misses = same_result.summarise(rows)
-    assert summary["verdicts"] == {"same": 1, "one microbatch": 1, "error": 1}
+    assert summary["verdicts"] == {"same": 6, "refused": 1, "error": 1}
     assert summary["largest_loss_difference"] == 1e-6
     assert misses == ["lstm, data 2, SGD: error lost"]
+    _, misses = same_result.summarise(rows[1:7])
+    assert misses == ["lstm, SGD: at least 6 forced plans must be the same, but 5 are (6 were tried)"]
 
 
 def test_losses_that_are_not_finite_are_infinitely_different() -> None:

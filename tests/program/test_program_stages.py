@@ -7,23 +7,35 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from partita.errors import PlanError
 from partita.graph.graph import Phase
+from partita.graph.simplify import is_random
 from partita.program.draws import hoist_draws
 from partita.program.stages import StageCuts, assign_stages
 
 sys.path.insert(0, str(Path(__file__).parent))
-from program_cases import CASES, captured, forward_ops
+from program_cases import CASES, Case, captured, forward_ops
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration", "ignore:enable_nested_tensor")
 
 
+def gibbs(model: torch.nn.Linear, batch: torch.Tensor) -> torch.Tensor:
+    """Two draws, the second from the result of the first."""
+    hidden = torch.bernoulli(torch.sigmoid(model(batch)))
+    visible = torch.bernoulli(torch.sigmoid(hidden @ model.weight))
+    return (model(batch) - model(visible)).square().mean()
+
+
+GIBBS = Case(lambda: torch.nn.Linear(4, 4), gibbs, lambda rows: torch.randn(rows, 4))
+
+
 @functools.cache
 def graph_of(case: str):
-    graph = captured(CASES[case], 4)[1]
+    graph = captured(GIBBS if case == "gibbs" else CASES[case], 4)[1]
     return graph, hoist_draws(graph)[1]
 
 
@@ -58,6 +70,19 @@ def test_every_op_of_a_stage_interval_is_on_that_stage() -> None:
     for place, name in enumerate(names):
         if name in staging.stage:
             assert staging.stage[name] == (place >= middle)
+
+
+def test_draws_that_depend_on_data_run_on_one_stage() -> None:
+    graph, module = graph_of("gibbs")
+    names = forward_ops(graph)
+    draws = [node for node in module.graph.nodes if is_random(node)]
+    assert len(draws) == 2 and draws[1].name in names[names.index(draws[0].name) + 1 :]
+    inputs = {item.node: item for item in graph.inputs}
+    between = StageCuts(graph, [draws[1].name])
+    staging = assign_stages(module, between, inputs, {})
+    assert [staging.stage[node.name] for node in draws] == [1, 1]
+    before = names[: names.index(draws[0].name)]
+    assert {staging.stage[name] for name in before if name in staging.stage} == {0}, "the others stay"
 
 
 def test_cuts_must_be_in_order_and_exist() -> None:

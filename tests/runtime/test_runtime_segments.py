@@ -140,12 +140,30 @@ def test_a_failing_compiler_is_a_warning_with_the_reason(monkeypatch: pytest.Mon
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no compiler here")
 
+    monkeypatch.setattr(segments, "_MADE", {})
     monkeypatch.setattr(segments, "compile_graph", broken)
     part = segment("square", lambda x: ((x * x).sum(),), torch.ones(2))
     with pytest.warns(CompileWarning, match="square could not be compiled.*no compiler here"):
         code = build(part, compiled=True, device=CPU, num_threads=1)
     assert code.compiled is None and "no compiler here" in code.reason
     assert code.bind(GENERATOR)(torch.ones(2))[0] == 2
+
+
+def test_a_segment_is_compiled_once_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def compiler(module: Any, layouts: Any, *, device: torch.device, num_threads: int) -> Any:
+        asked.append(num_threads)
+        return lambda x: (x,)
+
+    monkeypatch.setattr(segments, "_MADE", {})
+    monkeypatch.setattr(segments, "compile_graph", compiler)
+    one, two = (segment(key, lambda x: ((x * x).sum(),), torch.ones(2)) for key in ("one", "two"))
+    codes = [
+        build(part, compiled=True, device=CPU, num_threads=n) for part, n in ((one, 1), (one, 1), (one, 2), (two, 1))
+    ]
+    assert asked == [1, 2, 1]
+    assert codes[0].compiled is codes[1].compiled is not codes[2].compiled
 
 
 def test_random_segments_are_not_compiled_and_say_so() -> None:
@@ -175,3 +193,10 @@ def test_with_strides_copies_values() -> None:
     x = torch.arange(6.0).view(2, 3)
     y = with_strides(x, (1, 2))
     assert torch.equal(x, y) and y.stride() == (1, 2)
+
+
+def test_with_strides_of_a_value_that_was_expanded() -> None:
+    """Through an exchange an expanded value comes whole; its strides of 0 mean that all entries are one."""
+    x = torch.arange(3.0).view(1, 3, 1).expand(2, 3, 4)
+    y = with_strides(x.contiguous(), x.stride())
+    assert torch.equal(x, y) and y.stride() == x.stride()

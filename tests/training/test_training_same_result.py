@@ -134,6 +134,28 @@ def test_dropout_on_transposed_activations(corner: str) -> None:
     compare("transformer_dropout", CORNERS[corner])
 
 
+class Gibbs(nn.Module):
+    """Draws from what it computes, twice, and once from nothing but a shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(6, 12)
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        hidden_BH = torch.bernoulli(torch.sigmoid(self.up(self.drop(x_BD))))
+        visible_BD = torch.bernoulli(torch.sigmoid(hidden_BH @ self.up.weight).detach())
+        return self.head(x_BD - visible_BD + (hidden_BH @ self.up.weight))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("corner", ["data2", "pipeline2", "both"])
+def test_draws_that_depend_on_data_continue_one_stream(corner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seed is set once: every later step goes on where plain PyTorch would."""
+    monkeypatch.setitem(MODELS, "gibbs", (Gibbs, (6,)))
+    compare("gibbs", CORNERS[corner])
+
+
 @pytest.mark.parametrize("name", ["mlp", "lstm"])
 def test_microbatches_equal_plain_pytorch(name: str) -> None:
     compare(name, Constraints(data=1, pipeline=2, num_microbatches=4))
