@@ -224,10 +224,10 @@ def summarise(rows: list[Row]) -> tuple[dict[str, Any], list[str]]:
     for row in rows:
         tried[row["family"], row["optimizer"]].append(row["verdict"])
     misses += [
-        f"{family}, {optimizer}: at least {LEAST_PLANS} forced plans must be the same, but {verdicts.count('same')} are "
-        f"({len(verdicts)} were tried)"
+        f"{family}, {optimizer}: at least {LEAST_PLANS} forced plans must be the same, but "
+        f"{verdicts.count('same')} are ({len(verdicts)} were tried)"
         for (family, optimizer), verdicts in tried.items()
-        if LEAST_PLANS <= len(verdicts) and verdicts.count("same") < LEAST_PLANS and "fallback" not in verdicts
+        if len(verdicts) >= LEAST_PLANS and verdicts.count("same") < LEAST_PLANS and "fallback" not in verdicts
     ]
     return summary, misses
 

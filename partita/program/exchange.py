@@ -93,6 +93,7 @@ class StepEnd:
     def build(self) -> None:
         for stage in range(self.plan.axes.get("pipeline", 1)):
             self._reduce_small(stage)
+        self._spread_loss()
         owners = [self._gradients(stage) for stage in range(self.plan.axes.get("pipeline", 1))]
         self._barriers()
         for stage_owners in owners:
@@ -100,7 +101,6 @@ class StepEnd:
                 if slices:
                     self.programs[worker].append(Update(slices))
         self._spread_parameters()
-        self._spread_loss()
         self._spread_buffers()
 
     def _workers(self, stage: int) -> list[Worker]:
@@ -240,16 +240,16 @@ class StepEnd:
             self.programs[receiver].append(Recv(f"p:{name}", owner.index, key, spec))
 
     def _spread_loss(self) -> None:
-        """One worker of every process has the loss at the end."""
+        """Every worker has the loss before it updates anything: one that is not finite must not spoil the weights."""
         item = next(item for item in self.results if item.kind is OutputKind.LOSS)
         holders = self._workers(item.stage)
-        for worker in holders:
-            self.loss[worker.index] = item.register
-        have = {worker.process for worker in holders}
-        for process, workers in self._by_process(self.plan.workers).items():
-            if process not in have:
-                self._hand_over(item, holders[0], workers[0], process)
-                self.loss[workers[0].index] = item.register
+        holder = {worker.process: worker for worker in reversed(holders)}
+        self.loss = dict.fromkeys((worker.index for worker in self.plan.workers), item.register)
+        for worker in self.plan.workers:
+            if worker in holders:
+                continue
+            source = holder.setdefault(worker.process, worker)
+            self._hand_over(item, holders[0] if source is worker else source, worker)
 
     def _spread_buffers(self) -> None:
         for item in self.results:
@@ -262,10 +262,10 @@ class StepEnd:
             for process, workers in self._by_process(self.plan.workers).items():
                 reads = any(self._is_in(w, process) for w in self.readers.get(f"b:{item.target}", ()))
                 if process not in by_process and reads:
-                    self._hand_over(item, holders[0], workers[0], process)
+                    self._hand_over(item, holders[0], workers[0])
                     self.buffers[workers[0].index][item.target] = item.register
 
-    def _hand_over(self, item: Result, source: Worker, target: Worker, process: int) -> None:
-        key = f"{item.register}:{process}"
+    def _hand_over(self, item: Result, source: Worker, target: Worker) -> None:
+        key = f"{item.register}:{target.index}"
         self.programs[source.index].append(Send(item.register, target.index, key, item.spec))
         self.programs[target.index].append(Recv(item.register, source.index, key, item.spec))

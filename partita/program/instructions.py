@@ -215,8 +215,9 @@ class Draw:
 class Program:
     """The instruction list of one worker for one training step.
 
-    `loss` is the register with the loss (the same value on every worker that has it; "" elsewhere); `buffers` maps a
-    buffer's name to the register with its new value, written back after all workers of the process have finished.
+    `loss` is the register with the loss, which every lowered program has before its first `Update` (the same value on
+    all workers; "" in a program without one). `buffers` maps a buffer's name to the register with its new value,
+    written back after all workers of the process have finished.
     """
 
     worker: int

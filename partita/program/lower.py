@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import msgspec
 from torch import fx
 
 from partita.errors import PlanError
@@ -55,7 +57,18 @@ def lower(graph: Graph, plan: Plan, *, whole_parameters: bool = False) -> Progra
     """
     if plan.mode != "graph":
         raise PlanError(f'only plans of mode "graph" have programs, but got mode {plan.mode!r}')
-    return _Lowering(graph, plan, whole_parameters).build()
+    kept = _LOWERED.setdefault(graph.module, {})
+    key = (msgspec.structs.replace(plan, compiled=False).hash, whole_parameters)
+    if key not in kept:
+        if len(kept) >= NUM_KEPT:
+            del kept[next(iter(kept))]
+        kept[key] = _Lowering(graph, plan, whole_parameters).build()
+    return kept[key]
+
+
+# A plan is lowered to be predicted and again to be run, and compiled or not it has the same programs.
+_LOWERED: WeakKeyDictionary[fx.GraphModule, dict[object, ProgramSet]] = WeakKeyDictionary()
+NUM_KEPT = 16
 
 
 class _Lowering:

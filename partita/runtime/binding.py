@@ -7,6 +7,7 @@ has been handed to nobody since (segments may return views of their inputs; sent
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, Protocol
@@ -54,10 +55,11 @@ class UpdateFn(Protocol):
 
 
 class Mode:
-    """What `Update` does in the current step."""
+    """What `Update` does in the current step. `finite_only`: nothing if the loss is NaN or infinite."""
 
     update = True
     accumulate_only = False
+    finite_only = False
 
 
 class Surroundings(Protocol):
@@ -315,8 +317,11 @@ class Binder:
         mode, apply, sums = self.around.mode, self.around.update, self._sums
         key = len(sums)
         sums[key] = []
+        loss = self.program.loss
 
         def op(registers: Registers) -> None:
+            if mode.finite_only and loss and not math.isfinite(float(registers[loss])):
+                return
             gradients = [registers[name] for name in names]
             if mode.accumulate_only:
                 if sums[key]:

@@ -6,6 +6,7 @@ once, each its own instruction list; afterwards the new values of buffers are wr
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -235,6 +236,7 @@ class Engine:
         commit_buffers: bool = True,
         record: bool = False,
         accumulate_only: bool = False,
+        finite_only: bool = False,
     ) -> StepOutcome:
         """Run one training step on a batch.
 
@@ -246,12 +248,13 @@ class Engine:
             commit_buffers: False leaves buffers as they are.
             record: measure every instruction into `StepOutcome.timeline`.
             accumulate_only: add the gradients to those of the next step instead of updating.
+            finite_only: a step whose loss is NaN or infinite changes neither parameters nor buffers.
         """
         self._refuse_if_unusable()
         start_s = time.perf_counter()
         sent = self._connections.bytes_sent
         feeds = self._registers(leaves, row_offsets or {})
-        self.mode.update, self.mode.accumulate_only = update, accumulate_only
+        self.mode.update, self.mode.accumulate_only, self.mode.finite_only = update, accumulate_only, finite_only
         self._seed_workers()
         self._num_running = len(self.workers)
         for worker, registers in zip(self.workers, feeds, strict=True):
@@ -345,7 +348,7 @@ class Engine:
 
     def _outcome(self, commit_buffers: bool, record: bool, step_time_s: float, bytes_sent: int) -> StepOutcome:
         loss = next(w.registers[w.program.loss] for w in self.workers if w.program.loss).clone()
-        if commit_buffers:
+        if commit_buffers and not (self.mode.finite_only and not math.isfinite(float(loss))):
             for worker in self.workers:
                 for name, register in worker.program.buffers.items():
                     self.state.buffers[name].detach().copy_(worker.registers[register])

@@ -23,7 +23,7 @@ from partita.runtime.segments import Code, build, fits, with_strides
 from partita.training.optimizers import OptimizerFacts, OptimizerShards
 from partita.training.torch_adapter import clone_optimizer
 
-SEGMENTS_BUDGET_S = 1.5  # for all segments of a plan
+SEGMENTS_BUDGET_S = 0.8  # for all segments of a plan
 LONGEST_S = 3.0  # a segment estimated to take longer is left to the sum of its ops, whose error is small then
 UPDATES_BUDGET_S = 0.1
 LARGEST_UPDATE_BYTES = 2**28  # parameters of more are not copied to measure their update

@@ -42,18 +42,18 @@ class Evaluator:
         cost: CostTable,
         facts: OptimizerFacts,
         values: StepValues | None = None,
+        measures_ops: bool = True,
     ) -> None:
         self.graph, self.cluster, self.cost, self.facts = graph, cluster, cost, facts
+        self._measures_ops = measures_ops and cluster.is_here
         self._measurer = PartMeasurer(graph, cost, values or StepValues(), facts)
-        self._programs: dict[str, ProgramSet] = {}
         if cluster.is_here:
             cost.measure_overheads(measure_overheads)
 
     def __call__(self, plan: Plan) -> Timeline:
         programs = self._lowered(plan)
-        if self.cluster.is_here:
+        if self._measures_ops:
             modules = [segment.module for segment in programs.segments.values()]
-            modules += [draw.module for draw in programs.draws]
             self.cost.measure(modules, plan.workers[0].cores, budget_s=CANDIDATE_BUDGET_S)
         return self._simulated(programs, plan)
 
@@ -61,15 +61,14 @@ class Evaluator:
         """Like a call, after measuring the plan's segments as a whole, as many at a time as there are workers."""
         programs = self._lowered(plan)
         if self.cluster.is_here:
+            modules = [draw.module for draw in programs.draws]
+            self.cost.measure(modules, plan.workers[0].cores, budget_s=CANDIDATE_BUDGET_S)
             self._measurer.measure(programs, plan)
         return self._simulated(programs, plan)
 
     def _lowered(self, plan: Plan) -> ProgramSet:
-        programs = self._programs.get(plan.hash)
-        if programs is None:
-            programs = lower(self.graph, plan, whole_parameters=self.facts.kind != "element")
-            check(programs)
-            self._programs[plan.hash] = programs
+        programs = lower(self.graph, plan, whole_parameters=self.facts.kind != "element")
+        check(programs)
         return programs
 
     def _simulated(self, programs: ProgramSet, plan: Plan) -> Timeline:
@@ -105,13 +104,14 @@ def _ranked(
     limit: int,
     values: StepValues | None,
 ) -> tuple[Plan, ...]:
-    if cluster.is_here:
-        for count in sorted({1, len(cluster.processes[0].cores)}):
-            cost.measure([graph.module], cluster.processes[0].cores[:count], budget_s=WHOLE_GRAPH_BUDGET_S)
     may_cut = (
         graph.batch_size > 1 and microbatch_verdict(graph, 2, local_statistics=constraints.local_statistics) is None
     )
-    evaluator = Evaluator(graph, cluster, cost, facts, values)
+    compares = not _leaves_one_plan(constraints, may_cut)
+    if cluster.is_here and compares:
+        for count in sorted({1, len(cluster.processes[0].cores)}):
+            cost.measure([graph.module], cluster.processes[0].cores[:count], budget_s=WHOLE_GRAPH_BUDGET_S)
+    evaluator = Evaluator(graph, cluster, cost, facts, values, measures_ops=compares)
     return search(
         graph,
         cluster,
@@ -124,6 +124,15 @@ def _ranked(
         evaluate=evaluator,
         refine=evaluator.refine if cluster.is_here else None,
     )
+
+
+def _leaves_one_plan(constraints: Constraints, may_cut: bool) -> bool:
+    """Whether the constraints decide everything: then no op has to be measured to compare plans."""
+    fixed = (constraints.data, constraints.pipeline, constraints.threads_per_worker, constraints.compiled)
+    if None in fixed or (may_cut and constraints.num_microbatches is None):
+        return False
+    staged = constraints.pipeline == 1 or constraints.stage_starts is not None
+    return staged and (constraints.pipeline == 1 or constraints.schedule is not None or not may_cut)
 
 
 def best_plan(

@@ -7,6 +7,7 @@ cannot be captured and the baseline that every plan must beat.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,8 +42,17 @@ class Outcome:
 class Runner(Protocol):
     """One way to run a training step."""
 
-    def step(self, batch: Any, leaves: BatchLeaves, *, update: bool = True, record: bool = False) -> Outcome:
-        """Runs one step on the global batch; without `update` neither parameters nor buffers change."""
+    def step(
+        self,
+        batch: Any,
+        leaves: BatchLeaves,
+        *,
+        update: bool = True,
+        record: bool = False,
+        finite_only: bool = False,
+    ) -> Outcome:
+        """Runs one step on the global batch; without `update` neither parameters nor buffers change, with `finite_only`
+        no parameter does if the loss is NaN or infinite."""
         ...
 
     def close(self) -> None:
@@ -115,13 +125,26 @@ class GraphRunner:
             compiled=compiled,
         )
 
-    def step(self, batch: Any, leaves: BatchLeaves, *, update: bool = True, record: bool = False) -> Outcome:
+    def step(
+        self,
+        batch: Any,
+        leaves: BatchLeaves,
+        *,
+        update: bool = True,
+        record: bool = False,
+        finite_only: bool = False,
+    ) -> Outcome:
         if self._shards is not None:
             self._shards.refresh_options()
         done = self._engine.step(
-            leaves.tensors, row_offsets=leaves.offsets, update=update, commit_buffers=update, record=record
+            leaves.tensors,
+            row_offsets=leaves.offsets,
+            update=update,
+            commit_buffers=update,
+            record=record,
+            finite_only=finite_only,
         )
-        if update and self.kind == "coupled":
+        if update and self.kind == "coupled" and not (finite_only and not math.isfinite(float(done.loss))):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         return Outcome(float(done.loss), done.bytes_sent, done.timeline)
@@ -215,16 +238,26 @@ class BlockRunner:
         self.process, self.transport = process, transport
         self._loss = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
 
-    def step(self, batch: Any, leaves: BatchLeaves, *, update: bool = True, record: bool = False) -> Outcome:
+    def step(
+        self,
+        batch: Any,
+        leaves: BatchLeaves,
+        *,
+        update: bool = True,
+        record: bool = False,
+        finite_only: bool = False,
+    ) -> Outcome:
         loss = torch.zeros((), dtype=torch.float64)
         if self.process == 0:
             with _threads(self.num_threads):
-                loss = self._compute(batch, update).double()
-        if self.transport is not None:
-            torch.distributed.broadcast(loss, src=0)
+                loss = self._compute(batch, update, finite_only)
+        if self.transport is None:
+            return Outcome(loss.item())
+        loss = loss.double()
+        torch.distributed.broadcast(loss, src=0)
         return Outcome(float(loss))
 
-    def _compute(self, batch: Any, update: bool) -> torch.Tensor:
+    def _compute(self, batch: Any, update: bool, finite_only: bool) -> torch.Tensor:
         saved = None if update else [buffer.clone() for buffer in self.model.buffers()]
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(self.model, batch)
@@ -234,9 +267,10 @@ class BlockRunner:
                 f"{tuple(loss.shape)} with requires_grad={loss.requires_grad}"
             )
         loss.backward()
-        if update:
+        if update and not (finite_only and not math.isfinite(loss.item())):
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
         if saved is not None:
             with torch.no_grad():
                 for buffer, old in zip(self.model.buffers(), saved, strict=True):

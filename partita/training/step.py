@@ -101,8 +101,8 @@ class Step:
 
         Raises:
             InputError: the batch has another structure than the first one, or is empty.
-            NonFiniteLossError: the loss is NaN or infinite. With ``check_finite="op"`` nothing was updated and the
-                message names the first op; with "step" (the default) this step's update has been made already.
+            NonFiniteLossError: the loss is NaN or infinite; no parameter was updated, and training may go on with
+                another batch. With ``check_finite="op"`` the message names the first op.
             StepError: a worker or process failed; the message names the root cause.
         """
         self._require_open()
@@ -115,18 +115,19 @@ class Step:
         if self._setup.check_finite == "op":
             self._check_before(runner, batch, leaves)
         try:
-            outcome = runner.step(batch, leaves, record=self._record)
+            finite_only = self._setup.check_finite != "off"
+            outcome = runner.step(batch, leaves, record=self._record, finite_only=finite_only)
         except (StepError, torch.distributed.DistBackendError) as error:
             self._failure = error
             raise
+        if finite_only and not math.isfinite(outcome.loss):
+            raise NonFiniteLossError(
+                f"the loss must be finite, but got {outcome.loss} in step {self._num_steps + 1}; no parameter was "
+                'updated. Look at the batch and the learning rate; check_finite="op" tells which op produced it'
+            )
         self._num_steps += 1
         self._timeline = outcome.timeline or self._timeline
         self._mark_stepped()
-        if self._setup.check_finite != "off" and not math.isfinite(outcome.loss):
-            raise NonFiniteLossError(
-                f"the loss must be finite, but got {outcome.loss} in step {self._num_steps}, whose update is made; "
-                'use check_finite="op" to stop before the update and learn which op produced it'
-            )
         result = StepResult(
             loss=outcome.loss,
             step=self._num_steps,

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 # Private names used here; `tests/training/test_training_torch_adapter.py` checks that torch still has them.
 PRIVATE_NAMES = (
-    "torch._foreach_norm",
     "torch.optim.Optimizer._optimizer_step_pre_hooks",
     "torch.optim.Optimizer._optimizer_step_post_hooks",
     "torch.optim.Optimizer._opt_called",
@@ -39,21 +36,3 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Let learning-rate schedulers know that the optimizer has made a step (they warn otherwise): torch counts calls of
     ``optimizer.step``, which partita does not call."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
-
-
-def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no element is NaN or infinite. One pass in one call; a norm that overflows is looked at again."""
-    floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
-    if not floating:
-        return True
-    norms = torch._foreach_norm(floating)
-    if math.isfinite(float(torch.stack([norm.float() for norm in norms]).sum())):
-        return True
-    return all(bool(torch.isfinite(tensor).all()) for tensor in floating)
-
-
-def squared_norm(tensors: Sequence[torch.Tensor]) -> float:
-    """Sum of the squares of all elements, accumulated in float64."""
-    if not tensors:
-        return 0.0
-    return float(torch.stack([norm.double() for norm in torch._foreach_norm(list(tensors))]).square().sum())

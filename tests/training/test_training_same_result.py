@@ -217,6 +217,25 @@ def test_what_cannot_be_captured_runs_as_one_block_and_says_so() -> None:
         assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("corner", ["data2", "pipeline2", "both"])
+def test_a_loss_that_is_not_finite_spoils_nothing(corner: str) -> None:
+    """Neither weights nor statistics change, and training goes on with the next batch as if the bad one had not been."""
+    first, second = batches((6,), (8, 8))
+    bad = (first[0].clone().index_fill_(0, torch.tensor([7]), torch.inf), first[1])
+    plain, reference = build("batch_norm")
+    expected = train_plain(plain, reference, [first, second])
+    model, optimizer = build("batch_norm")
+    with partita.parallelize(model, optimizer, loss_fn, first, plan=CORNERS[corner], compile=False) as step:
+        losses = [step(first).loss]
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(partita.NonFiniteLossError, match="no parameter was updated"):
+            step(bad)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key]), key
+        losses.append(step(second).loss)
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
 def test_auto_measures_plain_pytorch_too_and_leaves_the_state_alone() -> None:
     data = list(batches((6,), (8, 8, 8)))
     plain, reference = build("dropout")
