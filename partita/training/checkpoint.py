@@ -52,7 +52,7 @@ def write_checkpoint(
         CheckpointError: the disk refuses; the previous checkpoints are untouched.
     """
     base = Path(folder)
-    target = base / f"step-{step:08d}"
+    target = base / f"step-{step:08d}"  # further ones of the same step: step-00000042.001, ...
     temporary: Path | None = None
     try:
         base.mkdir(parents=True, exist_ok=True)
@@ -65,8 +65,7 @@ def write_checkpoint(
         for path in temporary.iterdir():
             _flush(path)
         _flush(temporary)
-        if target.exists():
-            shutil.rmtree(target)
+        target = _next(base, target.name)
         temporary.rename(target)
         _flush(base)
     except OSError as error:
@@ -113,7 +112,7 @@ def _read(path: Path) -> Checkpoint:
     weights = load_file(path / "weights.safetensors")
     for name, first in meta["aliases"].items():
         weights[name] = weights[first]
-    state = torch.load(path / "optimizer.pt", weights_only=False)
+    state = torch.load(path / "optimizer.pt", weights_only=True)  # a checkpoint of a stranger must not run code
     return Checkpoint(int(meta["step"]), weights, state["optimizer"], state["extra"])
 
 
@@ -141,6 +140,12 @@ def _without_aliases(weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, tor
             first[key] = name
             tensors[name] = value.detach().contiguous().clone()
     return tensors, aliases
+
+
+def _next(base: Path, name: str) -> Path:
+    """The name of the next checkpoint of one step. The older one stays until the newer one is complete."""
+    last = max((path.name for path in base.glob(f"{name}*")), default="")
+    return base / (f"{name}.{int(last.partition('.')[2] or 0) + 1:03d}" if last else name)
 
 
 def _complete(base: Path) -> list[Path]:

@@ -11,6 +11,15 @@ from partita.errors import CheckpointError
 from partita.training.checkpoint import read_checkpoint, write_checkpoint
 
 
+class Trap:
+    """Unpickling it would call something."""
+
+    sprung = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return setattr, (Trap, "sprung", True)
+
+
 def write(folder: Path, step: int, value: float = 0.0) -> Path:
     shared = torch.full((2, 3), value)
     return write_checkpoint(
@@ -19,7 +28,7 @@ def write(folder: Path, step: int, value: float = 0.0) -> Path:
         weights={
             "embedding.weight": shared,
             "head.weight": shared,
-            "bias": torch.arange(3.0),
+            "bias": torch.arange(3.0) + value,
             "count": torch.tensor(step),
         },
         optimizer_state={
@@ -78,6 +87,21 @@ def test_a_crash_while_writing_leaves_the_previous_one(tmp_path: Path, monkeypat
     monkeypatch.undo()
     assert read_checkpoint(tmp_path).step == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_step_that_is_saved_again_counts_and_the_older_one_is_not_touched_before(tmp_path: Path) -> None:
+    for turn in range(1, 5):
+        path = write(tmp_path, 7, value=float(turn))
+        assert read_checkpoint(tmp_path).weights["bias"][0] == turn, path
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000007.002", "step-00000007.003"]
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    torch.save({"optimizer": Trap(), "extra": {}}, path / "optimizer.pt")
+    with pytest.raises(CheckpointError, match="step-00000001"):
+        read_checkpoint(tmp_path)
+    assert not Trap.sprung
 
 
 def test_half_written_folders_are_never_read(tmp_path: Path) -> None:

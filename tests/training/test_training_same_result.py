@@ -219,7 +219,7 @@ def test_what_cannot_be_captured_runs_as_one_block_and_says_so() -> None:
 
 @pytest.mark.parametrize("corner", ["data2", "pipeline2", "both"])
 def test_a_loss_that_is_not_finite_spoils_nothing(corner: str) -> None:
-    """Neither weights nor statistics change, and training goes on with the next batch as if the bad one had not been."""
+    """Neither weights nor statistics change, and training goes on as if the bad batch had not been."""
     first, second = batches((6,), (8, 8))
     bad = (first[0].clone().index_fill_(0, torch.tensor([7]), torch.inf), first[1])
     plain, reference = build("batch_norm")
