@@ -31,7 +31,7 @@ _KINDS: dict[tuple[object, ...], tuple[Kind, bool]] = {}
 
 
 def check_optimizer(optimizer: object, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-    """Raise `InputError` unless `optimizer` works without a closure and holds some of `parameters`."""
+    """Raise `InputError` unless `optimizer` works without a closure and holds some of `parameters` and no others."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InputError(
             f"optimizer must be a torch.optim.Optimizer, but got {type(optimizer).__name__}. Pass e.g. "
@@ -44,10 +44,18 @@ def check_optimizer(optimizer: object, parameters: Mapping[str, torch.nn.Paramet
             "evaluates the loss several times a step. Use another optimizer, e.g. torch.optim.AdamW."
         )
     ours = {id(parameter) for parameter in parameters.values()}
-    if not any(id(item) in ours for group in optimizer.param_groups for item in group["params"]):
+    held = [item for group in optimizer.param_groups for item in group["params"]]
+    foreign = [tuple(item.shape) for item in held if id(item) not in ours]
+    if len(foreign) == len(held):
         raise InputError(
             "optimizer must hold parameters of the model, but holds none of them. Create it after the model, from "
             "model.parameters()."
+        )
+    if foreign:
+        raise InputError(
+            f"optimizer must hold parameters of the model only, but {len(foreign)} of {len(held)} are not (shapes "
+            f"{foreign[:3]}) and would never be updated. Put all modules that are trained into the one that is given "
+            "as model, or give the others an optimizer of their own."
         )
 
 

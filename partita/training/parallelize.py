@@ -216,6 +216,8 @@ def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request
             raise PlanError(f"the plan needs the model as a graph, but it cannot be captured: {error}") from error
         return _fall_back(setup, error, compiled=request.compile is True), None
     setup.team.require_equal(graph.fingerprint, "captured graph (model, loss and batch shape)")
+    if graph.unchecked:
+        emit(WarningRaised(subject="capture", message=_unchecked(graph.unchecked)))
     if isinstance(plan, Plan):
         plan.validate(graph, setup.cluster)
         return _with_compile(plan, request.compile), graph
@@ -230,6 +232,13 @@ def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request
         return candidates[0], graph if candidates[0].mode == "graph" else None
     chosen = _measure(setup, graph, candidates, batch, leaves)
     return chosen, graph if chosen.mode == "graph" else None
+
+
+def _unchecked(lines: tuple[str, ...]) -> str:
+    return (
+        f"the step checks values of tensors at {', '.join(lines[:5])} and raises if they are bad; a graph cannot, so "
+        "these checks are left out while partita trains. Check the data before the step if they matter"
+    )
 
 
 def _with_compile(plan: Plan, compile: bool | Literal["auto"]) -> Plan:

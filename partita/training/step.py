@@ -79,6 +79,8 @@ class Step:
         self._runners: dict[BatchKey, GraphRunner | BlockRunner] = {}
         self._current: GraphRunner | BlockRunner | None = None
         self._runners[first.key] = self._make(plan, graph)
+        # Whoever loads a state into his optimizer while training goes on means the shards that do its work.
+        self._state_hook = setup.optimizer.register_load_state_dict_post_hook(lambda _: self._load_state())
 
     @property
     def plan(self) -> Plan:
@@ -227,10 +229,6 @@ class Step:
         self._setup.optimizer.load_state_dict(found.optimizer_state)
         torch.set_rng_state(found.extra["random_state"])
         self._num_steps = found.step
-        if self._current is not None:
-            self._current.load_state()
-        for runner in self._runners.values():
-            runner.load_state()
         emit(
             Checkpointed(
                 action="loaded",
@@ -245,6 +243,7 @@ class Step:
         """Ends the workers. The model and optimizer keep what was trained."""
         if self._failure is None and self._current is not None:
             self._current.collect()
+        self._state_hook.remove()
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()
@@ -256,6 +255,10 @@ class Step:
     def _require_open(self) -> None:
         if self._failure is not None:
             raise StepError(f"no further step can be made: {self._failure}") from self._failure
+
+    def _load_state(self) -> None:
+        for runner in self._runners.values():
+            runner.load_state()
 
     def _make(self, plan: Plan, graph: Graph | None) -> GraphRunner | BlockRunner:
         return make_runner(self._setup, plan, graph, self._setup.model, self._setup.optimizer)

@@ -208,3 +208,6 @@ def test_unusable_optimizers_are_refused() -> None:
     with pytest.raises(InputError, match=r"torch\.optim\.Optimizer"):
         check_optimizer("adam", named)
     check_optimizer(torch.optim.SGD(model.parameters()), named)
+    both = torch.optim.SGD([*model.parameters(), *make_model().parameters()])
+    with pytest.raises(InputError, match="would never be updated"):
+        check_optimizer(both, named)

@@ -236,6 +236,20 @@ def test_a_loss_that_is_not_finite_spoils_nothing(corner: str) -> None:
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_state_that_the_user_loads_reaches_the_workers() -> None:
+    data = list(batches((6,), (8, 8, 8, 8)))
+    model, optimizer = build("mlp")
+    with partita.parallelize(model, optimizer, loss_fn, data[0], plan=CORNERS["data2"], compile=False) as step:
+        for batch in data[:2]:
+            step(batch)
+        step.sync_to(model)  # brings the optimizer's state into the user's optimizer
+        weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        losses = [step(batch).loss for batch in data[2:]]
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        assert [step(batch).loss for batch in data[2:]] == losses
+
+
 def test_auto_measures_plain_pytorch_too_and_leaves_the_state_alone() -> None:
     data = list(batches((6,), (8, 8, 8)))
     plain, reference = build("dropout")
