@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import operator
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from partita.graph import torch_adapter
 from partita.graph.custom_ops import replacement
+from partita.graph.fixed_values import FixedValues
 from partita.graph.graph import Phase
 from partita.graph.validation import Answers
 
@@ -39,6 +41,8 @@ class Label:
     module: str
     source: str
 
+
+_READS = frozenset({torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default})
 
 UNKNOWN = Label(phase=Phase.FORWARD, module="", source="")
 
@@ -123,6 +127,7 @@ class Labels(TorchDispatchMode):
         self._sequence: list[int] = []  # numbers of autograd nodes, rising, and the label of the op that made each
         self._sequence_labels: list[Label] = []
         self._graph = torch_adapter.current_trace()
+        self._fixed_values = FixedValues(self._graph)
 
     @contextlib.contextmanager
     def modules(self) -> Iterator[None]:
@@ -163,7 +168,21 @@ class Labels(TorchDispatchMode):
             return Label(phase=self.phase, module=origin.module, source=origin.source)
         return Label(phase=self.phase, module=module or origin.module, source=source)
 
+    def _fixed(self, *tensors: Any) -> list[torch.Tensor] | None:
+        """The real values of tensors that depend on nothing but the code; None if one depends on more."""
+        found = []
+        for tensor in tensors:
+            node = self.made.get(id(tensor), (None, None))[1]
+            value = None if node is None else self._fixed_values.of(node)
+            if value is None:
+                return None
+            found.append(value)
+        return found
+
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _READS and (values := self._fixed(*args)) is not None:
+            with torch_adapter.outside_of_recording():
+                return func(*values)
         if func is torch.ops.aten.equal.default or (
             func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool
         ):
@@ -193,6 +212,9 @@ class Labels(TorchDispatchMode):
             raise
         for node in new_nodes(self._graph, last):
             self.labels[node] = label
+            if node.target is operator.getitem and isinstance(result, (tuple, list)):
+                item = result[node.args[1]]  # type: ignore[index]
+                self.made[id(item)] = item, node
         newest = last_node(self._graph)
         if newest is not None and newest is not last and isinstance(result, torch.Tensor):
             self.made[id(result)] = result, newest

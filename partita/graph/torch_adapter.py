@@ -6,7 +6,8 @@ Used, by name: `torch._subclasses.fake_tensor.FakeTensorMode` (tensors without s
 `torch.utils.checkpoint._checkpoint_hook` and `CheckpointFunction` (switch recomputation off),
 `torch._dynamo.OptimizedModule` and `Module._compiled_call_impl` (recognise compiled modules),
 `Tensor._backward_hooks` and `Tensor._post_accumulate_grad_hooks` (hooks on parameters),
-`torch.utils._python_dispatch` (tensor subclasses), `OpOverload._schema` (which arguments an op mutates or aliases).
+`torch.utils._python_dispatch` (tensor subclasses; `_disable_current_modes`: compute for real while recording),
+`OpOverload._schema` (which arguments an op mutates or aliases).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
 __all__ = [
     "FakeTensor",
@@ -36,8 +37,10 @@ __all__ = [
     "is_view",
     "is_wrapper_subclass",
     "last_sequence_number",
+    "literals_of_trace",
     "mutates",
     "new_fake_mode",
+    "outside_of_recording",
     "trace",
     "without_recomputation",
 ]
@@ -62,6 +65,27 @@ def current_trace() -> fx.Graph:
     assert mode is not None, "only inside trace()"
     graph: fx.Graph = mode.tracer.graph
     return graph
+
+
+def literals_of_trace() -> Callable[[str], torch.Tensor | None]:
+    """A function that gives, by name, the real values of tensors which the recorded code writes down
+    (``torch.tensor([1.0])``)."""
+    mode = get_proxy_mode()
+    assert mode is not None, "only inside trace()"
+    tracer: Any = mode.tracer
+
+    def literal(name: str) -> torch.Tensor | None:
+        value = getattr(tracer.root, name, None)
+        value = value.constant if isinstance(value, FakeTensor) else value
+        return value if isinstance(value, torch.Tensor) else None
+
+    return literal
+
+
+def outside_of_recording() -> contextlib.AbstractContextManager[Any]:
+    """Ops inside run for real and are not recorded."""
+    context: contextlib.AbstractContextManager[Any] = _disable_current_modes()
+    return context
 
 
 def last_sequence_number() -> int:

@@ -21,6 +21,7 @@ from partita.graph import torch_adapter
         ("torch.fx.experimental.proxy_tensor", "get_proxy_mode"),
         ("torch.utils._python_dispatch", "TorchDispatchMode"),
         ("torch.utils._python_dispatch", "is_traceable_wrapper_subclass"),
+        ("torch.utils._python_dispatch", "_disable_current_modes"),
         ("torch.autograd", "_get_sequence_nr"),
         ("torch._C", "_current_autograd_node"),
         ("torch.utils.checkpoint", "_checkpoint_hook"),
