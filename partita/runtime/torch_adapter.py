@@ -11,8 +11,10 @@ names them.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +45,7 @@ def compile_graph(
         ]
     graph = fx.GraphModule(module, _without_values(module))
     patches = {"cpp_wrapper": True, "cpp.threads": num_threads, "fallback_random": True}
-    with config.patch(patches), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the compiler's own; what concerns the user is raised
+    with config.patch(patches), _quiet(), torch.no_grad():
         # The patches are given a second time because the compiler may work in threads that do not see this one's.
         artifact = inductor.standalone_compile(
             graph,
@@ -54,6 +55,20 @@ def compile_graph(
             options={"config_patches": dict(patches)},
         )
     return artifact
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The compiler's own warnings say nothing that a user could act on; what concerns him is raised."""
+    logger = logging.getLogger("torch._inductor")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _without_values(module: fx.GraphModule) -> fx.Graph:
