@@ -42,6 +42,7 @@ __all__ = [
     "new_fake_mode",
     "outside_of_recording",
     "trace",
+    "viewed_arguments",
     "without_recomputation",
 ]
 
@@ -153,7 +154,31 @@ def is_view(target: object) -> bool:
     return isinstance(target, OpOverload) and (bool(target.is_view) or target in _UNANNOTATED_VIEWS)
 
 
-_UNANNOTATED_VIEWS = frozenset({torch.ops.aten._unsafe_view.default, torch.ops.aten.lift_fresh.default})
+_UNANNOTATED_VIEWS = frozenset(
+    {
+        torch.ops.aten._unsafe_view.default,
+        torch.ops.aten.lift_fresh.default,
+        torch.ops.aten.unsafe_chunk.default,
+        torch.ops.aten.unsafe_split.Tensor,
+        torch.ops.aten.unsafe_split_with_sizes.default,
+    }
+)
+
+
+def viewed_arguments(target: object) -> tuple[int, ...]:
+    """Positions of the arguments whose storage the op's results show; none for an op that allocates.
+
+    Of ops that are a view only where one is possible (`reshape`, `contiguous`, `to`) this is not known; captured graphs
+    do not hold them, since they are recorded as what they turn out to be.
+    """
+    if not isinstance(target, OpOverload):
+        return ()
+    if target in _UNANNOTATED_VIEWS:
+        return (0,)
+    schema = target._schema
+    if all(result.alias_info is None for result in schema.returns):
+        return ()
+    return tuple(place for place, argument in enumerate(schema.arguments) if argument.alias_info is not None)
 
 
 def _dropout(x: torch.Tensor, p: float, train: bool | None) -> tuple[torch.Tensor, torch.Tensor]:

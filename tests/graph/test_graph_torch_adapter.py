@@ -96,7 +96,19 @@ def test_views_and_writes_are_told_apart() -> None:
     aten = torch.ops.aten
     assert all(torch_adapter.is_view(op) for op in (aten.view.default, aten.t.default, aten._unsafe_view.default))
     assert not any(torch_adapter.is_view(op) for op in (aten.add.Tensor, aten.add_.Tensor, aten.clone.default))
+    for op in (aten.view.default, aten.unbind.int, aten.split.Tensor, aten.unsafe_split.Tensor):
+        assert torch_adapter.viewed_arguments(op) == (0,)
+    assert torch_adapter.viewed_arguments(aten.add.Tensor) == torch_adapter.viewed_arguments(len) == ()
     assert torch_adapter.mutates(aten.add_.Tensor) and not torch_adapter.mutates(aten.view.default)
+
+
+def test_unannotated_views_share_storage() -> None:
+    x = torch.ones(4, 2)
+    for op in torch_adapter._UNANNOTATED_VIEWS:
+        arguments = {"_unsafe_view": ([8],), "lift_fresh": (), "unsafe_split_with_sizes": ([2, 2],)}
+        results = op(x, *arguments.get(op._schema.name.removeprefix("aten::"), (2,)))
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            assert result.untyped_storage().data_ptr() == x.untyped_storage().data_ptr(), op
 
 
 def test_dropout_in_parts_is_plain_dropout() -> None:
