@@ -1,8 +1,11 @@
-"""Bytes of parameters, gradients and optimizer state."""
+"""Bytes of weights, batch and optimizer state, and of plain PyTorch."""
 
 from __future__ import annotations
 
-from partita.graph.graph import Graph, InputKind, OutputKind
+import math
+
+from partita.graph.graph import Graph, Input, InputKind, OutputKind
+from partita.graph.storages import graph_memory
 
 # State tensors of torch.optim's optimizers, in float32 elements per parameter element (default options).
 STATE_ELEMENTS = {
@@ -29,37 +32,30 @@ def update_traffic_bytes(optimizer: str) -> int:
     return 4 * (_BASE_TRAFFIC + 2 * STATE_ELEMENTS.get(optimizer, 2))
 
 
-def parameter_bytes(graph: Graph) -> int:
-    """Bytes of all parameters and buffers of the captured model, tied ones once."""
-    return sum(
-        _bytes(item.shape, item.dtype.itemsize)
-        for kind in (InputKind.PARAMETER, InputKind.BUFFER)
-        for item in graph.inputs_of(kind)
-    )
+def weight_bytes(graph: Graph) -> int:
+    """Bytes of all parameters, buffers and constants of the captured model, tied ones once."""
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT)
+    return sum(_bytes(item) for kind in kinds for item in graph.inputs_of(kind))
 
 
-def gradient_bytes(graph: Graph) -> int:
-    """Bytes of all gradients that the graph gives."""
+def batch_bytes(graph: Graph) -> int:
+    """Bytes of a whole batch."""
+    return sum(_bytes(item) for item in graph.inputs_of(InputKind.BATCH))
+
+
+def state_bytes(num_bytes: int, per_element: float) -> int:
+    """Bytes of the optimizer's state for parameters of `num_bytes`, given those of one float32 element: state has the
+    type of its parameter."""
+    return int(num_bytes * per_element / 4)
+
+
+def block_bytes(graph: Graph, state_bytes_per_element: float) -> int:
+    """Peak of plain PyTorch on the whole batch: what outlives a step, and what the step adds."""
     trained = {output.target for output in graph.outputs_of(OutputKind.GRADIENT)}
-    return sum(
-        _bytes(item.shape, item.dtype.itemsize) for item in graph.inputs_of(InputKind.PARAMETER) if item.name in trained
-    )
+    num_bytes = sum(_bytes(item) for item in graph.inputs_of(InputKind.PARAMETER) if item.name in trained)
+    outliving = weight_bytes(graph) + batch_bytes(graph) + state_bytes(num_bytes, state_bytes_per_element)
+    return outliving + graph_memory(graph.module.graph).peak_bytes
 
 
-def state_bytes(graph: Graph, bytes_per_element: float) -> int:
-    """Bytes of the optimizer's state for all parameters with a gradient."""
-    trained = {output.target for output in graph.outputs_of(OutputKind.GRADIENT)}
-    return int(
-        sum(
-            _bytes(item.shape, 1) * bytes_per_element
-            for item in graph.inputs_of(InputKind.PARAMETER)
-            if item.name in trained
-        )
-    )
-
-
-def _bytes(shape: tuple[int, ...], itemsize: int) -> int:
-    count = itemsize
-    for extent in shape:
-        count *= extent
-    return count
+def _bytes(item: Input) -> int:
+    return math.prod(item.shape) * item.dtype.itemsize

@@ -20,6 +20,7 @@ import numpy as np
 from torch import fx
 
 from partita.cluster.model import Cluster
+from partita.cost.memory import block_bytes
 from partita.cost.model import CostModel
 from partita.errors import InfeasibleError, PlanError
 from partita.graph.graph import Graph
@@ -111,7 +112,8 @@ class Pricer:
         return run_s + self._cost.update_time_s((elements,), self._optimizer, place)
 
     def whole_memory_bytes(self) -> int:
-        return int(self._static_bytes().sum() + self._work.saved_bytes.sum())
+        """Peak of plain PyTorch on the whole batch."""
+        return block_bytes(self._graph, self._state_bytes)
 
     def _static_bytes(self) -> Array:
         return 2 * self._work.parameter_bytes + self._state_bytes * self._work.parameter_elements
