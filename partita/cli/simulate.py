@@ -94,5 +94,8 @@ def report(plan: Plan, timeline: Timeline) -> str:
     lines = [table(rows, titles=titles), "", f"step {format_time(timeline.step_time_s)}, "
              f"{format_bytes(timeline.bytes_sent)} sent between processes"]  # fmt: skip
     for process, num_bytes in sorted(timeline.shared_memory_bytes.items()):
-        lines.append(f"process {process}: {format_bytes(num_bytes)} of parameters, gradients and optimizer state")
+        lines.append(
+            f"process {process}: {format_bytes(num_bytes)} of weights, batch and optimizer state, "
+            f"{format_bytes(timeline.step_memory_bytes.get(process, 0))} more at the peak of a step"
+        )
     return "\n".join(lines)

@@ -30,7 +30,7 @@ class Outcome(Protocol):
     @property
     def step_time_s(self) -> float: ...
     @property
-    def peak_memory_bytes(self) -> Mapping[int, int]: ...
+    def step_memory_bytes(self) -> Mapping[int, int]: ...
     @property
     def shared_memory_bytes(self) -> Mapping[int, int]: ...
     @property
@@ -220,10 +220,9 @@ def _evaluated(
             dropped.append(f"{title(plan)}: {error}")
             continue
         memory = {
-            rank: outcome.shared_memory_bytes.get(rank, 0) for rank in {worker.process for worker in plan.workers}
+            rank: outcome.shared_memory_bytes.get(rank, 0) + outcome.step_memory_bytes.get(rank, 0)
+            for rank in {worker.process for worker in plan.workers}
         }
-        for worker in plan.workers:
-            memory[worker.process] += outcome.peak_memory_bytes.get(worker.index, 0)
         over = [rank for rank, need in memory.items() if limits.get(rank) and need > limits[rank]]
         if over:
             rank = over[0]

@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from partita.graph.graph import Phase
+from partita.graph.storages import GraphMemory
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Segment:
     output_specs: tuple[TensorSpec, ...]
     flops: int
     num_bytes: int
-    workspace_bytes: int  # peak of the values that live inside the segment only
+    memory: GraphMemory
     random: bool = False
 
 

@@ -6,10 +6,8 @@ level form one segment; the exchanges of a level run together after it. Segments
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -17,6 +15,7 @@ from torch import fx
 
 from partita.graph.graph import OpInfo
 from partita.graph.simplify import is_random
+from partita.graph.storages import graph_memory
 from partita.program.instructions import Segment, TensorSpec
 from partita.sharding.communication import COMMUNICATION_OPS
 from partita.units import fingerprint
@@ -94,50 +93,9 @@ def _segment(
         output_specs=tuple(spec_of(node) for node in outputs),
         flops=sum(info.flops for info in infos),
         num_bytes=sum(info.num_bytes for info in infos),
-        workspace_bytes=_workspace_bytes(nodes, outputs),
+        memory=graph_memory(graph),
         random=any(is_random(node) for node in nodes),
     )
-
-
-def _owned_bytes(node: fx.Node) -> int:
-    """Bytes that a node allocates: views and items of tuples allocate none of their own."""
-    target: Any = node.target
-    if target is operator.getitem:
-        return 0
-    if isinstance(target, torch._ops.OpOverload) and any(r.alias_info is not None for r in target._schema.returns):
-        return 0
-    leaves = pytree.tree_leaves(node.meta.get("val"))
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, torch.Tensor))
-
-
-def _base(node: fx.Node) -> fx.Node:
-    """The node that owns the memory that a view or tuple item shows."""
-    while _owned_bytes(node) == 0 and node.args and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
-def _workspace_bytes(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> int:
-    """Peak of the values that live inside a segment only: allocated at their op, freed after the last reader."""
-    inside = {node: index for index, node in enumerate(nodes)}
-    kept = {_base(node) for node in outputs}
-    last: dict[fx.Node, int] = {}
-    for node in nodes:
-        for user in (node, *node.users):
-            if user in inside:
-                base = _base(node)
-                last[base] = max(last.get(base, 0), inside[user])
-    frees: dict[int, int] = {}
-    for base, index in last.items():
-        if base not in kept and base in inside:
-            frees[index] = frees.get(index, 0) + _owned_bytes(base)
-    now = peak = 0
-    for index, node in enumerate(nodes):
-        if node not in kept:
-            now += _owned_bytes(node)
-        peak = max(peak, now)
-        now -= frees.get(index, 0)
-    return peak
 
 
 def cut_task(

@@ -27,14 +27,16 @@ class Event:
 class Timeline:
     """Events of all workers (of this process, when measured) in one step.
 
-    `step_time_s` spans from the start to the last worker's end; `peak_memory_bytes` is per worker: registers and
-    segments' workspaces, without parameters, which `shared_memory_bytes` counts per process. `bytes_sent` counts
-    messages between processes.
+    `step_time_s` spans from the start to the last worker's end. `peak_memory_bytes` is per worker what its registers
+    and segments need, `step_memory_bytes` per process what those of all its workers need at one time, and
+    `shared_memory_bytes` per process what outlives the step: the process needs the sum of the last two. `bytes_sent`
+    counts messages between processes.
     """
 
     events: tuple[Event, ...]
     step_time_s: float
     peak_memory_bytes: Mapping[int, int] = field(default_factory=dict)
+    step_memory_bytes: Mapping[int, int] = field(default_factory=dict)
     shared_memory_bytes: Mapping[int, int] = field(default_factory=dict)
     bytes_sent: int = 0
 

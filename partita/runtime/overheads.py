@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from partita.cost.overheads import Overheads
 from partita.graph.graph import Phase
+from partita.graph.storages import GraphMemory
 from partita.plan import Plan, Worker
 from partita.program.instructions import (
     AllReduce,
@@ -142,7 +143,7 @@ def _segment(key: str, function: Callable[[], tuple[Tensor, ...]]) -> Segment:
     graph = fx.Graph()
     graph.output(graph.call_function(function))
     spec = TensorSpec((), torch.float32)
-    return Segment(key, fx.GraphModule(torch.nn.Module(), graph), (), (spec,), 0, 0, 0)
+    return Segment(key, fx.GraphModule(torch.nn.Module(), graph), (), (spec,), 0, 0, GraphMemory())
 
 
 def _run(segment: str, output: str) -> Run:

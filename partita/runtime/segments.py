@@ -11,13 +11,14 @@ import operator
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Generator, Tensor, fx
 
+from partita.graph.storages import last_uses
 from partita.program.instructions import Segment
 from partita.runtime.randomness import is_random, with_generator
 from partita.runtime.torch_adapter import Layout, compile_graph, direct
@@ -143,7 +144,7 @@ def python_code(graph: fx.Graph, owner: torch.nn.Module) -> Callable[..., Sequen
     y; return (z,)``.
     """
     writer = _Writer(owner)
-    last_use = _last_uses(graph)
+    last_use = last_uses(graph)
     lines: list[str] = []
     parameters: list[str] = []
     for node in graph.nodes:
@@ -159,21 +160,6 @@ def python_code(graph: fx.Graph, owner: torch.nn.Module) -> Callable[..., Sequen
     scope = writer.constants
     exec(compile(source, "<segment>", "exec"), scope)
     return scope["segment"]  # type: ignore[no-any-return]
-
-
-def _last_uses(graph: fx.Graph) -> Mapping[fx.Node, list[fx.Node]]:
-    """Node -> values whose last use it is. Values that nobody uses are let go where they are made."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node.op != "placeholder":
-            last[node] = node
-        for value in node.all_input_nodes:
-            last[value] = node
-    result: dict[fx.Node, list[fx.Node]] = {}
-    for value, node in last.items():
-        if value.op != "output":
-            result.setdefault(node, []).append(value)
-    return result
 
 
 class _Writer:

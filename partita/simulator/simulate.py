@@ -35,7 +35,7 @@ from partita.program.instructions import (
     Update,
 )
 from partita.program.timeline import Event, Timeline
-from partita.simulator.memory import MemoryMeter
+from partita.simulator.memory import JobMemory
 
 Activity = Mapping[tuple[int, int], float]  # (worker, index of the instruction) -> num_active of `CostModel`
 NUM_PASSES = 3
@@ -55,7 +55,7 @@ class _Clock:
     program: Program
     place: Worker
     now_s: float
-    memory: MemoryMeter
+    memory: JobMemory
     position: int = 0
     arrived_s: float | None = None  # when it came to the collective that it waits in
     events: list[Event] = field(default_factory=list)
@@ -71,7 +71,7 @@ class _Clock:
         if not isinstance(instruction, Free):
             kind = type(instruction).__name__
             self.events.append(Event(self.program.worker, self.position, kind, label_of(instruction), start_s, end_s))
-        self.memory.execute(instruction)
+        self.memory.execute(self.program.worker, instruction, start_s, end_s)
         self.now_s = end_s
         self.position += 1
         self.arrived_s = None
@@ -139,13 +139,13 @@ class _Simulation:
         self.programs, self.plan, self.cost, self.optimizer = programs, plan, cost, optimizer
         self.num_active = num_active
         per_process = Counter(worker.process for worker in plan.workers)
+        starts_s = {
+            worker.index: cost.step_time_s(per_process[worker.process]) + self._draws_s(worker)
+            for worker in plan.workers
+        }
+        self.memory = JobMemory(programs, 0.0)  # draws and feeds come before the workers start
         self.clocks = {
-            program.worker: _Clock(
-                program,
-                plan.workers[program.worker],
-                cost.step_time_s(per_process[program.process]) + self._draws_s(plan.workers[program.worker]),
-                MemoryMeter(program, programs.segments),
-            )
+            program.worker: _Clock(program, plan.workers[program.worker], starts_s[program.worker], self.memory)
             for program in programs.programs
         }
         self.mail: dict[tuple[int, int, str], float] = {}
@@ -165,13 +165,16 @@ class _Simulation:
                 raise ProgramError(
                     "the programs deadlock in the simulator; partita.program.check names who waits for whom"
                 )
+        step_time_s = max(clock.now_s for clock in self.clocks.values())
+        self.memory.end(step_time_s)
         events = sorted(
             (e for clock in self.clocks.values() for e in clock.events), key=lambda e: (e.start_s, e.worker)
         )
         return Timeline(
             events=tuple(events),
-            step_time_s=max(clock.now_s for clock in self.clocks.values()),
-            peak_memory_bytes={worker: clock.memory.peak_bytes for worker, clock in self.clocks.items()},
+            step_time_s=step_time_s,
+            peak_memory_bytes=self.memory.worker_peak_bytes,
+            step_memory_bytes=self.memory.process_peak_bytes,
             bytes_sent=self.bytes_sent,
         )
 

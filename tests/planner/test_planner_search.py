@@ -211,10 +211,10 @@ def test_evaluation_replaces_the_formula_and_drops_what_fails() -> None:
     def evaluate(plan: Plan) -> Any:
         if plan.compiled:
             raise ProgramError("no")
-        return SimpleNamespace(step_time_s=1e-9, peak_memory_bytes={0: 5}, shared_memory_bytes={0: 7}, bytes_sent=3)
+        return SimpleNamespace(step_time_s=1e-9, step_memory_bytes={0: 5}, shared_memory_bytes={0: 7}, bytes_sent=3)
 
     plans = search(make_graph(), make_cluster(), SimpleCost(), evaluate=evaluate)
     assert plans[0].prediction is not None
-    assert plans[0].prediction.step_time_s == 1e-9 and plans[0].prediction.memory_bytes["0"] >= 7
+    assert plans[0].prediction.step_time_s == 1e-9 and plans[0].prediction.memory_bytes == {"0": 12}
     assert plans[0].prediction.lower_bound_s <= 1e-9
     assert not [plan for plan in plans if plan.mode == "graph" and plan.compiled]

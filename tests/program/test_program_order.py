@@ -7,6 +7,7 @@ import torch
 
 from partita.errors import ProgramError
 from partita.graph.graph import Phase
+from partita.graph.storages import GraphMemory
 from partita.program import ProgramSet
 from partita.program.check import check_flow
 from partita.program.instructions import (
@@ -27,7 +28,8 @@ from partita.program.instructions import (
 from partita.program.order import check_order
 
 WEIGHT = TensorSpec((2,), torch.float32)
-SEGMENT = Segment("s", torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph()), (WEIGHT,), (WEIGHT,), 0, 0, 0)
+MODULE = torch.fx.GraphModule(torch.nn.Module(), torch.fx.Graph())
+SEGMENT = Segment("s", MODULE, (WEIGHT,), (WEIGHT,), 0, 0, GraphMemory())
 WHOLE = (Slice("w", 0, 2),)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from partita.graph.graph import Phase
+from partita.graph.storages import graph_memory
 from partita.plan import Plan, Worker
 from partita.program.instructions import Feed, Instruction, Program, ProgramSet, Run, Segment, Slice, TensorSpec
 from partita.runtime.engine import Engine, State
@@ -33,7 +34,7 @@ def segment(key: str, function: Callable[..., Sequence[Tensor]], *examples: Tens
         output_specs=tuple(map(spec, outputs)),
         flops=0,
         num_bytes=0,
-        workspace_bytes=0,
+        memory=graph_memory(module.graph),
         random=random,
     )
 

@@ -13,6 +13,7 @@ from torch import fx
 from partita.cost.model import CollectiveKind, Place
 from partita.errors import ProgramError
 from partita.graph.graph import Phase
+from partita.graph.storages import GraphMemory
 from partita.plan import Plan, Worker
 from partita.program import ProgramSet, lower
 from partita.program.instructions import (
@@ -29,7 +30,7 @@ from partita.program.instructions import (
     TensorSpec,
     Update,
 )
-from partita.simulator import memory_bytes, simulate
+from partita.simulator import simulate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "program"))
 from program_cases import CASES, captured, make_plan
@@ -78,7 +79,8 @@ VALUE = TensorSpec((2,), torch.float32)  # 8 bytes
 
 
 def segment(key: str, workspace_bytes: int = 0) -> Segment:
-    return Segment(key, fx.GraphModule(torch.nn.Module(), fx.Graph()), (), (VALUE,), 0, 0, workspace_bytes)
+    memory = GraphMemory(VALUE.num_bytes + workspace_bytes, (VALUE.num_bytes,), (0,), (True,), ())
+    return Segment(key, fx.GraphModule(torch.nn.Module(), fx.Graph()), (), (VALUE,), 0, 0, memory)
 
 
 def run(key: str, output: str) -> Run:
@@ -197,17 +199,3 @@ def test_1f1b_needs_less_memory_than_gpipe() -> None:
         plan = make_plan(graph, pipeline=2, microbatches=8, schedule=schedule)
         peaks[schedule] = simulate(lower(graph, plan), plan, Rates()).peak_memory_bytes
     assert sum(peaks["1f1b"].values()) < sum(peaks["gpipe"].values())
-
-
-def test_shared_memory_counts_weights_once_a_process_and_state_of_what_is_updated() -> None:
-    _, graph, _ = captured(CASES["mlp"], 8)
-    elements = sum(torch.Size(item.shape).numel() for item in graph.inputs if item.kind.value == "parameter")
-    for processes in ((0, 0), (0, 1)):
-        plan = make_plan(graph, data=2, processes=processes)
-        programs = lower(graph, plan)
-        without = memory_bytes(graph, programs)
-        with_state = memory_bytes(graph, programs, optimizer_state_bytes_per_element=8.0)
-        assert set(without) == set(processes)
-        for process, total in without.items():
-            assert total > 4 * elements
-            assert with_state[process] - total == 8 * elements
