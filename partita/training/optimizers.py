@@ -97,11 +97,26 @@ class OptimizerFacts:
     def of(cls, optimizer: torch.optim.Optimizer | None) -> OptimizerFacts:
         if optimizer is None:
             return cls()
-        name = type(optimizer).__name__
-        states = STATE_ELEMENTS.get(name, 2)
-        if name == "SGD" and any(group.get("momentum", 0) for group in optimizer.param_groups):
-            states = 1
-        return cls(name, 4.0 * states, kind_of(optimizer), optimizer)
+        return cls(type(optimizer).__name__, 4.0 * state_elements(optimizer), kind_of(optimizer), optimizer)
+
+
+def state_elements(optimizer: torch.optim.Optimizer) -> int:
+    """Elements of state for an element of a parameter (of the group with the most), counted after a step on a small
+    tensor. Counters and factors, whose shape is not the parameter's, count nothing. An optimizer that cannot make the
+    step counts by its class, or as one with two states."""
+    most = 0
+    for group in optimizer.param_groups:
+        tensor = torch.nn.Parameter(torch.zeros(4, 6))
+        tensor.grad = torch.ones(4, 6)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                clone = clone_optimizer(optimizer, [{**options_of(group), "params": [tensor]}])
+                clone.step()
+        except Exception:  # whatever a user's class raises on other tensors than its own
+            return STATE_ELEMENTS.get(type(optimizer).__name__, 2)
+        state = clone.state.get(tensor, {}).values()
+        most = max(most, sum(isinstance(item, torch.Tensor) and item.shape == tensor.shape for item in state))
+    return most
 
 
 def _experiment(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> tuple[Kind, bool]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from partita.errors import InputError
 from partita.program.instructions import Slice
-from partita.training.optimizers import OptimizerShards, check_optimizer, fused_agrees, kind_of
+from partita.training.optimizers import OptimizerShards, check_optimizer, fused_agrees, kind_of, state_elements
 from partita.training.torch_adapter import mark_stepped
 
 
@@ -196,6 +196,27 @@ def test_fused_only_where_the_user_left_it_open() -> None:
     assert not fused_agrees(torch.optim.AdamW(params, fused=False))
     assert not fused_agrees(torch.optim.AdamW(params, foreach=True))
     assert not fused_agrees(torch.optim.Adadelta(params))
+
+
+def test_state_is_counted() -> None:
+    weights = [torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(2))]
+    counts = {
+        torch.optim.SGD(weights, lr=0.0): 0,
+        torch.optim.SGD([{"params": weights[:1], "momentum": 0.9}, {"params": weights[1:]}], lr=0.1): 1,
+        torch.optim.AdamW(weights): 2,
+        torch.optim.Adam(weights, amsgrad=True): 3,
+        torch.optim.RMSprop(weights, momentum=0.9, centered=True): 3,
+        torch.optim.Adafactor(weights): 0,
+    }
+    before = torch.get_rng_state()
+    assert {optimizer: state_elements(optimizer) for optimizer in counts} == counts
+    assert torch.equal(torch.get_rng_state(), before) and weights[0].grad is None
+
+    class Stubborn(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> None:
+            raise RuntimeError("not on these")
+
+    assert state_elements(Stubborn(weights)) == 2
 
 
 def test_unusable_optimizers_are_refused() -> None:
