@@ -4,9 +4,9 @@
 
 Every (family, plan) pair is run by `partita.parallelize` with that plan forced. Step time: the median of real steps
 after warm-up, in a child that keeps running. Peak memory: in a fresh child whose allocator returns freed blocks to
-the system at once; live tensors between steps are counted exactly, what a step adds on top is the growth of the
-resident set. Order: of two plans of one family whose measured times differ by more than 10 %, does the prediction
-prefer the faster?
+the system at once; live tensors between steps are counted exactly (of the batches only the first one: how many the
+user has at hand is no matter of the plan), what a step adds on top is the growth of the resident set. Order: of two
+plans of one family whose measured times differ by more than 10 %, does the prediction prefer the faster?
 """
 
 from __future__ import annotations
@@ -34,8 +34,16 @@ COLUMNS = (
     "measured_memory_bytes", "memory_error", "error",
 )  # fmt: skip
 
-# The allocator gives freed blocks of 64 KiB and more back at once, so that the resident set follows the live tensors.
-RETURNING_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+NUM_STEPS = 5  # of which the largest peak counts
+
+# The allocator gives freed blocks of this size and more back at once, so that the resident set follows the live
+# tensors. (Every such block takes whole pages of 4 KiB: a much smaller size would count more of them than tensors.)
+RETURNED_BYTES = 16 * 1024
+RETURNING_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(RETURNED_BYTES),
+    "MALLOC_TRIM_THRESHOLD_": str(RETURNED_BYTES),
+    "MALLOC_ARENA_MAX": "1",
+}
 
 PLANS: Mapping[str, dict[str, Any]] = {
     "1 worker": {"data": 1, "pipeline": 1, "num_microbatches": 1},
@@ -74,7 +82,7 @@ def run_pair(message: Message) -> Row:
             row |= {**measured, "predicted_time_s": prediction.step_time_s, "uncertainty": prediction.uncertainty}
         else:
             row["predicted_memory_bytes"] = max(prediction.memory_bytes.values(), default=0)
-            row |= measured_memory(step, stream)
+            row |= measured_memory(step, stream, batches)
     return row
 
 
@@ -89,25 +97,26 @@ def measured_times_s(step: Any, stream: Any, seconds: float) -> list[float]:
     return times_s
 
 
-def measured_memory(step: Any, stream: Any) -> Row:
-    """Bytes of live tensors between steps, and how much the resident set grows during a step."""
+def measured_memory(step: Any, stream: Any, batches: list[Any]) -> Row:
+    """Bytes of live tensors between steps, and how much the resident set grows during a step: the most of some steps,
+    since the peaks of two workers need not meet in every one."""
     growth = []
-    for _ in range(3):
+    for _ in range(NUM_STEPS):
         gc.collect()
-        _trim()
+        _fill_holes()
         before = _status_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the present
         step(next(stream))
         growth.append(max(0, _status_bytes("VmHWM") - before))
-    live = live_tensor_bytes()
-    peak = live + int(median(growth))
-    return {"measured_memory_bytes": peak, "live_memory_bytes": live, "growth_bytes": growth}
+    live = live_tensor_bytes(besides=batches[1:])
+    return {"measured_memory_bytes": live + max(growth), "live_memory_bytes": live, "growth_bytes": growth}
 
 
-def live_tensor_bytes() -> int:
-    """Bytes of all distinct storages that Python can reach."""
+def live_tensor_bytes(besides: Any = ()) -> int:
+    """Bytes of all distinct storages that Python can reach, without those of the tensors in `besides`."""
     import torch
 
+    left_out = [item for item in torch.utils._pytree.tree_leaves(besides) if isinstance(item, torch.Tensor)]
     storages: dict[int, int] = {}
     for item in gc.get_objects():
         # `type` and not `isinstance`: the latter wakes lazy modules and proxies.
@@ -116,13 +125,27 @@ def live_tensor_bytes() -> int:
         if item.device.type == "cpu" and item.layout is torch.strided:
             storage = item.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
+    for item in left_out:
+        storages.pop(item.untyped_storage().data_ptr(), None)
     return sum(storages.values())
 
 
-def _trim() -> None:
+def _fill_holes() -> None:
+    """Give free memory back to the system and fill the holes of the heap with blocks that nobody writes to.
+
+    The C library puts even a large block into a hole where one is, and keeps the hole when the block is freed: the
+    resident set would then grow by what is free. Filled holes are not resident, and large blocks are mapped.
+    """
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    if not hasattr(libc, "malloc_trim"):  # not glibc
+        return
+    libc.malloc_trim(0)
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_size_t
+    libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_size_t]
+    end = libc.sbrk(0)  # of the heap
+    while (block := libc.malloc(RETURNED_BYTES)) < end:
+        pass
+    libc.free(block)
 
 
 def _status_bytes(name: str) -> int:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -109,7 +113,30 @@ def test_live_tensors_are_counted_once_per_storage() -> None:
     tensor = torch.zeros(1000)
     view = tensor[10:]
     assert prediction.live_tensor_bytes() - before == 4000
+    assert prediction.live_tensor_bytes(besides={"not ours": [view]}) == before
     del tensor, view
+
+
+_HOLE = """
+import ctypes
+from benchmarks import prediction
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.sbrk.restype = ctypes.c_size_t
+libc.malloc.argtypes = libc.free.argtypes = [ctypes.c_size_t]
+blocks = [libc.malloc(8192) for _ in range(1024)]
+for block in blocks[:-1]:
+    libc.free(block)
+print(libc.malloc(1 << 17) < libc.sbrk(0))
+prediction._fill_holes()
+print(libc.malloc(1 << 17) < libc.sbrk(0))
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_large_blocks_do_not_go_into_holes_of_the_heap() -> None:
+    environment = {**os.environ, **prediction.RETURNING_ALLOCATOR}
+    done = subprocess.run([sys.executable, "-c", _HOLE], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
 
 
 def test_step_time_compares_with_the_best_peer() -> None:
