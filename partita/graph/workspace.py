@@ -3,21 +3,25 @@ lie in order for ops that take no others.
 
 On the CPU, oneDNN computes convolutions of float32, bfloat16 and float16 in layouts of its own (oneDNN, "Understanding
 Memory Formats"): tensors whose channels are the last dim are taken as they are, all others are copied into blocks of
-16 channels, the last block filled up, and so is the result before it is copied back. A first layer with at most three
-channels is read in place. Other types are computed by matrix products with the columns of all patches (Chellapilla,
-Puri and Simard 2006, section 3).
+16 channels, the last block filled up, and so is the result before it is copied back. What has fewer channels than a
+block is read in place. Small single samples and other types are computed by matrix products with the columns of all
+patches (Chellapilla, Puri and Simard 2006, section 3; `use_mkldnn` in ATen/native/Convolution.cpp says when).
 
     x, w, y    input, weight and output of the convolution (y stands for its gradient in the backward phase)
     |t|        bytes of t;  [t] bytes of t in blocks of channels;  (t) bytes of t if it must first be made contiguous
+    r(t)       what reading t needs: [t], or nothing with fewer channels than a block in one group
 
-    forward    (x) + [w] + max([x] + [y] - |y|, [y])      the input is let go before the result is copied back
-    backward   (x) + (y) + [x] + [y]                      while the gradient of w is computed
+    forward                 (x) + [w] + max(r(x) + [y] - |y|, [y])      x is let go before the result is copied back
+    forward, transposed     (x) + [w] + max([x] + [y] - |y|, [y]),  or with a stride (x) + 2 |y|
+    backward                (x) + (y) + [y] + max(r(x), [x] if its gradient is needed)
+    backward, transposed    (x) + (y) + [x] + r(y)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -25,8 +29,8 @@ from torch import fx
 aten = torch.ops.aten
 
 _BLOCK = 16  # channels of a block on CPUs with AVX-512; with AVX2 it is 8
-_READ_IN_PLACE = 3  # channels of a first layer
 _BLOCKED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SMALL_ELEMENTS = 20480  # of a single sample
 _NARROW = 3  # extent of kernels whose weight's gradient oneDNN computes without filling up blocks
 
 # Ops that first make their inputs contiguous.
@@ -46,47 +50,97 @@ _TAKES_CONTIGUOUS = frozenset(
 def workspace_bytes(node: fx.Node) -> int:
     """Bytes that the op of a node allocates and frees again (0: none, or not known)."""
     if node.target is aten.convolution.default:
-        x, weight = node.args[0], node.args[1]
-        return _forward_bytes(_value(x), _value(weight), node.meta["val"], _groups(node))
+        x, weight, _, *options = node.args
+        return _Convolution(_value(x), _value(weight), node.meta["val"], options).forward_bytes()
     if node.target is aten.convolution_backward.default:
-        y, x, weight = node.args[:3]
-        return _backward_bytes(_value(x), _value(weight), _value(y), _groups(node))
+        y, x, weight, _, *options = node.args
+        return _Convolution(_value(x), _value(weight), _value(y), options).backward_bytes()
     if node.target in _TAKES_CONTIGUOUS:
         return sum(_copy_bytes(_value(item)) for item in node.all_input_nodes)
     return 0
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """`options`: stride, padding, dilation, transposed, output padding, groups, and in the backward phase which
+    gradients are needed."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    y: torch.Tensor
+    options: Any
+
+    @property
+    def is_strided(self) -> bool:
+        return any(step != 1 for step in self.options[0])
+
+    @property
+    def is_transposed(self) -> bool:
+        return bool(self.options[3])
+
+    @property
+    def groups(self) -> int:
+        return int(self.options[5])
+
+    def forward_bytes(self) -> int:
+        if self._takes_columns():
+            return self._columns_bytes()
+        if _is_channels_last(self.x):
+            return 2 * _num_bytes(self.weight)  # with channels last, then in blocks
+        if self.is_transposed and self.is_strided:
+            return _copy_bytes(self.x) + 2 * _num_bytes(self.y)
+        blocked = _blocked_bytes(self.y)
+        read = _blocked_bytes(self.x) if self.is_transposed else self._read_bytes(self.x)
+        return _copy_bytes(self.x) + self._weight_bytes() + max(read + blocked - _num_bytes(self.y), blocked)
+
+    def backward_bytes(self) -> int:
+        if self._takes_columns():
+            return self._columns_bytes()
+        if _is_channels_last(self.x):
+            return (0 if _is_channels_last(self.y) else _num_bytes(self.y)) + self._last_weight_bytes()
+        copied = _copy_bytes(self.x) + _copy_bytes(self.y)
+        if self.is_transposed:
+            return copied + _blocked_bytes(self.x) + self._read_bytes(self.y)
+        needed = _blocked_bytes(self.x) if self.options[6][0] else 0
+        return copied + _blocked_bytes(self.y) + max(self._read_bytes(self.x), needed)
+
+    def _read_bytes(self, value: torch.Tensor) -> int:
+        return 0 if self.groups == 1 and value.shape[1] < _BLOCK else _blocked_bytes(value)
+
+    def _weight_bytes(self) -> int:
+        first, second = self.weight.shape[0] // self.groups, self.weight.shape[1]
+        if first == 1 or second == 1:
+            return _num_bytes(self.weight)  # one channel a group: the groups are what is put into blocks
+        channels = self.groups * _filled_up(first) * (second if second < _BLOCK else _filled_up(second))
+        return channels * math.prod(self.weight.shape[2:]) * self.weight.element_size()
+
+    def _last_weight_bytes(self) -> int:
+        """Copies of the weight and its gradient with channels last; one channel a group fills up a block."""
+        kernel = self.weight.shape[2:]
+        wide = self.weight.shape[1] == 1 and max(kernel) > _NARROW
+        filled = self.groups * _BLOCK**2 * math.prod(kernel) * self.weight.element_size() if wide else 0
+        return max(filled, 3 * _num_bytes(self.weight))
+
+    def _takes_columns(self) -> bool:
+        if self.x.dtype not in _BLOCKED_TYPES:
+            return True
+        large = self.x.shape[0] > 1 or math.prod(self.x.shape[:4]) > _SMALL_ELEMENTS
+        wide = len(self.weight.shape) > 3 and min(self.weight.shape[-2:]) > _NARROW
+        return self.x.dtype is torch.float32 and self.groups == 1 and not large and not wide
+
+    def _columns_bytes(self) -> int:
+        kernel = math.prod(self.weight.shape[2:])
+        if kernel == 1 and not self.is_strided:
+            return 0
+        patches, places = (self.y, self.x) if self.is_transposed else (self.x, self.y)
+        positions = places.shape[0] * math.prod(places.shape[2:])
+        return positions * patches.shape[1] * kernel * self.x.element_size()
 
 
 def _value(argument: object) -> torch.Tensor:
     assert isinstance(argument, fx.Node)
     value: torch.Tensor = argument.meta["val"]
     return value
-
-
-def _groups(node: fx.Node) -> int:
-    groups = node.args[8 if node.target is aten.convolution.default else 9]
-    assert isinstance(groups, int)
-    return groups
-
-
-def _forward_bytes(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, groups: int) -> int:
-    if x.dtype not in _BLOCKED_TYPES:
-        return _columns_bytes(x, weight, y)
-    if _is_channels_last(x):
-        return 2 * _num_bytes(weight)  # with channels last, then in blocks
-    blocked = _blocked_bytes(y)
-    reading = _read_bytes(x, groups) + blocked - _num_bytes(y)
-    return _copy_bytes(x) + _blocked_weight_bytes(weight, groups) + max(reading, blocked)
-
-
-def _backward_bytes(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, groups: int) -> int:
-    if x.dtype not in _BLOCKED_TYPES:
-        return _columns_bytes(x, weight, y)
-    if _is_channels_last(x):
-        copied = 0 if _is_channels_last(y) else _num_bytes(y)
-        wide = weight.shape[1] == 1 and max(weight.shape[2:]) > _NARROW
-        filled = groups * _BLOCK**2 * math.prod(weight.shape[2:]) * weight.element_size() if wide else 0
-        return copied + max(filled, 3 * _num_bytes(weight))
-    return _copy_bytes(x) + _copy_bytes(y) + _read_bytes(x, groups) + _blocked_bytes(y)
 
 
 def _num_bytes(value: torch.Tensor) -> int:
@@ -108,21 +162,3 @@ def _filled_up(num_channels: int) -> int:
 
 def _blocked_bytes(value: torch.Tensor) -> int:
     return _num_bytes(value) // max(value.shape[1], 1) * _filled_up(value.shape[1])
-
-
-def _read_bytes(x: torch.Tensor, groups: int) -> int:
-    return 0 if groups == 1 and x.shape[1] <= _READ_IN_PLACE else _blocked_bytes(x)
-
-
-def _blocked_weight_bytes(weight: torch.Tensor, groups: int) -> int:
-    first, second = weight.shape[0] // groups, weight.shape[1]
-    if first == 1 or second == 1:
-        return _num_bytes(weight)  # one channel a group: the groups are what is put into blocks
-    channels = groups * _filled_up(first) * (second if second <= _READ_IN_PLACE else _filled_up(second))
-    return channels * math.prod(weight.shape[2:]) * weight.element_size()
-
-
-def _columns_bytes(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor) -> int:
-    spatial: Sequence[int] = weight.shape[2:]
-    positions = y.shape[0] * math.prod(y.shape[2:])
-    return positions * x.shape[1] * math.prod(spatial) * x.element_size()

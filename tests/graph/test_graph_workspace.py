@@ -45,9 +45,11 @@ def node_of(target: Any, *args: Any) -> fx.Node:
     return next(node for node in module.graph.nodes if node.target is target)
 
 
-def convolution(x: Tensor, weight: Tensor, groups: int, *, backward: bool) -> tuple[Any, ...]:
+def convolution(x: Tensor, weight: Tensor, groups: int, *, backward: bool, upwards: int = 0) -> tuple[Any, ...]:
+    """`upwards`: the stride of a transposed convolution; 0: a plain one."""
     dims = x.dim() - 2
-    places = ([1] * dims, [weight.shape[-1] // 2] * dims, [1] * dims, False, [0] * dims, groups)
+    steps = [upwards or 1] * dims
+    places = (steps, [weight.shape[-1] // 2] * dims, [1] * dims, upwards > 0, [0] * dims, groups)
     if not backward:
         return aten.convolution.default, x, weight, None, *places
     y = torch.randn_like(aten.convolution.default(x, weight, None, *places))
@@ -63,22 +65,40 @@ def images(*shape: int, channels_last: bool = False) -> Tensor:
 @pytest.mark.skipif(not ON_X86, reason="the layouts are those of oneDNN on x86")
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize(
-    ("x", "weight", "groups"),
+    ("x", "weight", "groups", "upwards"),
     [
-        (images(4, 32, 32, 32), images(64, 32, 3, 3), 1),
-        (images(8, 64, 16, 16), images(16, 64, 5, 5), 1),
-        (images(8, 3, 32, 32), images(16, 3, 7, 7), 1),
-        (images(8, 32, 32, 32)[:, :16], images(32, 16, 3, 3), 1),
-        (images(16, 48, 200), images(48, 48, 3), 1),
-        (images(4, 16, 8, 12, 12), images(32, 16, 3, 3, 3), 1),
-        (images(8, 128, 8, 8, channels_last=True), images(128, 1, 7, 7), 128),
-        (images(4, 64, 16, 16, channels_last=True), images(64, 64, 3, 3), 1),
-        (images(4, 16, 24, 24).double(), images(16, 16, 3, 3).double(), 1),
+        (images(4, 32, 32, 32), images(64, 32, 3, 3), 1, 0),
+        (images(8, 64, 16, 16), images(16, 64, 5, 5), 1, 0),
+        (images(8, 3, 32, 32), images(16, 3, 7, 7), 1, 0),
+        (images(8, 32, 32, 32)[:, :16], images(32, 16, 3, 3), 1, 0),
+        (images(16, 48, 200), images(48, 48, 3), 1, 0),
+        (images(4, 16, 8, 12, 12), images(32, 16, 3, 3, 3), 1, 0),
+        (images(8, 128, 8, 8, channels_last=True), images(128, 1, 7, 7), 128, 0),
+        (images(4, 64, 16, 16, channels_last=True), images(64, 64, 3, 3), 1, 0),
+        (images(4, 16, 24, 24).double(), images(16, 16, 3, 3).double(), 1, 0),
+        (images(1, 16, 24, 24), images(32, 16, 3, 3), 1, 0),
+        (images(8, 32, 16, 16), images(32, 16, 3, 3), 1, 1),
+        (images(8, 32, 16, 16), images(32, 16, 4, 4), 1, 2),
+        (images(1, 16, 8, 8, 8), images(16, 8, 3, 3, 3), 1, 1),
     ],
-    ids=["3x3", "fewer channels", "first layer", "sliced", "sequence", "volume", "depthwise", "last", "double"],
+    ids=[
+        "3x3",
+        "fewer channels",
+        "first layer",
+        "sliced",
+        "sequence",
+        "volume",
+        "depthwise",
+        "last",
+        "double",
+        "one small",
+        "transposed",
+        "upwards",
+        "one small transposed",
+    ],
 )
-def test_convolutions(x: Tensor, weight: Tensor, groups: int, backward: bool, tmp_path: Path) -> None:
-    target, *args = convolution(x, weight, groups, backward=backward)
+def test_convolutions(x: Tensor, weight: Tensor, groups: int, upwards: int, backward: bool, tmp_path: Path) -> None:
+    target, *args = convolution(x, weight, groups, backward=backward, upwards=upwards)
     target(*args)  # what oneDNN keeps for later calls is no workspace
     peak, left = allocated(lambda: target(*args), tmp_path)
     predicted = left + workspace_bytes(node_of(target, *args))
