@@ -18,7 +18,8 @@ from partita.simulator.storages import Address, ProcessMemory, Value, WorkerMemo
 
 
 class JobMemory:
-    """The memory of all workers and processes of a job in one step.
+    """The memory of all workers and processes of a job in one step. `update_values`: how many temporary values of a
+    slice's size the optimizer's update makes.
 
     Example:
         >>> memory = JobMemory(programs, start_s=0.0)
@@ -28,11 +29,13 @@ class JobMemory:
         {0: 1234567}
     """
 
-    def __init__(self, programs: ProgramSet, start_s: float) -> None:
+    def __init__(self, programs: ProgramSet, start_s: float, update_values: int = 0) -> None:
         process_of = {program.worker: program.process for program in programs.programs}
         self._processes = {process: ProcessMemory() for process in process_of.values()}
         self._workers = {
-            program.worker: WorkerMemory(program, programs.segments, process_of, self._processes[program.process])
+            program.worker: WorkerMemory(
+                program, programs.segments, process_of, self._processes[program.process], update_values
+            )
             for program in programs.programs
         }
         drawn = {process: memory.draw(programs.draws, start_s) for process, memory in self._processes.items()}
@@ -111,7 +114,7 @@ def _covered(pieces: Iterable[tuple[int, int]]) -> int:
 
 
 def memory_bytes(
-    graph: Graph, programs: ProgramSet, *, optimizer_state_bytes_per_element: float = 0.0
+    graph: Graph, programs: ProgramSet, *, optimizer_state_bytes_per_element: float = 0.0, update_values: int = 0
 ) -> dict[int, int]:
     """Upper bound of the peak bytes by process, whatever the order in which its workers take turns: what outlives the
     step plus the sum of its workers' own peaks. What a worker of the process hands to another counts for the receiver
@@ -125,7 +128,7 @@ def memory_bytes(
     process_of = {program.worker: program.process for program in programs.programs}
     sizes: dict[Address, int] = {}
     while True:
-        alone = [_Alone(program, programs, process_of, sizes) for program in programs.programs]
+        alone = [_Alone(program, programs, process_of, sizes, update_values) for program in programs.programs]
         told = {address: num_bytes for worker in alone for address, num_bytes in worker.sent_bytes.items()}
         if told == sizes:
             break
@@ -142,10 +145,15 @@ class _Alone:
     """
 
     def __init__(
-        self, program: Program, programs: ProgramSet, process_of: Mapping[int, int], sizes: Mapping[Address, int]
+        self,
+        program: Program,
+        programs: ProgramSet,
+        process_of: Mapping[int, int],
+        sizes: Mapping[Address, int],
+        update_values: int,
     ) -> None:
         process = ProcessMemory()
-        worker = WorkerMemory(program, programs.segments, process_of, process)
+        worker = WorkerMemory(program, programs.segments, process_of, process, update_values)
         drawn = process.draw(programs.draws, 0.0)
         for item in program.instructions:
             if isinstance(item, Recv) and process_of[item.peer] == program.process:

@@ -86,7 +86,9 @@ def label_of(instruction: Instruction) -> str:
     return str(getattr(instruction, "key", ""))
 
 
-def simulate(programs: ProgramSet, plan: Plan, cost: CostModel, *, optimizer: str = "SGD") -> Timeline:
+def simulate(
+    programs: ProgramSet, plan: Plan, cost: CostModel, *, optimizer: str = "SGD", update_values: int = 0
+) -> Timeline:
     """Predicts the timeline of one step.
 
     Args:
@@ -94,6 +96,7 @@ def simulate(programs: ProgramSet, plan: Plan, cost: CostModel, *, optimizer: st
         plan: where the workers are, and whether segments are compiled.
         cost: predicted durations.
         optimizer: class name of the optimizer, e.g. "AdamW".
+        update_values: how many temporary values of a slice's size its update makes.
 
     Raises:
         ProgramError: the programs deadlock (run `partita.program.check` first).
@@ -104,11 +107,11 @@ def simulate(programs: ProgramSet, plan: Plan, cost: CostModel, *, optimizer: st
         for program in programs.programs
         for index in range(len(program.instructions))
     }
-    timeline = _Simulation(programs, plan, cost, optimizer, active).run()
+    timeline = _Simulation(programs, plan, cost, optimizer, active, update_values).run()
     if plan.axes.get("pipeline", 1) > 1 and max(per_machine.values()) > 1:  # else all are busy at the same times
         for _ in range(NUM_PASSES - 1):
             active = activity(timeline, plan)
-            timeline = _Simulation(programs, plan, cost, optimizer, active).run()
+            timeline = _Simulation(programs, plan, cost, optimizer, active, update_values).run()
     return timeline
 
 
@@ -135,7 +138,15 @@ def activity(timeline: Timeline, plan: Plan) -> Activity:
 
 
 class _Simulation:
-    def __init__(self, programs: ProgramSet, plan: Plan, cost: CostModel, optimizer: str, num_active: Activity) -> None:
+    def __init__(
+        self,
+        programs: ProgramSet,
+        plan: Plan,
+        cost: CostModel,
+        optimizer: str,
+        num_active: Activity,
+        update_values: int,
+    ) -> None:
         self.programs, self.plan, self.cost, self.optimizer = programs, plan, cost, optimizer
         self.num_active = num_active
         per_process = Counter(worker.process for worker in plan.workers)
@@ -143,7 +154,7 @@ class _Simulation:
             worker.index: cost.step_time_s(per_process[worker.process]) + self._draws_s(worker)
             for worker in plan.workers
         }
-        self.memory = JobMemory(programs, 0.0)  # draws and feeds come before the workers start
+        self.memory = JobMemory(programs, 0.0, update_values)  # draws and feeds come before the workers start
         self.clocks = {
             program.worker: _Clock(program, plan.workers[program.worker], starts_s[program.worker], self.memory)
             for program in programs.programs

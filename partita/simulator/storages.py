@@ -27,6 +27,7 @@ from partita.program.instructions import (
     Segment,
     Send,
     TensorSpec,
+    Update,
 )
 from partita.program.uses import is_persistent, written_specs
 
@@ -112,10 +113,16 @@ class WorkerMemory:
     """The registers of one worker; `peak_bytes` counts every storage that it refers to once."""
 
     def __init__(
-        self, program: Program, segments: Mapping[str, Segment], process_of: Mapping[int, int], process: ProcessMemory
+        self,
+        program: Program,
+        segments: Mapping[str, Segment],
+        process_of: Mapping[int, int],
+        process: ProcessMemory,
+        update_values: int = 0,
     ) -> None:
         self.program, self.process, self.peak_bytes = program, process, 0
-        self._segments, self._process_of = segments, process_of
+        self._segments, self._process_of, self._update_values = segments, process_of, update_values
+        self._largest_slice_bytes = 0
         self._registers: dict[str, Value] = {}
         self._summed: set[str] = set()  # registers with a sum that later results are added to in place
         self._sending: list[Storage] = []  # messages to other processes are kept until the step ends
@@ -132,6 +139,8 @@ class WorkerMemory:
         """Account for one instruction, in the program's order."""
         if isinstance(instruction, Run):
             self._run(instruction, start_s, end_s)
+        elif isinstance(instruction, Update):
+            self._while(self._update_values * self._largest_slice_bytes, start_s, end_s)
         elif isinstance(instruction, Free):
             for register in instruction.registers:
                 self._drop(register, end_s)
@@ -273,10 +282,11 @@ class WorkerMemory:
         for index, part in enumerate(instruction.slices[instruction.group.index(self.program.worker)]):
             spec = instruction.specs[place[part.parameter]]
             value = self._value(instruction.registers[place[part.parameter]])
+            num_bytes = part.num_elements * spec.dtype.itemsize
+            self._largest_slice_bytes = max(self._largest_slice_bytes, num_bytes)
             if len(instruction.group) > 1:
                 copied.append(0 if value.is_dense else spec.num_bytes * num_local)
                 if not kept:
-                    num_bytes = part.num_elements * spec.dtype.itemsize
                     self._put_new(f"g:{index}", num_bytes, start_s, end_s)
             elif value.is_dense:
                 self._put(f"g:{index}", value, end_s)

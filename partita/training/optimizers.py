@@ -86,18 +86,30 @@ def fused_agrees(optimizer: torch.optim.Optimizer) -> bool:
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """What planning needs to know of an optimizer; `optimizer` itself where there is one."""
+    """What planning needs to know of an optimizer; `optimizer` itself where there is one.
+
+    `update_values`: how many values of a slice's size an update makes on the way. Fused variants make none, most others
+    one at a time.
+    """
 
     name: str = "SGD"
     state_bytes_per_element: float = 0.0
     kind: Kind = "element"
+    update_values: int = 0
     optimizer: torch.optim.Optimizer | None = None
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer | None) -> OptimizerFacts:
         if optimizer is None:
             return cls()
-        return cls(type(optimizer).__name__, 4.0 * state_elements(optimizer), kind_of(optimizer), optimizer)
+        kind = kind_of(optimizer)
+        return cls(
+            name=type(optimizer).__name__,
+            state_bytes_per_element=4.0 * state_elements(optimizer),
+            kind=kind,
+            update_values=0 if kind == "element" and fused_agrees(optimizer) else 1,
+            optimizer=optimizer,
+        )
 
 
 def state_elements(optimizer: torch.optim.Optimizer) -> int:

@@ -72,7 +72,9 @@ class Evaluator:
         return programs
 
     def _simulated(self, programs: ProgramSet, plan: Plan) -> Timeline:
-        timeline = simulate(programs, plan, self.cost, optimizer=self.facts.name)
+        timeline = simulate(
+            programs, plan, self.cost, optimizer=self.facts.name, update_values=self.facts.update_values
+        )
         shared = shared_bytes(
             self.graph, programs, optimizer_state_bytes_per_element=self.facts.state_bytes_per_element
         )

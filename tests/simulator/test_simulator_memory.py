@@ -36,6 +36,7 @@ from partita.program.instructions import (
     Send,
     Slice,
     TensorSpec,
+    Update,
 )
 from partita.runtime.engine import Engine, State
 from partita.runtime.failure import Waiter
@@ -131,6 +132,18 @@ def test_a_gradient_that_is_not_dense_is_copied(made: str, extra: int) -> None:
     parts = (Slice("w", 0, 100), Slice("w", 100, 256))
     alone = ReduceScatter(("n:g",), (BIG,), (0,), "g", parameters=("w",), slices=(parts,), replicated=(True,))
     assert one_by_one(run(made, (), ["n:g"]), alone) == KIB + extra * len(parts)
+
+
+@pytest.mark.parametrize("update_values", [0, 2])
+def test_an_update_makes_values_of_the_largest_slice(update_values: int) -> None:
+    parts = (Slice("w", 0, 56), Slice("w", 56, 256))
+    alone = ReduceScatter(("n:g",), (BIG,), (0,), "g", parameters=("w",), slices=(parts,), replicated=(True,))
+    instructions = [run("make", (), ["n:g"]), alone, Update(parts)]
+    memory = JobMemory(job(instructions), 0.0, update_values)
+    for index, instruction in enumerate(instructions):
+        memory.execute(0, instruction, index, index + 1)
+    memory.end(3)
+    assert memory.process_peak_bytes == {0: KIB + update_values * 800}
 
 
 def test_a_draw_is_there_whole_until_its_last_piece_is_freed() -> None:

@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from partita.errors import InputError
 from partita.program.instructions import Slice
-from partita.training.optimizers import OptimizerShards, check_optimizer, fused_agrees, kind_of, state_elements
+from partita.training.optimizers import (
+    OptimizerFacts,
+    OptimizerShards,
+    check_optimizer,
+    fused_agrees,
+    kind_of,
+    state_elements,
+)
 from partita.training.torch_adapter import mark_stepped
 
 
@@ -217,6 +224,14 @@ def test_state_is_counted() -> None:
             raise RuntimeError("not on these")
 
     assert state_elements(Stubborn(weights)) == 2
+
+
+def test_facts_for_planning() -> None:
+    weights = [torch.nn.Parameter(torch.ones(3, 2))]
+    fused, other = OptimizerFacts.of(torch.optim.AdamW(weights)), OptimizerFacts.of(torch.optim.Adamax(weights))
+    assert (fused.name, fused.state_bytes_per_element, fused.update_values) == ("AdamW", 8.0, 0)
+    assert (other.name, other.state_bytes_per_element, other.update_values) == ("Adamax", 8.0, 1)
+    assert OptimizerFacts.of(None).update_values == 0
 
 
 def test_unusable_optimizers_are_refused() -> None:
