@@ -24,8 +24,7 @@ VERSION = 1
 
 def cluster_fingerprint(cluster: Cluster) -> str:
     """Hash of what a plan relies on: processes, their machine, how many cores they have and which GPUs. Measured
-    rates and
-    core numbers are left out, so that the same job detected twice has the same fingerprint."""
+    rates and core numbers are left out, so that the same job detected twice has the same fingerprint."""
     parts: list[object] = []
     for process in cluster.processes:
         machine = cluster.machines[process.machine]
@@ -131,12 +130,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """How one model's training step is split over workers.
 
     `mode` "graph" runs the captured graph as programs; "block" runs plain PyTorch on the whole batch on one worker
-    (eager,
-    or `torch.compile` if `compiled`), with `reasons` saying why. Mesh axes are "pipeline" (stages) and "data" (rows
-    of the
-    batch); `axes` gives their extents. `stage_starts` holds the name of the first forward op (in the graph's order)
-    of every stage but the first. `shares` gives the rows of the global batch of each data coordinate. `placements` maps
-    op names to placement texts per mesh axis, e.g. ``{"addmm": {"data": "S(0)"}}``.
+    (eager, or `torch.compile` if `compiled`), with `reasons` saying why. Mesh axes are "pipeline" (stages) and "data"
+    (rows of the batch); `axes` gives their extents. `stage_starts` holds the name of the first forward op (in the
+    graph's order) of every stage but the first. `shares` gives the rows of the global batch of each data coordinate.
+    `placements` maps op names to placement texts per mesh axis, e.g. ``{"addmm": {"data": "S(0)"}}``.
     """
 
     mode: Literal["graph", "block"]
@@ -188,8 +185,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def hash(self) -> str:
         """Hash of everything that decides what is run. Predictions, measurements and explanations do not count, so
-        every
-        process of a job can compare it."""
+        every process of a job can compare it."""
         told = ("prediction", "measured_step_time_s", "alternatives", "reasons")
         parts = [
             (name, msgspec.json.encode(getattr(self, name), order="sorted").decode())

@@ -102,8 +102,7 @@ def time_call(call: Callable[[], object], *, repeat_s: float = REPEAT_S) -> floa
 
 def measure_nodes(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s: float) -> list[float | None]:
     """Seconds of each op on a thread pinned to `cores` with that many torch threads; None where the budget had run
-    out or the op
-    cannot be run alone (the caller then uses the roofline)."""
+    out or the op cannot be run alone (the caller then uses the roofline)."""
     results: list[float | None] = []
 
     def body() -> None:

@@ -3,9 +3,8 @@
     time = launch + max(flops / (efficiency * peak), bytes / bandwidth)
 
 `peak` and `bandwidth` are those of the device (cores of a machine, or a GPU); bandwidth is shared by the workers that
-are active
-on the machine. Source: Williams, Waterman and Patterson, "Roofline" (2009); the launch term is the fixed price of a
-call.
+are active on the machine. Source: Williams, Waterman and Patterson, "Roofline" (2009); the launch term is the fixed
+price of a call.
 """
 
 from __future__ import annotations

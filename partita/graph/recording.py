@@ -32,8 +32,7 @@ class Recording:
 
     Attributes:
         module: takes parameters, buffers, tensor leaves of the batch, the seed, then `constants`; returns the flat
-        tuple
-            of the loss, the gradients of `with_gradient` and the new values of `states`.
+            tuple of the loss, the gradients of `with_gradient` and the new values of `states`.
         labels: node -> where it comes from.
         constants: real tensors that the step closes over, by placeholder name.
         with_gradient: names of the parameters whose gradients are returned.

@@ -13,12 +13,10 @@ def worker_layout(
     """Place the ``pipeline * data`` workers on the processes of `cluster`; worker ``stage * data + d`` is (stage, d).
 
     Workers are dealt to processes in that order in contiguous runs, so with several processes the stages land in
-    different
-    processes and a stage's data group stays inside one where it fits. Every process gets at least one worker. Within a
-    process, workers get consecutive cores and stay inside a NUMA node where possible. More workers than cores share
-    cores (see `oversubscribed`). Raises `InfeasibleError` where a process would stay without a worker, or a worker
-    needs more
-    threads than its process has cores.
+    different processes and a stage's data group stays inside one where it fits. Every process gets at least one worker.
+    Within a process, workers get consecutive cores and stay inside a NUMA node where possible. More workers than cores
+    share cores (see `oversubscribed`). Raises `InfeasibleError` where a process would stay without a worker, or a
+    worker needs more threads than its process has cores.
 
     Example: 4 workers as pipeline 2 x data 2 on two processes: stage 0 on process 0, stage 1 on process 1.
     """

@@ -3,11 +3,9 @@
     step = fixed + [sum_s t_s + (m - 1) max_s t_s + transfers] + max_s (r_s + u_s) + instructions
 
 t_s: forward and backward of one microbatch on stage s (worker with the most rows); r_s: reduction of the stage's
-gradients over
-its data workers; u_s: optimizer on the slice of one worker. The bracket is minimised exactly by
-`partita.planner.stages`; r and u follow
-from its solution. Simulation of the lowered programs, where the caller offers it, replaces the formula for the best
-plans.
+gradients over its data workers; u_s: optimizer on the slice of one worker. The bracket is minimised exactly by
+`partita.planner.stages`; r and u follow from its solution. Simulation of the lowered programs, where the caller offers
+it, replaces the formula for the best plans.
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ def _branch_and_bound(
     pricer: Pricer, space: tuple[Corner, ...], stage_starts: tuple[str, ...] | None, limit: int
 ) -> tuple[list[_Candidate], list[float], list[str]]:
     """The best `limit` candidates, the bounds of all corners, and why corners are infeasible. Corners are visited by
-    rising bound;
-    the visit ends when a bound exceeds the worst of `limit` found, which no later corner can then improve."""
+    rising bound; the visit ends when a bound exceeds the worst of `limit` found, which no later corner can then
+    improve."""
     bounded = sorted(((pricer.bound_s(corner), place) for place, corner in enumerate(space)))
     found: list[_Candidate] = []
     misses: list[str] = []
@@ -306,8 +306,8 @@ def _explained(plans: list[Plan], bound_s: float, num_corners: int) -> tuple[Pla
         reasons = (
             *plan.reasons,
             f"{num_corners} combinations of workers, threads, mesh, microbatches, schedule and compilation were "
-            f"bounded; "
-            "stage boundaries are optimal within each that the bound could not exclude.",
+            "bounded; stage boundaries are optimal within each that the bound could not exclude. The lower bound is proven for "
+            "the planner's formula; what the best plans are predicted to take comes from simulating them.",
         )
         if ties:
             reasons += (

@@ -3,21 +3,18 @@
 Variables    starts 0 = c_0 < c_1 < ... < c_{S-1} < n: stage s holds the ops c_s .. c_{s+1} - 1.
 Given        time_s[s, i]      forward and backward time of op i on the device of stage s, for one microbatch
              transfer_s[s, c]  time to move what crosses a cut before op c between stage s - 1 and s, there and back
-             memory_bytes[s, i]  what op i adds to the memory of stage s (weights, and activations of all microbatches
-             in flight)
-Objective    sum_s t_s + (m - 1) max_s t_s + sum_{s>0} transfer_s[s, c_s],   t_s = sum of time_s[s, i] over the ops of
-stage s
+             memory_bytes[s, i]  what op i adds to the memory of stage s (weights, and activations of all
+                               microbatches in flight)
+Objective    sum_s t_s + (m - 1) max_s t_s + sum_{s>0} transfer_s[s, c_s],
+             t_s = sum of time_s[s, i] over the ops of stage s
 Constraints  (1) every stage holds at least one op;  (2) the memory of stage s is at most limit_bytes[s].
 
 Method: fix an upper bound B on max_s t_s. What is left, C(B) = min of the first and third term with t_s <= B, is a
-shortest
-path: F[s, j] = P_s[j] + min over i of (F[s-1, i] - P_s[i] + transfer_s[s, i]), P_s the prefix sums of time; the i
-allowed by B and
-(2) form an interval [low(j), j), because times and bytes are not negative. B starts at infinity; a solution with max
-below B that beats
-the best objective v must satisfy C(B) + (m - 1) max < v, so B falls to the smaller of the last maximum (exclusive) and
-(v - C(B)) / (m - 1), until the path does not exist. Every skipped B is excluded by that inequality: the result is
-exact.
+shortest path: F[s, j] = P_s[j] + min over i of (F[s-1, i] - P_s[i] + transfer_s[s, i]), P_s the prefix sums of time;
+the i allowed by B and (2) form an interval [low(j), j), because times and bytes are not negative. B starts at infinity; a
+solution with max below B that beats the best objective v must satisfy C(B) + (m - 1) max < v, so B falls to the smaller
+of the last maximum (exclusive) and (v - C(B)) / (m - 1), until the path does not exist. Every skipped B is excluded by
+that inequality: the result is exact.
 Source: the bottleneck enumeration of Alpa (Zheng et al. 2022, section 5.2) and Piper (Tarnawski et al. 2021) over the
 linear partitioning of PipeDream (Narayanan et al. 2019, section 3.1), with interval minima in place of pair
 enumeration.

@@ -104,8 +104,7 @@ class ProcessSession:
 
         Raises:
             WaitTimeoutError, PeerLostError: the reason, as far as it is known here; a lost or failed process is
-            reported
-                through `on_failure` before, and then counts as the root cause.
+                reported through `on_failure` before, and then counts as the root cause.
         """
         try:
             work.wait()
