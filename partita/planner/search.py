@@ -306,8 +306,8 @@ def _explained(plans: list[Plan], bound_s: float, num_corners: int) -> tuple[Pla
         reasons = (
             *plan.reasons,
             f"{num_corners} combinations of workers, threads, mesh, microbatches, schedule and compilation were "
-            "bounded; stage boundaries are optimal within each that the bound could not exclude. The lower bound is proven for "
-            "the planner's formula; what the best plans are predicted to take comes from simulating them.",
+            "bounded; stage boundaries are optimal within each that the bound could not exclude. The lower bound is "
+            "proven for the planner's formula; what the best plans are predicted to take comes from simulating them.",
         )
         if ties:
             reasons += (

@@ -11,10 +11,10 @@ Constraints  (1) every stage holds at least one op;  (2) the memory of stage s i
 
 Method: fix an upper bound B on max_s t_s. What is left, C(B) = min of the first and third term with t_s <= B, is a
 shortest path: F[s, j] = P_s[j] + min over i of (F[s-1, i] - P_s[i] + transfer_s[s, i]), P_s the prefix sums of time;
-the i allowed by B and (2) form an interval [low(j), j), because times and bytes are not negative. B starts at infinity; a
-solution with max below B that beats the best objective v must satisfy C(B) + (m - 1) max < v, so B falls to the smaller
-of the last maximum (exclusive) and (v - C(B)) / (m - 1), until the path does not exist. Every skipped B is excluded by
-that inequality: the result is exact.
+the i allowed by B and (2) form an interval [low(j), j), because times and bytes are not negative. B starts at infinity;
+a solution with max below B that beats the best objective v must satisfy C(B) + (m - 1) max < v, so B falls to the
+smaller of the last maximum (exclusive) and (v - C(B)) / (m - 1), until the path does not exist. Every skipped B is
+excluded by that inequality: the result is exact.
 Source: the bottleneck enumeration of Alpa (Zheng et al. 2022, section 5.2) and Piper (Tarnawski et al. 2021) over the
 linear partitioning of PipeDream (Narayanan et al. 2019, section 3.1), with interval minima in place of pair
 enumeration.
