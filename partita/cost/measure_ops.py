@@ -18,6 +18,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from partita.graph.custom_ops import with_real_buffers
+
 REPEAT_S = 0.002  # one sample repeats the op for about this long, so that the clock's grain does not matter
 NUM_SAMPLES = 5
 SHORT_S = 0.0005  # calls that run together are repeated to last about this long
@@ -50,7 +52,7 @@ def make_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
     arguments = fx.map_arg((node.args, node.kwargs), lambda n: n)
     args, kwargs = fx.node.map_aggregate(arguments, real)
-    return tuple(args), dict(kwargs)
+    return with_real_buffers(node.target, tuple(args)), dict(kwargs)
 
 
 def index_bound(node: fx.Node) -> int:

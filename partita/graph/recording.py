@@ -118,9 +118,10 @@ def record(
 
 @contextlib.contextmanager
 def _tracing_flags() -> Iterator[None]:
-    """Gradients on, one autograd thread (the recording is per thread), recurrent layers and batch norm as plain ops.
+    """Gradients on, one autograd thread (the recording is per thread), cuDNN's recurrent layers and batch norm as
+    plain ops.
 
-    oneDNN's LSTM has a workspace of undefined contents, cuDNN's batch norm hides what it writes. Convolutions and
+    cuDNN's batch norm hides what it writes, its recurrent layers have a workspace of unknown size. Convolutions and
     matrix products are not affected: they choose their library when they run.
     """
     with (
@@ -132,7 +133,8 @@ def _tracing_flags() -> Iterator[None]:
         warnings.filterwarnings(
             "ignore", message=".*TF32 acceleration.*"
         )  # of the switch below, on machines without one
-        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+        warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN.*")
+        with torch.backends.cudnn.flags(enabled=False):
             yield
 
 

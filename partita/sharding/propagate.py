@@ -14,12 +14,14 @@ and casts of weights never force an exchange).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from partita.graph.custom_ops import is_opaque
 from partita.graph.graph import OpInfo
 from partita.sharding.calls import Op, OpCall, Program, Value, read_graph
 from partita.sharding.conversions import (
@@ -239,6 +241,8 @@ class Propagation:
         known = self.available.get(value, ())
         if target in known:
             return 0.0, False
+        if known and _is_opaque(value):
+            return math.inf, True
         if not self.facts[value].varied:
             return value.spec.num_bytes / MEMORY_BYTES_PER_S if target == PARTIAL else 0.0, False
         source = self._cheapest_source(value, target)
@@ -286,6 +290,8 @@ class Propagation:
         if not self.facts[value].varied and REPLICATE not in self.available.get(value, ()):
             self._pull(value, target, 0)
             return
+        if _is_opaque(value):
+            raise AssertionError(f"{value} is a buffer of its op and cannot be turned into {target}")
         source = self._cheapest_source(value, target)
         if self._hoists(value, source, target):
             self._set(self.hoisted, value, None)
@@ -393,6 +399,10 @@ class Propagation:
             info=info,
             stack_trace=op.stack_trace,
         )
+
+
+def _is_opaque(value: Value) -> bool:
+    return value.producer is not None and is_opaque(value.producer.call.target, value.index)
 
 
 def _blocks_of(placement: Placement, cut: Cut, rule: Rule) -> Blocks | None:

@@ -76,6 +76,21 @@ def nll_loss_backward_rules(call: OpCall) -> list[Rule]:
     return parse_rules([f"{grad} S0 S0{weight} R -> S0", f"P R R{weight} R -> P"], call)
 
 
+@register("lstm_layer", "lstm_layer_backward")
+def lstm_rules(call: OpCall) -> list[Rule]:
+    """``(input, 4 weights, hx, cx) -> (output, hy, cy, workspace)`` and its gradients: rows of the batch (dim 1 of what
+    has a time, dim 0 of the rest) do not meet."""
+    if call.schema_argument("batch_sizes"):
+        return []  # packed sequences: the batch is no dim
+    first = "S1 R R R R S0 S0"
+    if call.base_name == "lstm_layer":
+        return parse_rules([f"{first} -> S1 S0 S0 S0"], call)
+    gradients = [
+        spec for spec, argument in zip(("S1", "S0", "S0"), call.args[10:13], strict=True) if isinstance(argument, Slot)
+    ]
+    return parse_rules([f"{first} S1 S0 S0 {' '.join(gradients)} S0 -> S1 P P P P S0 S0"], call)
+
+
 @register("masked_scatter", "unique", "nonzero", "_unique2", "bincount")
 def unruled(call: OpCall) -> list[Rule]:
     """Ops whose result couples all entries: whole inputs."""
