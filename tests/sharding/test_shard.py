@@ -12,11 +12,12 @@ from torch import nn
 
 from partita.errors import InputError
 from partita.sharding import communication
+from partita.sharding.lockstep import run_sharded
 from partita.sharding.placement import Partial, Replicate, Shard
 from partita.sharding.shard import ShardedGraph, shard
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lockstep import joint_graph, run_sharded
+from captured import joint_graph
 from sharding_models import CASES, Case, batch_norm_net, cross_entropy, mlp, squares
 
 # Capture sets oneDNN's flags, at which torch warns once about Intel GPUs.

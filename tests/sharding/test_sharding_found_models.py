@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from partita.sharding.lockstep import run_sharded
 from partita.sharding.placement import Shard
 from partita.sharding.shard import ShardedGraph, shard
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lockstep import joint_graph, run_sharded
+from captured import joint_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration", "ignore:enable_nested_tensor")
 

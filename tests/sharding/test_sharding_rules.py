@@ -17,7 +17,7 @@ from partita.sharding.rules_views import group_cuts, matching_groups, view_rules
 from partita.sharding.ruleset import rules_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from lockstep import joint_graph
+from captured import joint_graph
 from sharding_models import CASES
 
 aten = torch.ops.aten
