@@ -226,6 +226,8 @@ class _Trial:
 
 def _runnable(call: OpCall) -> OpCall | None:
     """``call`` as it can run here: some ops have a kernel only on other devices, but a decomposition everywhere."""
+    if not isinstance(call.target, torch._ops.OpOverload):
+        return call  # a function of tensors, of which nothing else is known
     name = str(call.target._schema.name)  # type: ignore[attr-defined]
     full = name if call.overload == "default" else f"{name}.{call.overload}"
     keys = ("CPU", "CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
