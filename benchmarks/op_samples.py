@@ -96,30 +96,33 @@ def graph_of(sample: Sample) -> fx.GraphModule:
     from partita.graph.recording import Recording, lift_constants
     from partita.graph.simplify import simplify
 
-    def run(*values: Tensor) -> list[Tensor]:
-        results: list[Tensor] = torch.func.functionalize(sample.run, remove="mutations")(*values)
-        return results
-
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = torch_adapter.trace(run, list(sample.tensors), {})
-    recording = Recording(module=module, labels={})
-    if any(node.op == "get_attr" for node in module.graph.nodes):
-        lift_constants(recording)
+    with torch.no_grad(), quiet():
+        module = torch_adapter.trace(sample.run, list(sample.tensors), {})
+        recording = Recording(module=module, labels={})
+        if any(node.op == "get_attr" for node in module.graph.nodes):
+            lift_constants(recording)
+        constants = list(recording.constants.values())
+        # In a second pass, as the capture of a training step does it: ops may write to their inputs on the inside.
+        functional = torch.func.functionalize(fx.Interpreter(recording.module).run, remove="mutations")
+        module = torch_adapter.trace(functional, [*sample.tensors, *constants], {})
+    sizes = [size for node in module.graph.nodes for size in _sizes(node.meta.get("val"))]
+    if not all(isinstance(size, int) for size in sizes):
+        raise ValueError("the number of results depends on the data")
     simplify(module.graph)
-    return _named(recording, len(sample.tensors))
+    return _named(module, len(sample.tensors), constants)
 
 
-def _named(recording: Any, num_tensors: int) -> fx.GraphModule:
-    """The graph with placeholders ``x0``, ..., and ``c0``, ... for constants, whose values are in ``module.constants``."""
-    graph, module = fx.Graph(), recording.module
+def _sizes(value: Any) -> list[Any]:
+    return [size for item in pytree.tree_leaves(value) if isinstance(item, Tensor) for size in item.shape]
+
+
+def _named(module: fx.GraphModule, num_tensors: int, constants: Sequence[Tensor]) -> fx.GraphModule:
+    """The graph with placeholders ``x0``, ..., and ``c0``, ... for constants; their values are in
+    ``module.constants``."""
+    graph = fx.Graph()
     moved: dict[fx.Node, fx.Node] = {}
-    constants: dict[str, Tensor] = {}
     for index, node in enumerate(node for node in module.graph.nodes if node.op == "placeholder"):
-        name = f"x{index}" if index < num_tensors else f"c{index - num_tensors}"
-        if index >= num_tensors:
-            constants[name] = recording.constants[node.name]
-        moved[node] = graph.placeholder(name)
+        moved[node] = graph.placeholder(f"x{index}" if index < num_tensors else f"c{index - num_tensors}")
         moved[node].meta["val"] = node.meta["val"]
     for node in module.graph.nodes:
         if node.op == "call_function":
@@ -129,7 +132,7 @@ def _named(recording: Any, num_tensors: int) -> fx.GraphModule:
             results = pytree.tree_leaves(node.args)
             graph.output(tuple(moved[item] if isinstance(item, fx.Node) else item for item in results))
     result = fx.GraphModule({}, graph)
-    result.constants = constants  # type: ignore[assignment]
+    result.constants = {f"c{index}": value for index, value in enumerate(constants)}  # type: ignore[assignment]
     return result
 
 

@@ -28,6 +28,7 @@ from benchmarks.processes import Child, ChildError, Message, serve
 LEAST_SHARE = 0.9
 SIZES = (2, 4)
 NUM_SAMPLES = 3
+SEARCH_LIMIT_S = 60.0  # for the rules of one op's graph
 NUM_SEARCHED = 2  # samples of an op on which the black-box experiment runs
 # What these ops return is undefined, or depends on where tensors lie in memory.
 UNDEFINED = frozenset({
@@ -54,6 +55,9 @@ class Verdict:
 
 def examine(message: Message) -> Row:
     """All samples of one op, with what the experiment found for each."""
+    from partita.sharding.found import rule_book
+
+    rule_book().allow(SEARCH_LIMIT_S)
     verdict = Verdict()
     found: list[list[str]] = message["found"]
     for index, sample in enumerate(op_samples.samples(message["op"], NUM_SAMPLES)):
@@ -218,7 +222,7 @@ def main() -> int:
     parser = option_parser(__doc__ or "")
     parser.add_argument("--ops", metavar="A,B", help="only these ops (names of op_db)")
     parser.add_argument("--every", type=int, default=1, help="only every n-th op")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one op's experiment, and for its runs")
+    parser.add_argument("--timeout", type=float, default=180.0, help="seconds for one op")
     options = parser.parse_args()
     if options.child:
         serve(search if options.child == "search" else examine)

@@ -62,6 +62,11 @@ class RuleBook:
                 self._search(wanted)
             return [self._known(call) for call in calls]
 
+    def allow(self, limit_s: float) -> None:
+        """Search for at least ``limit_s`` seconds more."""
+        with self._lock:
+            self._left_s = max(self._left_s, limit_s)
+
     def close(self) -> None:
         """End the helper process, if one runs."""
         with self._lock:

@@ -101,8 +101,8 @@ def _spec_text(spec: InputSpec | OutputSpec) -> str:
 def parse_rule(text: str, call: OpCall, *, rewrite: Rewrite | None = None) -> Rule | None:
     """The rule written as ``text`` for ``call``; None if it does not apply to these shapes.
 
-    It does not apply if it names a dim that a tensor lacks or dims of different extents (broadcasting), or if the
-    numbers of inputs or outputs differ. Specs may be left out at the right end of the inputs: they are R.
+    It does not apply if it names a dim that a tensor lacks, an empty one or dims of different extents (broadcasting),
+    or if the numbers of inputs or outputs differ. Specs may be left out at the right end of the inputs: they are R.
     """
     left, right = text.split("->")
     left_items, right_items = left.split(), right.split()
@@ -122,8 +122,8 @@ def parse_rule(text: str, call: OpCall, *, rewrite: Rewrite | None = None) -> Ru
         for cut, spec in [*zip(inputs, call.inputs, strict=True), *zip(outputs, call.outputs, strict=True)]
         if isinstance(cut, Cut) and spec is not None
     }
-    if len(extents) > 1 or any(extent != int(extent) for extent in extents):
-        return None
+    if len(extents) > 1 or any(extent < 1 or extent != int(extent) for extent in extents):
+        return None  # what is empty cannot be cut
     final_outputs = tuple(None if isinstance(spec, Ignored) else spec for spec in outputs)
     return Rule(inputs, final_outputs, int(extents.pop()) if extents else 0, rewrite)
 

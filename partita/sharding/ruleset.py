@@ -14,13 +14,13 @@ from partita.sharding.rules import PARTIAL, Rule, parse_rules, written_rules
 def rules_of(call: OpCall) -> list[Rule]:
     """The rules of ``call``; none if nothing is known of the op (it then runs decomposed, or whole on gathered inputs).
 
-    Truth values are never summands: rules that would sum them are left out.
+    Truth values, and numbers of types without an addition, are never summands: rules that would sum them are left out.
     """
     specs = (*call.inputs, *call.outputs)
     rules = written_rules(call)
     if rules is None:
         rules = parse_rules(rule_book().find([call])[0], call) if is_searched(call) else []
-    return [rule for rule in rules if not _sums_truth_values(rule, specs)]
+    return [rule for rule in rules if not _sums_what_has_no_sum(rule, specs)]
 
 
 def find_rules_of(calls: Iterable[OpCall]) -> None:
@@ -33,6 +33,9 @@ def stop_searching() -> None:
     rule_book().close()
 
 
-def _sums_truth_values(rule: Rule, specs: tuple[TensorSpec | None, ...]) -> bool:
+NO_SUMS = frozenset({torch.bool, torch.uint16, torch.uint32, torch.uint64})
+
+
+def _sums_what_has_no_sum(rule: Rule, specs: tuple[TensorSpec | None, ...]) -> bool:
     pairs = zip((*rule.inputs, *rule.outputs), specs, strict=True)
-    return any(item == PARTIAL and spec is not None and spec.dtype is torch.bool for item, spec in pairs)
+    return any(item == PARTIAL and spec is not None and spec.dtype in NO_SUMS for item, spec in pairs)

@@ -228,13 +228,13 @@ def _runnable(call: OpCall) -> OpCall | None:
     """``call`` as it can run here: some ops have a kernel only on other devices, but a decomposition everywhere."""
     if not isinstance(call.target, torch._ops.OpOverload):
         return call  # a function of tensors, of which nothing else is known
-    name = str(call.target._schema.name)  # type: ignore[attr-defined]
+    name = str(call.target._schema.name)
     full = name if call.overload == "default" else f"{name}.{call.overload}"
     keys = ("CPU", "CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional")
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     if any(has_kernel(full, key) for key in keys):
         return call
-    function = decomposition_table.get(call.target)  # type: ignore[call-overload]
+    function = decomposition_table.get(call.target)
     return None if function is None else dataclasses.replace(call, target=function)
 
 

@@ -24,7 +24,7 @@ from partita.sharding.localize import FakeRunner, Layout, Localizer, coordinate_
 from partita.sharding.placement import Partial, Placement, Replicate, Shard
 from partita.sharding.propagate import Call, Conversion, Propagation, Step
 from partita.sharding.rules import PARTIAL, REPLICATE
-from partita.sharding.ruleset import find_rules_of, rules_of, stop_searching
+from partita.sharding.ruleset import NO_SUMS, find_rules_of, rules_of, stop_searching
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _place_outputs(
         value = propagation.resolve(item)
         known = propagation.available.get(value, ())
         target: Placement
-        if index in must_replicate:
+        if index in must_replicate or value.spec.dtype in NO_SUMS:
             target = REPLICATE
         elif index in must_be_partial or (PARTIAL in known and REPLICATE not in known):
             target = PARTIAL
