@@ -101,13 +101,19 @@ def sort_rules(call: OpCall) -> list[Rule]:
     else:
         default = 2 if call.base_name in ("topk", "kthvalue") else 1  # after their `k`
         fixed = call.argument(default, "dim", -1)
-    if any(spec is None or len(spec.shape) != rank for spec in call.outputs) or not isinstance(fixed, int):
+    if not isinstance(fixed, int) or not rank:
         return []
-    dims = _dims(fixed, rank)
+    taken = fixed % rank
+    if all(spec is not None and len(spec.shape) == rank for spec in call.outputs):
+        drops = False
+    elif all(spec is not None and len(spec.shape) == rank - 1 for spec in call.outputs):
+        drops = True  # without `keepdim`
+    else:
+        return []
     return [
-        Rule((Cut(dim),), (Cut(dim),) * len(call.outputs), extent)
+        Rule((Cut(dim),), (Cut(dim - (drops and dim > taken)),) * len(call.outputs), extent)
         for dim, extent in enumerate(call.inputs[0].shape)
-        if dim not in dims and extent > 1
+        if dim != taken and extent > 1
     ]
 
 
@@ -254,27 +260,39 @@ def _leading_cut(shape: tuple[int, ...], dim: int, extent: int) -> Any:
     return Cut(dim) if len(shape) >= 3 and shape[dim] == extent else REPLICATE
 
 
-_POOLING = (
+_PLANES = (
     "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
     "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d",
     "max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward", "avg_pool2d_backward",
     "avg_pool3d_backward",
     "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward",
     "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "reflection_pad1d_backward",
-    "reflection_pad2d_backward", "replication_pad2d_backward", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle",
-    "grid_sampler_2d",
+    "reflection_pad2d_backward", "replication_pad2d_backward",
 )  # fmt: skip
 
 
-@register(*_POOLING)
-def pooling_rules(call: OpCall) -> list[Rule]:
+@register(*_PLANES)
+def plane_rules(call: OpCall) -> list[Rule]:
+    """Samples (if there are any) and channels are independent: each plane is treated for itself."""
+    plane_rank = next(int(d) for d in "123" if f"{d}d" in call.base_name)
+    specs = [*call.inputs, *[spec for spec in call.outputs if spec is not None]]
+    rank = len(call.inputs[0].shape)
+    leading = call.inputs[0].shape[: rank - plane_rank]
+    if any(len(spec.shape) != rank or spec.shape[: rank - plane_rank] != leading for spec in specs):
+        return []
+    return [
+        Rule((Cut(dim),) * len(call.inputs), (Cut(dim),) * len(call.outputs), extent)
+        for dim, extent in enumerate(leading)
+        if extent > 1
+    ]
+
+
+@register("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "grid_sampler_2d")
+def sample_rules(call: OpCall) -> list[Rule]:
     """Samples are independent if every tensor has them as dim 0 (that is: batched)."""
-    batched_rank = {"1d": 3, "2d": 4, "3d": 5}.get(
-        next((d for d in ("1d", "2d", "3d") if d in call.base_name), "2d"), 4
-    )
     specs = [*call.inputs, *[spec for spec in call.outputs if spec is not None]]
     samples = call.inputs[0].shape[0] if call.inputs[0].shape else 0
-    if samples < 2 or any(len(spec.shape) != batched_rank or spec.shape[0] != samples for spec in specs):
+    if samples < 2 or any(len(spec.shape) != 4 or spec.shape[0] != samples for spec in specs):
         return []
     return [Rule((Cut(0),) * len(call.inputs), (Cut(0),) * len(call.outputs), samples)]
 

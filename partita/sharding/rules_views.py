@@ -267,7 +267,15 @@ def cat_rules(call: OpCall) -> list[Rule]:
     return _dim_rules(call, ((dim, dim) for dim in range(rank) if dim != joined))
 
 
-@register("diagonal", "as_strided", "unfold", "diagonal_copy", "as_strided_copy", "as_strided_scatter")
+@register("unfold", "unfold_copy")
+def unfold_rules(call: OpCall) -> list[Rule]:
+    """``unfold(input, dim, size, step)`` appends a dim with the windows' entries: all dims but the unfolded one."""
+    rank = len(call.inputs[0].shape)
+    taken = _wrap(call.argument(1, "dimension", 0), rank)
+    return _dim_rules(call, ((dim, dim) for dim in range(rank) if dim != taken))
+
+
+@register("diagonal", "as_strided", "diagonal_copy", "as_strided_copy", "as_strided_scatter")
 def strided_rules(call: OpCall) -> list[Rule]:
     """Strides refer to the whole storage, so only the whole tensor will do (`diagonal` keeps its other dims)."""
     if not call.base_name.startswith("diagonal"):
