@@ -21,7 +21,7 @@ import torch
 from partita.cost.memory import STATE_ELEMENTS
 from partita.errors import InputError
 from partita.program.instructions import Slice
-from partita.training.torch_adapter import clone_optimizer
+from partita.training.torch_adapter import clone_optimizer, has_own_step
 
 Kind = Literal["element", "parameter", "coupled"]
 Layout = Mapping[int, tuple[Slice, ...]]  # worker -> its slices
@@ -66,7 +66,12 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def kind_of(optimizer: torch.optim.Optimizer) -> Kind:
     """How far the parameters' elements are independent under this optimizer, found by running it for three steps on
-    small tensors whole and in pieces. An experiment that raises counts as dependent. Cached by class and options."""
+    small tensors whole and in pieces. An experiment that raises counts as dependent. Cached by class and options.
+
+    An optimizer with step hooks, or with another function in the place of its ``step`` (clipping of gradients, clamping
+    of weights), is taken as coupled: its own step runs, once, with all gradients there."""
+    if has_own_step(optimizer):
+        return "coupled"
     ranking: tuple[Kind, ...] = ("element", "parameter", "coupled")
     return max((_experiment(optimizer, group)[0] for group in optimizer.param_groups), key=ranking.index)
 

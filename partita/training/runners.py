@@ -247,6 +247,11 @@ class BlockRunner:
         record: bool = False,
         finite_only: bool = False,
     ) -> Outcome:
+        if leaves.offsets:
+            raise InputError(
+                "a block of plain PyTorch needs all rows of the batch, but partita.data.sharded read those of this "
+                "process only; pass the loader's batches as they are"
+            )
         loss = torch.zeros((), dtype=torch.float64)
         if self.process == 0:
             with _threads(self.num_threads):

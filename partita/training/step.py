@@ -25,11 +25,13 @@ from partita.training.events import Checkpointed, StepFinished, WarningRaised, e
 from partita.training.inputs import BatchKey, BatchLeaves, check_structure, take_apart
 from partita.training.job import Team
 from partita.training.loading import ShardedBatch, whole_shape
+from partita.training.optimizers import check_optimizer
 from partita.training.planning import block_plan
 from partita.training.runners import BlockRunner, GraphRunner, LossFn, named_state, owners_of
+from partita.training.watch import Watch
 from partita.units import split_evenly
 
-MAX_SHAPES = 8  # batch shapes that are captured; further ones run as one block
+MAX_GRAPHS = 8  # batch shapes and states of the model that are captured; further ones run as one block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +78,20 @@ class Step:
         self._record = False
         self._timeline: Timeline | None = None
         self._failure: BaseException | None = None
-        self._runners: dict[BatchKey, GraphRunner | BlockRunner] = {}
+        # A graph is made for one batch shape and one state of everything that the step reads besides parameters.
+        self._watch = Watch(setup.model, setup.loss_fn, setup.optimizer) if plan.mode == "graph" else None
+        self._state = self._watch.token if self._watch else ""
+        self._runners: dict[tuple[BatchKey, str], GraphRunner | BlockRunner] = {}
         self._current: GraphRunner | BlockRunner | None = None
-        self._runners[first.key] = self._make(plan, graph)
+        self._fresh: Graph | None = None  # captured in this step
+        self._compiles = False  # whether the next graph is worth compiling
+        self._overflow: BlockRunner | GraphRunner | None = None
+        self._first = self._runners[first.key, self._state] = self._make(plan, graph)
         # Whoever loads a state into his optimizer while training goes on means the shards that do its work.
-        self._state_hook = setup.optimizer.register_load_state_dict_post_hook(lambda _: self._load_state())
+        self._hooks = (
+            setup.optimizer.register_load_state_dict_post_hook(lambda _: self._load_state()),
+            setup.optimizer.register_state_dict_pre_hook(lambda _: self._collect_local()),
+        )
 
     @property
     def plan(self) -> Plan:
@@ -113,6 +124,7 @@ class Step:
             batch, leaves = whole_shape(batch)
         else:
             leaves = take_apart(batch)
+        self._follow(leaves, batch)
         runner = self._runner(leaves, batch)
         if self._setup.check_finite == "op":
             self._check_before(runner, batch, leaves)
@@ -154,7 +166,8 @@ class Step:
 
         Exact for the batch size that was planned; for others all rows are asked for.
         """
-        runner = self._runners[self._first_key]
+        self._require_open()
+        runner = self._first
         if isinstance(runner, BlockRunner) or runner.graph.batch_size != num_rows:
             return 0, num_rows
         return runner.rows_needed()
@@ -243,7 +256,8 @@ class Step:
         """Ends the workers. The model and optimizer keep what was trained."""
         if self._failure is None and self._current is not None:
             self._current.collect()
-        self._state_hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()
@@ -256,6 +270,11 @@ class Step:
         if self._failure is not None:
             raise StepError(f"no further step can be made: {self._failure}") from self._failure
 
+    def _collect_local(self) -> None:
+        """Whoever asks his optimizer for its state means that of the steps made here."""
+        if self._current is not None and self._failure is None:
+            self._current.collect()
+
     def _load_state(self) -> None:
         for runner in self._runners.values():
             runner.load_state()
@@ -263,41 +282,86 @@ class Step:
     def _make(self, plan: Plan, graph: Graph | None) -> GraphRunner | BlockRunner:
         return make_runner(self._setup, plan, graph, self._setup.model, self._setup.optimizer)
 
+    def _follow(self, leaves: BatchLeaves, batch: Any) -> None:
+        """Notices what has changed outside of the graph since the last step, and has the next graph made for it."""
+        self._fresh = None
+        change = self._watch.changes() if self._watch else None
+        if change is None or self._watch is None:
+            return
+        if change.structural:
+            check_optimizer(self._setup.optimizer, dict(self._setup.model.named_parameters()))
+        known = self._runners.get((leaves.key, self._state))
+        if not change.structural and isinstance(known, GraphRunner) and self._has_no_part(known, batch):
+            self._watch.ignore(change)
+        else:
+            self._watch.renew()
+        before, self._state = self._state, self._watch.token
+        if self._watch.ignores(change):
+            self._runners = {(key, self._state if state == before else state): runner
+                             for (key, state), runner in self._runners.items()}  # fmt: skip
+        # Modes and frozen layers change once in a while; a number that changes in every step is not worth compiling.
+        self._compiles = change.structural or all(name.endswith(".training") for name in change.names)
+
+    def _has_no_part(self, known: GraphRunner, batch: Any) -> bool:
+        """Whether the step, captured once more, is the one that is known."""
+        try:
+            graph, old = capture(self._setup.model, self._setup.loss_fn, batch), known.graph
+        except CaptureError:
+            return False
+        self._fresh = graph
+        same_constants = graph.constants.keys() == old.constants.keys() and all(
+            value is old.constants[name] for name, value in graph.constants.items()
+        )
+        return graph.fingerprint == old.fingerprint and same_constants
+
     def _runner(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
-        runner = self._runners.get(leaves.key)
+        runner = self._runners.get((leaves.key, self._state))
         if runner is None:
             check_structure(leaves.key, self._first_key)
-            runner = self._runners[leaves.key] = self._adapt(leaves, batch)
+            runner = self._adapt(leaves, batch)
+            self._runners[leaves.key, self._state] = runner
         if runner is not self._current:
             if self._current is not None:  # each runner has its own slices: hand the optimizer's state over
-                self._current.collect()
-                runner.load_state()
+                self._hand_over(self._current, runner)
             self._current = runner
         return runner
 
+    def _hand_over(self, old: GraphRunner | BlockRunner, new: GraphRunner | BlockRunner) -> None:
+        old.collect()
+        moves = owners_differ(old, new)
+        if moves and not self._setup.team.is_alone:  # another process computes from now on: it needs what others have
+            self._collect()
+        new.load_state()
+
     def _adapt(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
-        """A runner for another batch shape: the same split, captured anew."""
+        """A runner for another batch shape, or for the same one after something else has changed: the same split,
+        captured anew."""
         if self._plan.mode == "block":
-            return self._runners[self._first_key]
-        if len(self._runners) >= MAX_SHAPES:
-            self._warn_shapes(leaves)
-            return self._make(self._block(f"more than {MAX_SHAPES} batch shapes"), None)
+            return self._first
+        if self._overflow is not None:
+            return self._overflow
+        if len(self._runners) >= MAX_GRAPHS:
+            reason = f"more than {MAX_GRAPHS} batch shapes or states of the model were seen"
+            self._overflow = self._make(self._block(reason), None)
+            return self._overflow
         try:
-            graph = capture(self._setup.model, self._setup.loss_fn, batch)
-            return self._make(adapted_plan(self._plan, graph), graph)
+            graph = self._fresh or capture(self._setup.model, self._setup.loss_fn, batch)
+            plan = adapted_plan(self._plan, graph)
+            if leaves.key == self._first_key and self._compiles:
+                plan = msgspec.structs.replace(plan, compiled=self._plan.compiled)
+            return self._make(plan, graph)
         except (CaptureError, PlanError) as error:
             return self._make(self._block(str(error)), None)
 
     def _block(self, reason: str) -> Plan:
-        return block_plan(self._setup.cluster, graph=None, reasons=(reason,))
-
-    def _warn_shapes(self, leaves: BatchLeaves) -> None:
         message = (
-            f"more than {MAX_SHAPES} batch shapes were seen; shape {leaves.key.shapes[:3]} runs as one block of plain "
-            "PyTorch, which is right but not split; pad or bucket the batches to few shapes"
+            "from this step on, batches of this kind run as one block of plain PyTorch, which is right but not split: "
+            f"{reason}. Pad or bucket batches to few shapes, and pass what changes from step to step as a tensor in "
+            "the batch"
         )
-        warnings.warn(message, stacklevel=4)
-        emit(WarningRaised(subject="batch shapes", message=message))
+        warnings.warn(message, stacklevel=6)
+        emit(WarningRaised(subject="batch", message=message))
+        return block_plan(self._setup.cluster, graph=None, reasons=(reason,))
 
     def _check_before(self, runner: GraphRunner | BlockRunner, batch: Any, leaves: BatchLeaves) -> None:
         """Runs the step without its update first, and names the op that made the loss NaN or infinite."""
@@ -353,6 +417,13 @@ class Step:
                     for name, value in box[0].items():
                         if team.rank not in owners[name]:
                             state[parameters[name]] = value
+
+
+def owners_differ(old: GraphRunner | BlockRunner, new: GraphRunner | BlockRunner) -> bool:
+    """Whether parameters live on other processes under the new programs."""
+    if isinstance(old, GraphRunner) and isinstance(new, GraphRunner):
+        return owners_of(old.programs) != owners_of(new.programs)
+    return True
 
 
 def make_runner(

@@ -32,6 +32,17 @@ def clone_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any
     return clone
 
 
+def has_own_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether something is hooked into this very optimizer's ``step``: a pre- or post-hook, or another function put in
+    its place. A learning-rate scheduler's wrapper, which only counts calls, is nothing of the kind."""
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return True
+    step = optimizer.__dict__.get("step")
+    if step is not None and hasattr(step, "_wrapped_by_lr_sched"):
+        step = step.__wrapped__
+    return step is not None and step is not type(optimizer).step
+
+
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Let learning-rate schedulers know that the optimizer has made a step (they warn otherwise): torch counts calls of
     ``optimizer.step``, which partita does not call."""

@@ -1,0 +1,237 @@
+"""Sees what the user changes between steps, outside of the graph that was captured.
+
+A captured graph is fixed: ``model.eval()``, a frozen layer, a coefficient that ``loss_fn`` reads from a global, a
+weight tensor that is exchanged - plain PyTorch would follow each of them in the next step, the graph would not. `Watch`
+takes a cheap picture of everything of the kind that the step can read, and tells before every step what has changed:
+
+* of every module: its submodules, its training mode and its plain attributes (numbers, strings, flags);
+* of every parameter and buffer: which tensor it is, where its values lie, and whether it is trained;
+* of ``loss_fn`` and of the functions and forward methods of the user's that it can reach: numbers, strings, flags and
+  tensors in closures, defaults, globals, and containers and simple objects there;
+* of the optimizer: its parameters and its step hooks; and whether autocast is on.
+
+What is reached in other ways (a file, an attribute of an object in a container of objects) is not seen.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.training.torch_adapter import has_own_step
+
+Picture = dict[str, Any]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_LIBRARIES = ("site-packages", "dist-packages", str(Path(torch.__file__).parent), str(Path(types.__file__).parent))
+MAX_FUNCTIONS = 200
+MAX_ITEMS = 100  # of a container; larger ones count by their identity and length
+
+
+@dataclass(frozen=True)
+class Change:
+    """What differs: names for people, and whether tensors or the optimizer are concerned, or only plain values."""
+
+    names: tuple[str, ...]
+    structural: bool
+
+
+class Watch:
+    """The picture of a model, its loss and its optimizer, and what has changed since.
+
+    Example:
+        >>> watch = Watch(model, loss_fn, optimizer)
+        >>> model.eval()
+        >>> watch.changes().names
+        ('model is in evaluation mode',)
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any], optimizer: torch.optim.Optimizer) -> None:
+        self._model, self._loss_fn, self._optimizer = model, loss_fn, optimizer
+        self._ignored: set[str] = set()
+        self.renew()
+
+    def renew(self) -> None:
+        """Take the state of now as the one to compare with."""
+        self._modules = list(self._model.named_modules())
+        self._functions = list(_functions(self._loss_fn, self._modules))
+        self._structure, self._values = self._take_structure(), self._take_values()
+        self._remember()
+
+    def changes(self) -> Change | None:
+        """What differs from the last picture; None if nothing does."""
+        if self._is_same():
+            return None
+        now = Watch(self._model, self._loss_fn, self._optimizer)
+        structural = _differing(self._structure, now._structure)
+        names = [*structural, *_differing(self._values, now._values)]
+        names = [name for name in names if name not in self._ignored]
+        if not names:
+            self.renew()  # other objects that are equal: compare with these from now on
+            return None
+        return Change(tuple(names), bool(structural))
+
+    def ignores(self, change: Change) -> bool:
+        return self._ignored.issuperset(change.names)
+
+    @property
+    def token(self) -> str:
+        """Equal for two pictures in which nothing differs but what is ignored."""
+        values = {name: value for name, value in self._values.items() if name not in self._ignored}
+        return repr((self._structure, values))
+
+    def ignore(self, change: Change) -> None:
+        """These plain values turned out to have no part in the step: do not look at them again."""
+        self._ignored.update(change.names)
+        self.renew()
+
+    def _remember(self) -> None:
+        """Flat lists for the quick comparison: almost always nothing has changed, and it is made in every step."""
+        self._tensors = [
+            (held, name, tensor, tensor.data_ptr(), tensor.requires_grad)
+            for _, module in self._modules
+            for held in (module._parameters, module._buffers)
+            for name, tensor in held.items()
+            if tensor is not None and _has_place(tensor)
+        ]
+        self._dicts = [
+            (held, len(held), tuple(held.items()) if held is module._modules else _plain_items(held))
+            for _, module in self._modules
+            for held in (module.__dict__, module._modules, module._parameters, module._buffers)
+        ]
+        self._read = [
+            (function, variable, value) for _, function in self._functions for variable, value in _variables(function)
+        ]
+        self._deep = [(value, _seen(value, 2)) for *_, value in self._read if not isinstance(value, _PLAIN)]
+        self._deep = [(value, seen) for value, seen in self._deep if isinstance(seen, list)]
+        self._rest = self._take_rest()
+
+    def _is_same(self) -> bool:
+        for held, length, items in self._dicts:
+            if len(held) != length:
+                return False
+            for name, value in items:
+                if held[name] is not value and held[name] != value:
+                    return False
+        for held, name, tensor, place, trained in self._tensors:
+            if held[name] is not tensor or tensor.data_ptr() != place or tensor.requires_grad is not trained:
+                return False
+        now = [value for _, function in self._functions for _, value in _variables(function)]
+        if len(now) != len(self._read):
+            return False
+        for value, (*_, old) in zip(now, self._read, strict=True):
+            if value is not old and not (isinstance(value, _PLAIN) and type(value) is type(old) and value == old):
+                return False
+        return all(_seen(value, 2) == seen for value, seen in self._deep) and self._take_rest() == self._rest
+
+    def _take_rest(self) -> tuple[Any, ...]:
+        groups = [[id(item) for item in group["params"]] for group in self._optimizer.param_groups]
+        return (
+            groups, has_own_step(self._optimizer), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"),
+        )  # fmt: skip
+
+    def _take_structure(self) -> Picture:
+        """Tensors by identity, place and whether they are trained; modules by identity; the optimizer."""
+        picture: Picture = {}
+        for name, module in self._modules:
+            tensors = [*module._parameters.values(), *module._buffers.values()]
+            known = [(id(t), t.data_ptr(), t.requires_grad) for t in tensors if t is not None and _has_place(t)]
+            picture[f"the tensors of {name or 'the model'}"] = (known, [id(m) for m in module._modules.values()])
+        picture["the optimizer's parameters"], picture["the optimizer's step hooks"], *_ = self._take_rest()
+        return picture
+
+    def _take_values(self) -> Picture:
+        picture: Picture = {"autocast": self._take_rest()[2:]}
+        for name, module in self._modules:
+            for attribute, value in module.__dict__.items():
+                if isinstance(value, _PLAIN):
+                    picture[f"{name or 'model'}.{attribute}"] = value
+        for name, function in self._functions:
+            for variable, value in _variables(function):
+                seen = _seen(value, 2)
+                if seen is not _UNSEEN:
+                    picture[f"{variable} (read by {name})"] = seen
+        return picture
+
+
+def _plain_items(held: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple((name, value) for name, value in held.items() if isinstance(value, _PLAIN))
+
+
+def _has_place(tensor: torch.Tensor) -> bool:
+    return tensor.device.type != "meta" and tensor.layout is torch.strided and not nn.parameter.is_lazy(tensor)
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [name for name in dict.fromkeys((*before, *now)) if before.get(name, _UNSEEN) != now.get(name, _UNSEEN)]
+
+
+_UNSEEN = object()
+
+
+def _seen(value: Any, depth: int) -> Any:
+    """What of a value counts: plain ones as they are, tensors by identity, containers and simple objects by what they
+    hold; `_UNSEEN` for functions, modules, classes and whatever else."""
+    if isinstance(value, _PLAIN):
+        return (type(value).__name__, value)
+    if isinstance(value, torch.Tensor):
+        return ("tensor", id(value))
+    if isinstance(value, (nn.Module, types.ModuleType, type)) or callable(value) or depth == 0:
+        return _UNSEEN
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = list(value)
+        return len(items) if len(items) > MAX_ITEMS else [_seen(item, depth - 1) for item in items]
+    held = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+    if not isinstance(held, dict):
+        return _UNSEEN
+    if len(held) > MAX_ITEMS:
+        return len(held)
+    return [(repr(key), _seen(item, depth - 1)) for key, item in held.items()]
+
+
+def _functions(loss_fn: Callable[..., Any], modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, Any]]:
+    """The user's functions that a step can run, with their names: ``loss_fn``, the methods of the modules' classes, and
+    those that they call by name. Installed libraries are left out."""
+    classes = dict.fromkeys(base for _, module in modules for base in type(module).__mro__)
+    methods = [item for kind in classes for item in vars(kind).values() if isinstance(item, types.FunctionType)]
+    waiting: list[Any] = [loss_fn, *methods]
+    known: set[int] = set()
+    while waiting and len(known) < MAX_FUNCTIONS:
+        function = _plain_function(waiting.pop(0))
+        if function is None or id(function) in known or _is_library(function):
+            continue
+        known.add(id(function))
+        yield function.__qualname__, function
+        waiting += [value for _, value in _variables(function) if callable(value) and not isinstance(value, type)]
+
+
+def _plain_function(value: Any) -> types.FunctionType | None:
+    value = getattr(value, "func", value)  # functools.partial
+    value = getattr(value, "__func__", value)  # bound methods
+    if not isinstance(value, types.FunctionType) and not isinstance(value, nn.Module):
+        value = vars(type(value)).get("__call__")  # an object that can be called
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def _is_library(function: types.FunctionType) -> bool:
+    return any(part in function.__code__.co_filename for part in _LIBRARIES)
+
+
+def _variables(function: Any) -> Iterator[tuple[str, Any]]:
+    """Names and current values of what a function reads from outside: its closure, defaults and globals."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    for index, value in enumerate(function.__defaults__ or ()):
+        yield f"default {index}", value
+    for name in function.__code__.co_names:
+        if name in function.__globals__:
+            yield name, function.__globals__[name]
