@@ -350,6 +350,8 @@ class Step:
             if leaves.key == self._first_key and self._compiles:
                 plan = msgspec.structs.replace(plan, compiled=self._plan.compiled)
             return self._make(plan, graph)
+        except TooFewRowsError as error:  # the rest of an epoch: nothing that the user should care about
+            return self._make(block_plan(self._setup.cluster, graph=None, reasons=(str(error),)), None)
         except (CaptureError, PlanError) as error:
             return self._make(self._block(str(error)), None)
 
@@ -419,6 +421,10 @@ class Step:
                             state[parameters[name]] = value
 
 
+class TooFewRowsError(PlanError):
+    """A batch cannot be dealt out to all data workers."""
+
+
 def owners_differ(old: GraphRunner | BlockRunner, new: GraphRunner | BlockRunner) -> bool:
     """Whether parameters live on other processes under the new programs."""
     if isinstance(old, GraphRunner) and isinstance(new, GraphRunner):
@@ -456,11 +462,11 @@ def adapted_plan(plan: Plan, graph: Graph) -> Plan:
     """The same split for another batch shape: rows shared anew, fewer microbatches where there are too few rows.
 
     Raises:
-        PlanError: the batch has fewer rows than the data axis has workers.
+        TooFewRowsError: the batch has fewer rows than the data axis has workers.
     """
     num_data = plan.axes.get("data", 1)
     if graph.batch_size < num_data:
-        raise PlanError(f"the batch has {graph.batch_size} rows for {num_data} data workers; it runs on one worker")
+        raise TooFewRowsError(f"the batch has {graph.batch_size} rows for {num_data} data workers; it runs on one worker")
     microbatches = plan.num_microbatches
     while microbatches > 1 and graph.batch_size < microbatches * num_data:
         microbatches -= 1
