@@ -466,7 +466,9 @@ def adapted_plan(plan: Plan, graph: Graph) -> Plan:
     """
     num_data = plan.axes.get("data", 1)
     if graph.batch_size < num_data:
-        raise TooFewRowsError(f"the batch has {graph.batch_size} rows for {num_data} data workers; it runs on one worker")
+        raise TooFewRowsError(
+            f"the batch has {graph.batch_size} rows for {num_data} data workers; it runs as one block"
+        )
     microbatches = plan.num_microbatches
     while microbatches > 1 and graph.batch_size < microbatches * num_data:
         microbatches -= 1
