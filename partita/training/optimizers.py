@@ -208,6 +208,11 @@ class _Piece:
     group: int
 
 
+def _is_uniform(shard: torch.optim.Optimizer) -> bool:
+    held = [bool(shard.state.get(item)) for group in shard.param_groups for item in group["params"]]
+    return all(held) or not any(held)
+
+
 class OptimizerShards:
     """The user's optimizer, spread over workers.
 
@@ -232,6 +237,7 @@ class OptimizerShards:
         whole: bool,
     ) -> None:
         self._optimizer, self._parameters, self._whole = optimizer, parameters, whole
+        self._num_uniform = 0  # steps in a row before which all parameters had a state, or none had
         self._fused = not whole and fused_agrees(optimizer) and all(_fusible(item) for item in parameters.values())
         groups = {id(item): number for number, group in enumerate(optimizer.param_groups) for item in group["params"]}
         self._pieces: dict[int, dict[Slice, _Piece]] = {}
@@ -249,16 +255,20 @@ class OptimizerShards:
                     {"params": [piece.tensor for piece in held.values() if piece.group == number]} for number in numbers
                 ]
                 self._shards[worker] = (clone_optimizer(optimizer, own), numbers)
-        self.refresh_options()
         self.load()
+        self.refresh_options()
 
     def refresh_options(self) -> None:
         """Copy the options (learning rates, ...) of the user's groups; call it before each step."""
+        # Fused kernels want all parameters to have a state or none to: a layer that was thawed has none yet.
+        settled = self._num_uniform > 1
+        uniform = settled or all(_is_uniform(shard) for shard, _ in self._shards.values())
+        self._num_uniform = self._num_uniform + 1 if uniform else 0
         for shard, numbers in self._shards.values():
             for own, number in zip(shard.param_groups, numbers, strict=True):
                 own.update(options_of(self._optimizer.param_groups[number]))
                 if self._fused:
-                    own["fused"] = True
+                    own["fused"] = uniform
 
     def update(self, worker: int, slices: Sequence[Slice], gradients: Sequence[torch.Tensor]) -> None:
         """Apply the optimizer to `slices` with their (flat) gradients. Called in the worker's thread."""
@@ -275,6 +285,7 @@ class OptimizerShards:
 
     def load(self) -> None:
         """Take the state from the user's optimizer. Tensors of the parameter's shape are shared, others are copied."""
+        self._num_uniform = 0
         for piece, shard in self._all_pieces():
             state = self._optimizer.state.get(self._parameters[piece.place.parameter])
             shard.state.pop(piece.tensor, None)

@@ -94,16 +94,16 @@ class Watch:
     def _remember(self) -> None:
         """Flat lists for the quick comparison: almost always nothing has changed, and it is made in every step."""
         self._tensors = [
-            (held, name, tensor, tensor.data_ptr(), tensor.requires_grad)
+            (held, name, tensor, tensor.data_ptr(), tensor.requires_grad, len(tensor._backward_hooks or ()))
             for _, module in self._modules
             for held in (module._parameters, module._buffers)
             for name, tensor in held.items()
             if tensor is not None and _has_place(tensor)
         ]
         self._dicts = [
-            (held, len(held), tuple(held.items()) if held is module._modules else _plain_items(held))
+            (held, len(held), _plain_items(held) if held is module.__dict__ else tuple(held.items()))
             for _, module in self._modules
-            for held in (module.__dict__, module._modules, module._parameters, module._buffers)
+            for held in (module.__dict__, module._modules, module._parameters, module._buffers, *_hooks(module))
         ]
         self._read = [
             (function, variable, value) for _, function in self._functions for variable, value in _variables(function)
@@ -117,15 +117,18 @@ class Watch:
             if len(held) != length:
                 return False
             for name, value in items:
-                if held[name] is not value and held[name] != value:
+                now = held.get(name, _UNSEEN)
+                if now is not value and not (isinstance(value, _PLAIN) and isinstance(now, _PLAIN) and now == value):
                     return False
-        for held, name, tensor, place, trained in self._tensors:
+        for held, name, tensor, place, trained, num_hooks in self._tensors:
             if held[name] is not tensor or tensor.data_ptr() != place or tensor.requires_grad is not trained:
                 return False
-        now = [value for _, function in self._functions for _, value in _variables(function)]
-        if len(now) != len(self._read):
+            if len(tensor._backward_hooks or ()) != num_hooks:
+                return False
+        read = [value for _, function in self._functions for _, value in _variables(function)]
+        if len(read) != len(self._read):
             return False
-        for value, (*_, old) in zip(now, self._read, strict=True):
+        for value, (*_, old) in zip(read, self._read, strict=True):
             if value is not old and not (isinstance(value, _PLAIN) and type(value) is type(old) and value == old):
                 return False
         return all(_seen(value, 2) == seen for value, seen in self._deep) and self._take_rest() == self._rest
@@ -141,8 +144,13 @@ class Watch:
         picture: Picture = {}
         for name, module in self._modules:
             tensors = [*module._parameters.values(), *module._buffers.values()]
-            known = [(id(t), t.data_ptr(), t.requires_grad) for t in tensors if t is not None and _has_place(t)]
-            picture[f"the tensors of {name or 'the model'}"] = (known, [id(m) for m in module._modules.values()])
+            picture[f"the tensors of {name or 'the model'}"] = [
+                (id(t), t.data_ptr(), t.requires_grad, len(t._backward_hooks or ()))
+                for t in tensors
+                if t is not None and _has_place(t)
+            ]
+            parts = (module._modules, *_hooks(module))
+            picture[f"the parts or hooks of {name or 'the model'}"] = [[id(m) for m in held.values()] for held in parts]
         picture["the optimizer's parameters"], picture["the optimizer's step hooks"], *_ = self._take_rest()
         return picture
 
@@ -158,6 +166,12 @@ class Watch:
                 if seen is not _UNSEEN:
                     picture[f"{variable} (read by {name})"] = seen
         return picture
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
 
 
 def _plain_items(held: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import partita
+from partita.errors import InputError
 from partita.training.watch import Watch
 
 NUM_STEPS = 8
@@ -85,8 +86,36 @@ def clip(step: int, model: Any, optimizer: Any) -> None:
         optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_norm_(model.parameters(), 0.05) and None)
 
 
+def thaw(step: int, model: Any, optimizer: Any) -> None:
+    model[0].requires_grad_(step >= 4)
+
+
+def new_layer(step: int, model: Any, optimizer: Any) -> None:
+    if step == 4:
+        torch.manual_seed(5)
+        model[4] = nn.Linear(16, 5)
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+
+
+def hook(step: int, model: Any, optimizer: Any) -> None:
+    if step == 3:
+        model[2].register_forward_hook(lambda module, given, output: output * 0.5)
+
+
+def another_step(step: int, model: Any, optimizer: Any) -> None:
+    if step == 2:
+        plain = optimizer.step
+
+        def clipped(*args: Any, **kwargs: Any) -> Any:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            return plain(*args, **kwargs)
+
+        optimizer.step = clipped
+
+
 CHANGES: tuple[Between, ...] = (
-    warm_up, shift, scale, evaluation, no_dropout, freeze, new_weights, new_buffer, clip,
+    warm_up, shift, scale, evaluation, no_dropout, freeze, new_weights, new_buffer, clip, thaw, new_layer, hook,
+    another_step,
 )  # fmt: skip
 
 
@@ -139,6 +168,16 @@ def test_changes_between_steps_are_followed(between: Between, plan: str, setting
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_that_the_optimizer_does_not_hold_are_refused() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with partita.parallelize(model, optimizer, loss_fn, batches()[0], plan=PLANS["data"]) as step:
+        step(batches()[0])
+        model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+        with pytest.raises(InputError, match="must hold parameters of the model"):
+            step(batches()[0])
 
 
 def test_what_has_no_part_in_the_step_is_looked_at_once() -> None:
