@@ -78,7 +78,7 @@ class _NeededRows(Dataset[Any]):
 class _CollatePart:
     collate: Callable[[list[Any]], Any]
 
-    def __call__(self, part: _Part) -> tuple[Any, int, int, bool]:
+    def __call__(self, part: Any) -> tuple[Any, int, int, bool]:
         return self.collate(part.items), part.first_row, part.num_rows, len(part.items) == part.num_rows
 
 
