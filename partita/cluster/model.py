@@ -83,8 +83,11 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         return fingerprint([machines, processes])
 
     @staticmethod
-    def detect() -> Cluster:
+    def detect(*, timeout_s: float = 60.0) -> Cluster:
         """This machine, or all machines of the running torchrun, mpirun or srun job (then every process must call it).
+
+        Args:
+            timeout_s: limit of the wait for the job's master and for each other process, seconds.
 
         Example:
             >>> Cluster.detect().num_cores >= 1
@@ -95,7 +98,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         """
         from partita.cluster.detect import detect
 
-        return detect()
+        return detect(timeout_s=timeout_s)
 
     @staticmethod
     def load(path: str | Path) -> Cluster:

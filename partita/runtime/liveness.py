@@ -41,6 +41,7 @@ class Liveness:
         self.rank = rank
         self.num_processes = num_processes
         self.lost: PeerLostError | None = None
+        self.activity = "starting"  # what this process is in; the others see it with the next sign of life
         self._store = store
         self._store_lock = threading.Lock()
         self._store_rank = store_rank
@@ -60,12 +61,12 @@ class Liveness:
         self._thread.start()
 
     def _show_life(self, beat: int) -> None:
-        self._store.set(f"alive/{self.rank}", json.dumps([beat, self._host, os.getpid()]))
+        self._store.set(f"alive/{self.rank}", json.dumps([beat, self._host, os.getpid(), self.activity]))
 
     def _who_holds_the_store(self) -> str:
         if self._store_rank is None:
             return "the launcher's agent"
-        _, host, pid = json.loads(self._store.get(f"alive/{self._store_rank}"))  # waits until it is written
+        _, host, pid, _ = json.loads(self._store.get(f"alive/{self._store_rank}"))  # waits until it is written
         return _named(self._store_rank, host, pid)
 
     # For sessions ----------------------------------------------------------------------------------------------------
@@ -109,6 +110,16 @@ class Liveness:
             return self._found.wait_for(
                 lambda: self.lost is not None or session in self._seen, STALE_TIME_S + 2 * BEAT_TIME_S
             )
+
+    def last_reports(self) -> str:
+        """What the other processes last reported to be in, for messages."""
+        found = []
+        with contextlib.suppress(RuntimeError), self._store_lock:  # the store may be gone: then less is known
+            for rank in (rank for rank in range(self.num_processes) if rank != self.rank):
+                if self._store.check([f"alive/{rank}"]):
+                    _, host, pid, activity = json.loads(self._store.get(f"alive/{rank}"))
+                    found.append(f"{_named(rank, host, pid)} last reported: {activity}")
+        return "; ".join(found) or "no process has reported"
 
     def close(self) -> None:
         """Say goodbye. The process that holds the store waits a few seconds for the others to do so too."""
@@ -177,7 +188,7 @@ class Liveness:
         for rank in sorted(watched):
             if not self._store.check([f"alive/{rank}"]):
                 continue  # it has not started yet: whoever waits for it has a time limit
-            beat, host, pid = json.loads(self._store.get(f"alive/{rank}"))
+            beat, host, pid, _ = json.loads(self._store.get(f"alive/{rank}"))
             name = _named(rank, host, pid)
             if self._store.check([f"closed/{rank}"]):
                 if self._listeners:

@@ -33,6 +33,7 @@ _WIDER = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
+_OUTSIDE = 0  # the session of exchanges outside of steps; those of engines count from 1
 _CONNECTED: list[ProcessTransport] = []
 
 
@@ -49,6 +50,32 @@ class ProcessTransport:
     def session(self) -> ProcessSession:
         self._num_sessions += 1
         return ProcessSession(self, self._num_sessions)
+
+    def guard(self, call: Callable[[], None], what: str) -> None:
+        """Run an exchange outside of steps, on torch's default group; say in one error what broke it.
+
+        Raises:
+            WaitTimeoutError, PeerLostError: as `ProcessSession.wait`.
+        """
+        if self.liveness.lost is not None:
+            raise PeerLostError(f"{self.liveness.lost}; process rank {self.rank} wanted to begin {what}")
+        self.liveness.activity = what
+        self.liveness.listen(_OUTSIDE, lambda _: None)  # a process that ends now is missed
+        try:
+            call()
+        except RuntimeError as error:
+            text = str(error).splitlines()[0]
+            if "timed out" in text.lower() and self.liveness.lost is None:
+                raise WaitTimeoutError(
+                    f"all processes must take part in {what}, but process rank {self.rank} waited for the others up to "
+                    f"the limit ({text}); {self.liveness.last_reports()}. All must make the same calls and steps with "
+                    "batches of the same shape; raise timeout_s if one needs that long on purpose."
+                ) from error
+            self.liveness.explain(_OUTSIDE)
+            reason = self.liveness.lost or f"a connection broke ({text}), and no process has said why"
+            raise PeerLostError(f"{reason}; process rank {self.rank} was in {what}") from error
+        finally:
+            self.liveness.forget(_OUTSIDE)
 
     def close(self) -> None:
         """Say goodbye to the other processes. Runs by itself at the interpreter's end."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from partita.errors import StepError
+from partita.runtime.transport import Transport
 
 
 class Team:
@@ -17,49 +18,76 @@ class Team:
     The exchanges here happen outside of steps (planning, collecting weights, checkpoints), on torch's default group.
     """
 
-    def __init__(self, rank: int = 0, num_processes: int = 1) -> None:
-        self.rank, self.num_processes = rank, num_processes
+    def __init__(self, transport: Transport | None = None) -> None:
+        self._transport = transport
+        self.rank = 0 if transport is None else transport.rank
+        self.num_processes = 1 if transport is None else transport.num_processes
 
     @property
     def is_alone(self) -> bool:
         return self.num_processes == 1
 
-    def from_first(self, value: Any) -> Any:
-        """The value of rank 0, on every process."""
+    def _guard(self, call: Callable[[], None], what: str) -> None:
+        assert self._transport is not None
+        self._transport.guard(call, what)
+
+    def from_first(self, value: Any, what: str = "sharing a decision of rank 0", *, source: int = 0) -> Any:
+        """The value of rank 0 (or `source`), on every process."""
         if self.is_alone:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        self._guard(lambda: dist.broadcast_object_list(box, src=source), what)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, what: str = "a gathering of values") -> list[Any]:
         """The values of all processes, by rank, on every process."""
         if self.is_alone:
             return [value]
         found: list[Any] = [None] * self.num_processes
-        dist.all_gather_object(found, value)
+        self._guard(lambda: dist.all_gather_object(found, value), what)
         return found
 
     def require_equal(self, value: str, what: str) -> None:
         """Raises StepError on every process unless all have the same text."""
-        values = self.gather(value)
+        values = self.gather(value, f"the comparison of the {what}")
         if len(set(values)) > 1:
             listed = ", ".join(f"rank {rank}: {text}" for rank, text in enumerate(values))
             raise StepError(f"every process must have the same {what}, but got {listed}")
+
+    def require_same_items(self, items: dict[str, str], what: str) -> None:
+        """Raises StepError on every process, naming the first differences, unless all have the same items in order."""
+        first, *others = self.gather(list(items.items()), f"the comparison of the {what}")
+        for rank, other in enumerate(others, start=1):
+            if other == first:
+                continue
+            mine, theirs = dict(first), dict(other)
+            names = [name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)]
+            listed = "; ".join(
+                f"{name!r}: rank 0 has {mine.get(name, 'none')}, rank {rank} has {theirs.get(name, 'none')}"
+                for name in names[:5]
+            )
+            raise StepError(
+                f"every process must have the same {what}, but {listed or 'the order of names differs'}. "
+                "Build it from the same configuration on all ranks."
+            )
 
     def spread(self, tensors: Iterable[torch.Tensor], *, source: int = 0) -> None:
         """Overwrites the tensors on all processes by those of `source`."""
         if self.is_alone:
             return
-        with torch.no_grad():
-            for tensor in tensors:
-                value = tensor.detach()
-                whole = value.contiguous()
-                dist.broadcast(whole, src=source)
-                if whole.data_ptr() != value.data_ptr():
-                    value.copy_(whole)
+        self._guard(lambda: _broadcast(tensors, source), f"the broadcast of tensors of rank {source}")
 
     def spread_random_state(self) -> None:
         """torch's default generator continues as that of rank 0 on every process."""
         if not self.is_alone:
             torch.set_rng_state(self.from_first(torch.get_rng_state()))
+
+
+def _broadcast(tensors: Iterable[torch.Tensor], source: int) -> None:
+    with torch.no_grad():
+        for tensor in tensors:
+            value = tensor.detach()
+            whole = value.contiguous()
+            dist.broadcast(whole, src=source)
+            if whole.data_ptr() != value.data_ptr():
+                value.copy_(whole)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from partita.training.inputs import BatchLeaves, take_apart
 
@@ -30,6 +30,8 @@ def sharded(loader: Iterable[Any], step: Step) -> Iterator[Any]:
 
     A `DataLoader` over a map-style dataset with a batch sampler and without worker processes reads only those rows; any
     other loader's batches are read whole and passed on whole. In a job of one process every batch is passed on whole.
+    The order of rows and the state of torch's generators are those of ``for batch in loader`` (a dataset that itself
+    draws random numbers per row draws fewer of them here: give it a generator of its own).
 
     Example:
         >>> for batch in partita.data.sharded(loader, step):
@@ -38,14 +40,46 @@ def sharded(loader: Iterable[Any], step: Step) -> Iterator[Any]:
     if not isinstance(loader, DataLoader) or not _can_select(loader):
         yield from loader
         return
-    assert loader.batch_sampler is not None
-    for indices in loader.batch_sampler:
-        chosen = list(indices)
-        first, last = step.rows_needed(len(chosen))
-        items = [loader.dataset[index] for index in chosen[first:last]]
-        batch = loader.collate_fn(items)
-        whole = (first, last) == (0, len(chosen))
-        yield batch if whole else ShardedBatch(batch, first, len(chosen))
+    # A loader over the same samplers and generator: torch itself then draws from its generators what the plain loop
+    # draws, so that the order of rows and all later random numbers (dropout) are those of `for batch in loader`.
+    selecting: DataLoader[Any] = DataLoader(
+        _NeededRows(loader.dataset, step),
+        batch_sampler=loader.batch_sampler,
+        collate_fn=_CollatePart(loader.collate_fn),
+        generator=loader.generator,
+        pin_memory=loader.pin_memory,
+    )
+    for batch, first, num_rows, is_whole in selecting:
+        yield batch if is_whole else ShardedBatch(batch, first, num_rows)
+
+
+@dataclass(frozen=True)
+class _Part:
+    items: list[Any]
+    first_row: int
+    num_rows: int
+
+
+class _NeededRows(Dataset[Any]):
+    """Reads of every global batch the rows that this process needs."""
+
+    def __init__(self, dataset: Any, step: Step) -> None:
+        self._dataset, self._step = dataset, step
+
+    def __getitems__(self, indices: Sequence[Any]) -> _Part:
+        first, last = self._step.rows_needed(len(indices))
+        chosen = list(indices[first:last])
+        read_many = getattr(self._dataset, "__getitems__", None)  # as torch's own fetcher does
+        items = read_many(chosen) if read_many else [self._dataset[index] for index in chosen]
+        return _Part(items, first, len(indices))
+
+
+@dataclass(frozen=True)
+class _CollatePart:
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, part: Any) -> tuple[Any, int, int, bool]:
+        return self.collate(part.items), part.first_row, part.num_rows, len(part.items) == part.num_rows
 
 
 def _can_select(loader: DataLoader[Any]) -> bool:

@@ -137,7 +137,7 @@ def parallelize(
         sync: "exact": the mathematics is that of plain PyTorch.
         compile: True or False fixes whether segments are compiled; "auto" leaves it to the plan.
         cluster: default: detected.
-        timeout_s: limit of every wait in a step, seconds.
+        timeout_s: limit of every wait for another process or worker, seconds; when the job starts as well.
         check_finite: "step" raises instead of updating if the loss is NaN or infinite, "op" names the op as well (each
             step then costs twice), "off" does not look.
 
@@ -162,7 +162,7 @@ def parallelize(
     override = current_override()
     if override.plan is not None:
         plan = override.plan
-    where = cluster if cluster is not None else Cluster.detect()
+    where = cluster if cluster is not None else Cluster.detect(timeout_s=timeout_s)
     if not where.is_here:
         raise InputError(
             "parallelize runs on the machines of this job, but got a described cluster; use partita.plan for those"
@@ -194,12 +194,18 @@ def _join(timeout_s: float) -> tuple[Team, Transport | None]:
     from partita.runtime.processes import connect  # needs torch.distributed, which not every build of torch has
 
     transport = connect(timeout_s=timeout_s)
-    return Team(transport.rank, transport.num_processes), transport
+    return Team(transport), transport
 
 
 def _equalise(setup: StepSetup) -> None:
     """All processes start from the weights, buffers and random state of rank 0."""
     parameters, buffers = named_state(setup.model)
+    values = {**parameters, **buffers}
+    setup.team.require_same_items(
+        {name: f"{tuple(value.shape)} {value.dtype}" for name, value in values.items()}, "model"
+    )
+    groups = [sum(value.numel() for value in group["params"]) for group in setup.optimizer.param_groups]
+    setup.team.require_equal(f"{type(setup.optimizer).__name__} with groups of {groups} elements", "optimizer")
     setup.team.spread([*parameters.values(), *buffers.values()])
     setup.team.spread_random_state()
 

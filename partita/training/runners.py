@@ -104,7 +104,7 @@ class GraphRunner:
         self.programs: ProgramSet = lower(graph, plan, whole_parameters=self.kind != "element")
         check(self.programs)
         if transport is not None:  # rules found by search may differ where caches do: never run unequal programs
-            Team(transport.rank, transport.num_processes).require_equal(digest(self.programs), "programs")
+            Team(transport).require_equal(digest(self.programs), "programs")
         self._check_coupled()
         layout = updated_slices(self.programs, process)
         self._shards = (
@@ -259,7 +259,7 @@ class BlockRunner:
         if self.transport is None:
             return Outcome(loss.item())
         loss = loss.double()
-        torch.distributed.broadcast(loss, src=0)
+        Team(self.transport).spread([loss])
         return Outcome(float(loss))
 
     def _compute(self, batch: Any, update: bool, finite_only: bool) -> torch.Tensor:

@@ -413,10 +413,9 @@ class Step:
             mine = [name for name, found in owners.items() if found[0] == source]
             theirs = {name: state.get(parameters[name], {}) for name in mine} if team.rank == source else None
             if team.num_processes > 1 and mine:
-                box = [theirs]
-                torch.distributed.broadcast_object_list(box, src=source)
-                if team.rank != source and box[0] is not None and isinstance(self._current, GraphRunner):
-                    for name, value in box[0].items():
+                found_state = team.from_first(theirs, "collecting the optimizer's state", source=source)
+                if team.rank != source and found_state is not None and isinstance(self._current, GraphRunner):
+                    for name, value in found_state.items():
                         if team.rank not in owners[name]:
                             state[parameters[name]] = value
 

@@ -15,15 +15,17 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
+BROKEN = SCRIPT.with_name("broken_jobs.py")
 ROOT = Path(__file__).parents[2]
 
 
-def run_job(corner: str, folder: Path) -> list[dict[str, Any]]:
+def run_processes(script: Path, corner: str, folder: Path, *, num_started: int = 2) -> list[tuple[int, str]]:
+    """Exit code and output of every process; the job is of two, of which `num_started` are started."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
-    for rank in range(2):
+    for rank in range(num_started):
         environment = {
             **os.environ,
             "RANK": str(rank),
@@ -35,7 +37,7 @@ def run_job(corner: str, folder: Path) -> list[dict[str, Any]]:
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, str(SCRIPT), corner, str(folder), str(rank)]
+        command = [sys.executable, str(script), corner, str(folder), str(rank)]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
@@ -45,8 +47,12 @@ def run_job(corner: str, folder: Path) -> list[dict[str, Any]]:
         for process in processes:
             process.kill()
             process.wait()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def run_job(corner: str, folder: Path) -> list[dict[str, Any]]:
+    for code, output in run_processes(SCRIPT, corner, folder):
+        assert code == 0, output[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -81,3 +87,33 @@ def test_two_processes_equal_plain_pytorch(corner: str, tmp_path: Path) -> None:
         assert result["moments"] == pytest.approx(moments, rel=1e-3, abs=1e-6)
     if corner == "data":  # each process read its half of the batches of the planned size
         assert [result["rows"][0] for result in results] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("corner", "words"),
+    [
+        ("widths", "'2.bias': rank 0 has (12,) torch.float32, rank 1 has none"),
+        ("optimizer", "rank 0: AdamW with groups of [279] elements, rank 1: SGD"),
+    ],
+)
+def test_processes_with_other_models_or_optimizers_say_what_differs(corner: str, words: str, tmp_path: Path) -> None:
+    for code, output in run_processes(BROKEN, corner, tmp_path):
+        assert code == 3 and "StepError: every process must have the same " in output and words in output, output
+
+
+def test_a_peer_that_never_comes_is_named_with_the_limit_that_was_given(tmp_path: Path) -> None:
+    [(code, output)] = run_processes(BROKEN, "alone", tmp_path, num_started=1)
+    assert code == 3 and "rank 1" in output and "within 3 s" in output, output
+
+
+def test_a_process_killed_while_planning_is_named(tmp_path: Path) -> None:
+    (code, output), _ = run_processes(BROKEN, "killed", tmp_path)
+    assert code == 3 and "PeerLostError: process rank 1 (host " in output and "is gone" in output, output
+    assert "process rank 0 was in the comparison of the captured graph" in output, output
+
+
+@pytest.mark.parametrize("corner", ["fewer", "rows"])
+def test_processes_that_do_different_things_end_with_an_error_of_their_own(corner: str, tmp_path: Path) -> None:
+    for code, output in run_processes(BROKEN, corner, tmp_path):
+        assert code == 3, output
+        assert any(name in output for name in ("WaitTimeoutError: ", "PeerLostError: ", "StepError: ")), output
