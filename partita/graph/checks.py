@@ -28,6 +28,13 @@ def check_model(model: nn.Module) -> None:
                 f"The model must not be compiled yet, but {where} went through torch.compile. Pass the module before "
                 "torch.compile (for a compiled copy: its `_orig_mod`); partita compiles the parts that it makes itself."
             )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"The model must be a Python module to become a graph, but {where} is a TorchScript module "
+                f"({type(module).__name__}), whose tensors and code cannot be reached. Pass the module that went into "
+                "torch.jit.script or torch.jit.trace.",
+                op=type(module).__name__,
+            )
         if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
             raise InputError(
                 f"The model must not be parallel yet, but {where} is a {type(module).__name__}. Pass its `.module`."
@@ -76,6 +83,19 @@ def check_batch(leaves: Sequence[tuple[Any, Any]]) -> None:
             )
     if num_tensors == 0:
         raise InputError("The batch must hold at least one tensor, but it has none. Pass the training data in `batch`.")
+
+
+def check_layout(value: object, op: str, module: str, source: str) -> None:
+    """Refuses a tensor that is not stored densely: it can be neither cut nor sent between workers."""
+    if not isinstance(value, torch.Tensor) or value.layout is torch.strided:
+        return
+    raise CaptureError(
+        f"Every value and gradient of the step must be a dense tensor, but {op} in module {module or 'loss_fn'!r} at "
+        f"{source or 'unknown'} works on one of layout {value.layout}. Use dense ones (sparse=False for nn.Embedding "
+        "and nn.EmbeddingBag, .to_dense() for matrices).",
+        op=op,
+        source=source or "unknown",
+    )
 
 
 def shared_batch_size(tensors: Sequence[torch.Tensor]) -> int:

@@ -119,3 +119,39 @@ def test_take_apart_keeps_what_a_graph_depends_on() -> None:
     assert first.rows == 4
     with pytest.raises(partita.InputError, match="dims"):
         check_structure(take_apart((X[0], 3)).key, first.key)
+
+
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, 3, sparse=True), nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(x))
+
+
+def square(model: nn.Module, batch: Any) -> torch.Tensor:
+    return model(batch).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make_model", "batch", "match"),
+    [
+        (Lookup, torch.randint(0, 10, (4, 2)), "sparse_coo"),
+        (lambda: torch.jit.script(nn.Linear(3, 1)), X, "TorchScript"),
+    ],
+)
+def test_what_is_no_graph_of_dense_tensors_trains_as_a_block(make_model: Any, batch: Any, match: str) -> None:
+    model, twin = make_model(), make_model()
+    twin.load_state_dict(model.state_dict())
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, twin)]
+    with pytest.warns(partita.FallbackWarning, match=match):
+        step = partita.parallelize(model, optimizers[0], square, batch, plan=Constraints(data=2, compiled=False))
+    with step:
+        for _ in range(2):
+            loss = square(twin, batch)
+            loss.backward()
+            optimizers[1].step()
+            optimizers[1].zero_grad()
+            assert step(batch).loss == pytest.approx(float(loss.detach()))
