@@ -199,6 +199,7 @@ class Step:
                 weights=self._setup.model.state_dict(),
                 optimizer_state=self._setup.optimizer.state_dict(),
                 extra={"random_state": torch.get_rng_state()},
+                optimizer=type(self._setup.optimizer).__name__,
             )
             path = str(written)
         path = str(team.from_first(path))
@@ -218,10 +219,10 @@ class Step:
         """Continues from the latest complete checkpoint in `folder`, whatever plan wrote it.
 
         Raises:
-            CheckpointError: none is complete, or it belongs to another model.
+            CheckpointError: none is complete, or it belongs to another model or optimizer. Nothing was changed.
         """
         start_s = time.perf_counter()
-        found = read_checkpoint(folder, like=self._setup.model.state_dict())
+        found = read_checkpoint(folder, like=self._setup.model.state_dict(), optimizer=self._setup.optimizer)
         with torch.no_grad():
             own = self._setup.model.state_dict()
             for name, value in found.weights.items():
