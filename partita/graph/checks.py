@@ -17,10 +17,20 @@ from partita.graph import torch_adapter
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, range, slice, torch.dtype, torch.device, type)
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuses what is no plain module: compiled, lazy, already parallel, or without parameters to train."""
+def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"The model must be a torch.nn.Module, but got {_kind(model)}. Pass the module itself.")
+
+
+def check_initialised(model: nn.Module) -> None:
+    """Refuses parameters and buffers of lazy modules that have no shape yet."""
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        _check_shape_known(f"'{path}' of the model", tensor)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuses what is no plain module: compiled, lazy, already parallel, or without parameters to train."""
+    check_module(model)
     for path, module in model.named_modules():
         where = f"its submodule '{path}'" if path else "it"
         if torch_adapter.is_compiled(module):
@@ -48,9 +58,16 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def _check_tensor(what: str, tensor: torch.Tensor) -> None:
+def _check_shape_known(what: str, tensor: torch.Tensor) -> None:
     if nn.parameter.is_lazy(tensor):
-        raise InputError(f"{what} must have a shape, but it is not initialised. Run the model once on a batch before.")
+        raise InputError(
+            f"{what} must have a shape, but it is not initialised. Run the model once on a batch before (and make the "
+            "optimizer after that)."
+        )
+
+
+def _check_tensor(what: str, tensor: torch.Tensor) -> None:
+    _check_shape_known(what, tensor)
     if torch_adapter.is_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
         raise InputError(f"{what} must be a dense tensor, but is a {type(tensor).__name__} of layout {tensor.layout}.")
     if torch_adapter.has_accumulation_hooks(tensor):

@@ -13,12 +13,14 @@ import msgspec
 import torch
 from torch import nn
 
+from partita.arguments import path_of
 from partita.cluster import Cluster
 from partita.errors import CaptureError, InputError, NonFiniteLossError, PlanError, StepError
 from partita.graph import Graph, capture
 from partita.plan import Plan
 from partita.program.timeline import Timeline
 from partita.runtime.transport import Transport
+from partita.training.arguments import check_sync_target
 from partita.training.checkpoint import read_checkpoint, write_checkpoint
 from partita.training.diagnose import first_non_finite
 from partita.training.events import Checkpointed, StepFinished, WarningRaised, emit
@@ -153,7 +155,11 @@ class Step:
         """First and last (excluded) row that this process needs of a global batch of `num_rows` rows.
 
         Exact for the batch size that was planned; for others all rows are asked for.
+
+        Raises:
+            StepError: the step is closed or failed.
         """
+        self._require_open()
         runner = self._runners[self._first_key]
         if isinstance(runner, BlockRunner) or runner.graph.batch_size != num_rows:
             return 0, num_rows
@@ -171,6 +177,7 @@ class Step:
         Raises:
             InputError: `model` has not the names and shapes of the trained model.
         """
+        check_sync_target(model)
         self._collect()
         if model is self._setup.model:
             return
@@ -189,6 +196,7 @@ class Step:
 
         The previous checkpoint stays until the new one is complete. Returns the path of the new one.
         """
+        folder = path_of(folder, "the folder of step.save")
         self._collect()
         team, start_s = self._setup.team, time.perf_counter()
         path = ""
@@ -221,7 +229,7 @@ class Step:
         Raises:
             CheckpointError: none is complete, or it belongs to another model or optimizer. Nothing was changed.
         """
-        start_s = time.perf_counter()
+        folder, start_s = path_of(folder, "the folder of step.load"), time.perf_counter()
         found = read_checkpoint(folder, like=self._setup.model.state_dict(), optimizer=self._setup.optimizer)
         with torch.no_grad():
             own = self._setup.model.state_dict()
