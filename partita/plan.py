@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from partita.arguments import path_of, told
 from partita.cluster.model import Cluster
 from partita.errors import InputError, PlanError
 from partita.units import fingerprint
@@ -98,6 +99,21 @@ class Constraints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"Constraints.{name} must be a positive integer or None, but got {value!r}.")
+        for name in ("compiled", "local_statistics"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name == "compiled"):
+                none = " or None" if name == "compiled" else ""
+                raise InputError(f"Constraints.{name} must be True, False{none}, but got {told(value)}.")
+        starts: object = self.stage_starts
+        if starts is not None and not (
+            isinstance(starts, (tuple, list)) and all(isinstance(start, str) for start in starts)
+        ):
+            raise InputError(
+                f"Constraints.stage_starts must be a tuple of names of ops or None, but got {told(starts)}. Pass e.g. "
+                f"({starts if isinstance(starts, str) else 'addmm'!r},)."
+            )
+        if isinstance(starts, list):
+            msgspec.structs.force_setattr(self, "stage_starts", tuple(starts))
         if self.tensor not in (None, 1):
             raise InputError(
                 f"Constraints.tensor must be 1 or None: the tensor axis is not available in this version, but got "
@@ -223,25 +239,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise PlanError(f"{where} is inconsistent: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan to `path` as JSON; readers see the old file or the whole new one, never a part."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+        """Write the plan to `path` as JSON; readers see the old file or the whole new one, never a part.
+        Raises `PlanError` if it cannot be written."""
+        target = path_of(path, "the path of Plan.save")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+            _write_whole(target, self.to_json())
+        except OSError as error:
+            raise PlanError(
+                f"A plan file must be writable, but {str(target)!r} is not: {error.strerror}. Choose another place."
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan that `save` wrote. Raises `PlanError` if the file is missing, corrupt or inconsistent."""
+        path = path_of(path, "the path of Plan.load")
         try:
-            text = Path(path).read_bytes()
+            text = path.read_bytes()
         except OSError as error:
             raise PlanError(
                 f"A plan file must be readable, but {os.fspath(path)!r} is not: {error.strerror}."
@@ -308,6 +321,20 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         from partita.planner.describe import difference
 
         return difference(self, other)
+
+
+def _write_whole(target: Path, content: bytes) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 def _check_workers(plan: Plan) -> None:

@@ -117,6 +117,38 @@ def test_unknown_field_of_a_worker_is_refused() -> None:
         Plan.from_json(json.dumps(raw).encode())
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"compiled": "yes"}, "compiled must be True, False or None, but got str 'yes'"),
+        ({"compiled": 1}, "compiled must be"),
+        ({"local_statistics": None}, "local_statistics must be True, False, but got None"),
+        ({"stage_starts": 5}, "stage_starts must be a tuple of names"),
+        ({"stage_starts": "addmm"}, r"Pass e\.g\. \('addmm',\)"),
+        ({"stage_starts": (1,)}, "stage_starts must be"),
+    ],
+)
+def test_constraints_of_the_wrong_type(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        Constraints(**options)
+    assert Constraints(stage_starts=["addmm"]).stage_starts == ("addmm",)  # type: ignore[arg-type]
+
+
+def test_what_is_no_path_or_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for call in (Plan.load, make_plan().save, Cluster.load, Cluster.preset("1x1xcpu-2").save):
+        with pytest.raises(InputError, match=r"must be a path.*but got None"):
+            call(None)  # type: ignore[operator]
+    with pytest.raises(PlanError, match="must be writable"):
+        make_plan().save(tmp_path / "file" / "plan.json")
+
+
+@pytest.mark.parametrize("name", [None, 5])
+def test_a_preset_is_a_name(name: Any) -> None:
+    with pytest.raises(InputError, match="name of a preset must be a text"):
+        Cluster.preset(name)
+
+
 def test_hash_sees_what_runs_and_not_what_is_told() -> None:
     plan = make_plan()
     assert msgspec.structs.replace(plan, reasons=("x",), measured_step_time_s=3.0).hash == plan.hash

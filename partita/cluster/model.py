@@ -6,6 +6,8 @@ from pathlib import Path
 
 import msgspec
 
+from partita.arguments import path_of, told
+from partita.errors import InputError
 from partita.units import GIB, fingerprint
 
 
@@ -109,7 +111,7 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         """
         from partita.cluster.files import load
 
-        return load(Path(path))
+        return load(path_of(path, "the path of Cluster.load"))
 
     @staticmethod
     def preset(name: str) -> Cluster:
@@ -120,13 +122,15 @@ class Cluster(msgspec.Struct, frozen=True, kw_only=True):
         """
         from partita.cluster.presets import preset
 
+        if not isinstance(name, str):
+            raise InputError(f'the name of a preset must be a text such as "4x8xH100", but got {told(name)}.')
         return preset(name)
 
     def save(self, path: str | Path) -> None:
         """Write this cluster as a TOML file that `load` reads back equal (but for `is_here`: a file only describes)."""
         from partita.cluster.files import save
 
-        save(self, Path(path))
+        save(self, path_of(path, "the path of Cluster.save"))
 
 
 def _gpu_facts(machine: Machine) -> list[tuple[str, int]]:

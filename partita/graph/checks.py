@@ -17,16 +17,33 @@ from partita.graph import torch_adapter
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, range, slice, torch.dtype, torch.device, type)
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuses what is no plain module: compiled, lazy, already parallel, or without parameters to train."""
+def check_module(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise InputError(f"The model must be a torch.nn.Module, but got {_kind(model)}. Pass the module itself.")
+
+
+def check_initialised(model: nn.Module) -> None:
+    """Refuses parameters and buffers of lazy modules that have no shape yet."""
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        _check_shape_known(f"'{path}' of the model", tensor)
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuses what is no plain module: compiled, lazy, already parallel, or without parameters to train."""
+    check_module(model)
     for path, module in model.named_modules():
         where = f"its submodule '{path}'" if path else "it"
         if torch_adapter.is_compiled(module):
             raise InputError(
                 f"The model must not be compiled yet, but {where} went through torch.compile. Pass the module before "
                 "torch.compile (for a compiled copy: its `_orig_mod`); partita compiles the parts that it makes itself."
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CaptureError(
+                f"The model must be a Python module to become a graph, but {where} is a TorchScript module "
+                f"({type(module).__name__}), whose tensors and code cannot be reached. Pass the module that went into "
+                "torch.jit.script or torch.jit.trace.",
+                op=type(module).__name__,
             )
         if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
             raise InputError(
@@ -41,9 +58,16 @@ def check_model(model: nn.Module) -> None:
         )
 
 
-def _check_tensor(what: str, tensor: torch.Tensor) -> None:
+def _check_shape_known(what: str, tensor: torch.Tensor) -> None:
     if nn.parameter.is_lazy(tensor):
-        raise InputError(f"{what} must have a shape, but it is not initialised. Run the model once on a batch before.")
+        raise InputError(
+            f"{what} must have a shape, but it is not initialised. Run the model once on a batch before (and make the "
+            "optimizer after that)."
+        )
+
+
+def _check_tensor(what: str, tensor: torch.Tensor) -> None:
+    _check_shape_known(what, tensor)
     if torch_adapter.is_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
         raise InputError(f"{what} must be a dense tensor, but is a {type(tensor).__name__} of layout {tensor.layout}.")
     if torch_adapter.has_accumulation_hooks(tensor):
@@ -76,6 +100,19 @@ def check_batch(leaves: Sequence[tuple[Any, Any]]) -> None:
             )
     if num_tensors == 0:
         raise InputError("The batch must hold at least one tensor, but it has none. Pass the training data in `batch`.")
+
+
+def check_layout(value: object, op: str, module: str, source: str) -> None:
+    """Refuses a tensor that is not stored densely: it can be neither cut nor sent between workers."""
+    if not isinstance(value, torch.Tensor) or value.layout is torch.strided:
+        return
+    raise CaptureError(
+        f"Every value and gradient of the step must be a dense tensor, but {op} in module {module or 'loss_fn'!r} at "
+        f"{source or 'unknown'} works on one of layout {value.layout}. Use dense ones (sparse=False for nn.Embedding "
+        "and nn.EmbeddingBag, .to_dense() for matrices).",
+        op=op,
+        source=source or "unknown",
+    )
 
 
 def shared_batch_size(tensors: Sequence[torch.Tensor]) -> int:

@@ -7,7 +7,7 @@ import contextlib
 import operator
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from partita.graph import torch_adapter
+from partita.graph import checks, torch_adapter
 from partita.graph.custom_ops import replacement
 from partita.graph.fixed_values import FixedValues
 from partita.graph.graph import Phase
@@ -201,12 +201,19 @@ class Labels(TorchDispatchMode):
             return args[0]
         return replacement(func)(*args, **kwargs)
 
+    @staticmethod
+    def _check_layouts(func: Any, values: Iterable[Any], label: Label) -> None:
+        for value in values:
+            checks.check_layout(value, str(func), label.module, label.source)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         label = self._label()
         self._remember(label)
         last = last_node(self._graph)
         try:
+            self._check_layouts(func, args, label)
             result = self._run(func, args, kwargs or {})
+            self._check_layouts(func, result if isinstance(result, (tuple, list)) else (result,), label)
         except BaseException:
             self.failed = self.failed or str(func)
             raise

@@ -136,8 +136,9 @@ class Substitution:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for snapshot in self._before.values():
-            snapshot.restore()
+        with contextlib.ExitStack() as stack:  # one module that cannot be restored must not keep the others from it
+            for snapshot in self._before.values():
+                stack.callback(snapshot.restore)
 
     def put(self, standins: Mapping[int, torch.Tensor]) -> None:
         """Puts ``standins[id(original)]`` wherever the module holds ``original``: registered, or in attributes and

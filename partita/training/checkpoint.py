@@ -24,7 +24,16 @@ from safetensors.torch import load_file, save_file
 from partita.errors import CheckpointError
 
 FORMAT = 1
-_READ_ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError)
+_READ_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    RuntimeError,
+    SafetensorError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 KEEP = 2  # complete checkpoints that stay
 
 
@@ -36,6 +45,7 @@ class Checkpoint:
     weights: Mapping[str, torch.Tensor]
     optimizer_state: dict[str, Any]
     extra: dict[str, Any]
+    optimizer: str | None = None  # class of the optimizer whose state it is, where the writer said so
 
 
 def write_checkpoint(
@@ -45,8 +55,12 @@ def write_checkpoint(
     weights: Mapping[str, torch.Tensor],
     optimizer_state: dict[str, Any],
     extra: dict[str, Any],
+    optimizer: str | None = None,
 ) -> Path:
     """Writes a checkpoint atomically into `folder` and removes all but the last two complete ones.
+
+    Args:
+        optimizer: class of the optimizer, which whoever loads its state must have as well.
 
     Raises:
         CheckpointError: the disk refuses; the previous checkpoints are untouched.
@@ -60,7 +74,13 @@ def write_checkpoint(
         tensors, aliases = _without_aliases(weights)
         save_file(tensors, temporary / "weights.safetensors")
         torch.save({"optimizer": optimizer_state, "extra": extra}, temporary / "optimizer.pt")
-        meta = {"format": FORMAT, "step": step, "aliases": aliases}
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            "aliases": aliases,
+            "optimizer": optimizer,
+            "group_sizes": _group_sizes(optimizer_state),
+        }
         (temporary / "meta.json").write_text(json.dumps(meta))
         for path in temporary.iterdir():
             _flush(path)
@@ -79,14 +99,21 @@ def write_checkpoint(
     return target
 
 
-def read_checkpoint(folder: str | os.PathLike[str], *, like: Mapping[str, torch.Tensor] | None = None) -> Checkpoint:
+def read_checkpoint(
+    folder: str | os.PathLike[str],
+    *,
+    like: Mapping[str, torch.Tensor] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Checkpoint:
     """Reads the latest complete checkpoint in `folder` (or `folder` itself, if it is one).
 
     Args:
         like: names and shapes that the weights must have.
+        optimizer: whose class and parameter groups those of the checkpoint must be.
 
     Raises:
-        CheckpointError: there is none, it is corrupt and no earlier one is complete, or it belongs to another model.
+        CheckpointError: there is none, it is corrupt and no earlier one is complete, or it belongs to another model or
+            optimizer.
     """
     base = Path(folder)
     paths = [base] if (base / "meta.json").exists() else _complete(base)
@@ -101,19 +128,51 @@ def read_checkpoint(folder: str | os.PathLike[str], *, like: Mapping[str, torch.
             continue
         if like is not None:
             _check_like(found, like, path)
+        if optimizer is not None:
+            _check_optimizer(found, optimizer, path)
         return found
     raise CheckpointError(f"no checkpoint in {base} can be read: {'; '.join(problems)}")
 
 
 def _read(path: Path) -> Checkpoint:
-    meta = json.loads((path / "meta.json").read_text())
+    meta = _mapping(json.loads((path / "meta.json").read_text()), "meta.json")
     if meta["format"] != FORMAT:
         raise ValueError(f"format {meta['format']} is not {FORMAT}, which this version reads")
     weights = load_file(path / "weights.safetensors")
-    for name, first in meta["aliases"].items():
+    for name, first in _mapping(meta["aliases"], "aliases").items():
         weights[name] = weights[first]
     state = torch.load(path / "optimizer.pt", weights_only=True)  # a checkpoint of a stranger must not run code
-    return Checkpoint(int(meta["step"]), weights, state["optimizer"], state["extra"])
+    state = _mapping(state, "optimizer.pt")
+    optimizer_state, extra = _mapping(state["optimizer"], "optimizer"), _mapping(state["extra"], "extra")
+    if meta.get("group_sizes", _group_sizes(optimizer_state)) != _group_sizes(optimizer_state):
+        raise ValueError("optimizer.pt has other parameter groups than meta.json")
+    return Checkpoint(int(meta["step"]), weights, optimizer_state, extra, meta.get("optimizer"))
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} must be a mapping, but is a {type(value).__name__}")
+    return value
+
+
+def _group_sizes(optimizer_state: Mapping[str, Any]) -> list[int]:
+    """Number of parameters in each group of an optimizer's state."""
+    return [len(group["params"]) for group in optimizer_state["param_groups"]]
+
+
+def _check_optimizer(found: Checkpoint, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    own, kind = _group_sizes(optimizer.state_dict()), type(optimizer).__name__
+    theirs = _group_sizes(found.optimizer_state)
+    if found.optimizer is not None and found.optimizer != kind:
+        raise CheckpointError(
+            f"{path} must hold the state of this optimizer ({kind}), but holds that of {found.optimizer}. Train on "
+            f"with {found.optimizer}, or load only its weights.safetensors"
+        )
+    if own != theirs:
+        raise CheckpointError(
+            f"{path} must hold the state of this optimizer, with {own} parameters in its groups, but has groups of "
+            f"{theirs}. Make the same parameter groups as when it was saved"
+        )
 
 
 def _check_like(found: Checkpoint, like: Mapping[str, torch.Tensor], path: Path) -> None:

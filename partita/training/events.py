@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from partita.arguments import told
+from partita.errors import InputError
 from partita.plan import Plan
 
 _LOGGER = logging.getLogger("partita")
@@ -92,7 +94,12 @@ def subscribe(callback: Callback) -> Callable[[], None]:
         >>> unsubscribe()
         >>> seen[0].subject
         'example'
+
+    Raises:
+        InputError: `callback` is no function.
     """
+    if not callable(callback):
+        raise InputError(f"callback must be a function of one event, but got {told(callback)}. Pass e.g. print.")
     with _BUS.lock:
         _BUS.callbacks = (*_BUS.callbacks, callback)
 

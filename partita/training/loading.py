@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from partita.training.arguments import check_loading
 from partita.training.inputs import BatchLeaves, take_apart
 
 if TYPE_CHECKING:
@@ -36,7 +37,15 @@ def sharded(loader: Iterable[Any], step: Step) -> Iterator[Any]:
     Example:
         >>> for batch in partita.data.sharded(loader, step):
         ...     result = step(batch)
+
+    Raises:
+        InputError: the loader cannot be iterated, or the step is none of `parallelize`.
     """
+    check_loading(loader, step)
+    return _sharded(loader, step)
+
+
+def _sharded(loader: Iterable[Any], step: Step) -> Iterator[Any]:
     if not isinstance(loader, DataLoader) or not _can_select(loader):
         yield from loader
         return

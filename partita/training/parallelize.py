@@ -23,6 +23,7 @@ from partita.plan import Constraints, Plan
 from partita.runtime.allocator import keep_freed_memory
 from partita.runtime.transport import Transport
 from partita.training.adopt import choose
+from partita.training.arguments import check_planning, check_running, check_task
 from partita.training.events import PlanChosen, WarningRaised, emit
 from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
@@ -74,6 +75,8 @@ def plan(
     Example:
         >>> print(partita.plan(model, loss_fn, batch, cluster=partita.Cluster.preset("2x1xcpu-16")))
     """
+    check_task(model, loss_fn, cluster)
+    check_planning(optimizer, constraints)
     where = cluster if cluster is not None else Cluster.detect()
     if where.is_here:
         keep_freed_memory()
@@ -157,6 +160,8 @@ def parallelize(
         raise InputError(f'check_finite must be "step", "op" or "off", but got {check_finite!r}')
     if not isinstance(plan, (Plan, Constraints)) and plan != "auto":
         raise InputError(f'plan must be "auto", a Plan or Constraints, but got {plan!r}')
+    check_task(model, loss_fn, cluster)
+    check_running(compile, timeout_s)
     leaves = take_apart(batch)
     check_optimizer(optimizer, dict(model.named_parameters()))
     override = current_override()

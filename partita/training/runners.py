@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from partita.arguments import told
 from partita.errors import InputError
 from partita.graph.graph import Graph, InputKind
 from partita.plan import Plan
@@ -266,6 +267,11 @@ class BlockRunner:
         saved = None if update else [buffer.clone() for buffer in self.model.buffers()]
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(self.model, batch)
+        if not isinstance(loss, torch.Tensor):
+            raise InputError(
+                f"loss_fn must return a scalar tensor, but got {told(loss)}. Return the tensor itself, without .item() "
+                "or float()."
+            )
         if loss.dim() != 0 or not loss.requires_grad:
             raise InputError(
                 f"loss_fn must return a scalar tensor that depends on the model's parameters, but got shape "

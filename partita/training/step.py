@@ -13,12 +13,14 @@ import msgspec
 import torch
 from torch import nn
 
+from partita.arguments import path_of
 from partita.cluster import Cluster
 from partita.errors import CaptureError, InputError, NonFiniteLossError, PlanError, StepError
 from partita.graph import Graph, capture
 from partita.plan import Plan
 from partita.program.timeline import Timeline
 from partita.runtime.transport import Transport
+from partita.training.arguments import check_sync_target
 from partita.training.checkpoint import read_checkpoint, write_checkpoint
 from partita.training.diagnose import first_non_finite
 from partita.training.events import Checkpointed, StepFinished, WarningRaised, emit
@@ -165,6 +167,9 @@ class Step:
         """First and last (excluded) row that this process needs of a global batch of `num_rows` rows.
 
         Exact for the batch size that was planned; for others all rows are asked for.
+
+        Raises:
+            StepError: the step is closed or failed.
         """
         self._require_open()
         runner = self._first
@@ -184,6 +189,7 @@ class Step:
         Raises:
             InputError: `model` has not the names and shapes of the trained model.
         """
+        check_sync_target(model)
         self._collect()
         if model is self._setup.model:
             return
@@ -202,6 +208,7 @@ class Step:
 
         The previous checkpoint stays until the new one is complete. Returns the path of the new one.
         """
+        folder = path_of(folder, "the folder of step.save")
         self._collect()
         team, start_s = self._setup.team, time.perf_counter()
         path = ""
@@ -212,6 +219,7 @@ class Step:
                 weights=self._setup.model.state_dict(),
                 optimizer_state=self._setup.optimizer.state_dict(),
                 extra={"random_state": torch.get_rng_state()},
+                optimizer=type(self._setup.optimizer).__name__,
             )
             path = str(written)
         path = str(team.from_first(path))
@@ -231,10 +239,10 @@ class Step:
         """Continues from the latest complete checkpoint in `folder`, whatever plan wrote it.
 
         Raises:
-            CheckpointError: none is complete, or it belongs to another model.
+            CheckpointError: none is complete, or it belongs to another model or optimizer. Nothing was changed.
         """
-        start_s = time.perf_counter()
-        found = read_checkpoint(folder, like=self._setup.model.state_dict())
+        folder, start_s = path_of(folder, "the folder of step.load"), time.perf_counter()
+        found = read_checkpoint(folder, like=self._setup.model.state_dict(), optimizer=self._setup.optimizer)
         with torch.no_grad():
             own = self._setup.model.state_dict()
             for name, value in found.weights.items():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from partita.errors import CaptureError, InputError
 from partita.graph import capture
+from partita.graph.standins import Substitution
 
 
 def _line_of(error: CaptureError) -> str:
@@ -49,6 +51,17 @@ class TestInputs:
         model[0].compile()
         with pytest.raises(InputError, match="submodule '0'"):
             capture(model, _loss, torch.randn(3, 8))
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+    @pytest.mark.parametrize("make", [torch.jit.script, lambda model: torch.jit.trace(model, torch.randn(3, 8))])
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_torchscript_modules_are_left_as_they_were(self, make: Any, inside: bool) -> None:
+        model = make(nn.Linear(8, 2))
+        before = dict(model.named_parameters())
+        with pytest.raises(CaptureError, match=r"TorchScript module.*torch\.jit\.script"):
+            capture(nn.Sequential(model) if inside else model, _loss, torch.randn(3, 8))
+        assert all(value is before[name] for name, value in model.named_parameters())
+        model(torch.randn(3, 8)).sum().backward()
 
     def test_lazy_modules(self) -> None:
         with pytest.raises(InputError, match="Run the model once"):
@@ -220,3 +233,46 @@ class TestState:
         with pytest.raises(CaptureError):
             capture(model, lambda m, b: m(b).sum() * m(b).sum().item(), torch.randn(3, 8))
         assert model.weight is weight and isinstance(model.weight, nn.Parameter)
+
+
+class _Stubborn(nn.Module):
+    """Its parameters cannot be put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+
+    def break_it(self) -> None:
+        self.__dict__["_parameters"] = MappingProxyType({})
+
+
+def test_one_module_that_cannot_be_restored_does_not_keep_the_others_from_it() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), _Stubborn(), nn.Linear(2, 2))
+    before = dict(model.named_parameters())
+    with pytest.raises(AttributeError), Substitution(model) as substitution:
+        substitution.put({id(value): value.detach().clone() for value in before.values()})
+        model[1].break_it()
+    assert all(value is before[name] for name, value in model.named_parameters())
+
+
+class _Bags(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.table, self.head = kind(10, 4, sparse=True), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(x))
+
+
+class TestLayouts:
+    @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+    def test_sparse_gradients(self, kind: Any) -> None:
+        with pytest.raises(CaptureError, match=r"dense tensor.*module 'table'.*sparse=False") as caught:
+            capture(_Bags(kind), _loss, torch.randint(0, 10, (3, 5)))
+        assert "self.table(x)" in _line_of(caught.value)
+        assert caught.value.op.startswith("aten.")
+
+    def test_sparse_values(self) -> None:
+        matrix = torch.eye(3).to_sparse()
+        with pytest.raises(CaptureError, match=r"dense tensor.*torch\.sparse_coo"):
+            capture(nn.Linear(8, 2), lambda m, b: torch.sparse.mm(matrix, m(b)).sum(), torch.randn(3, 8))

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import partita
+from partita import Constraints
 from partita.errors import CheckpointError
 from partita.training.checkpoint import read_checkpoint, write_checkpoint
 
@@ -115,6 +119,60 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 1)
     with pytest.raises(CheckpointError, match="belong to this model"):
         read_checkpoint(tmp_path, like={"other": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '{"format": 1, "step": 2, "aliases": []}', '{"format": 1, "step": null}'])
+def test_what_is_no_description_of_a_checkpoint_falls_back_to_the_one_before(tmp_path: Path, text: str) -> None:
+    first = write(tmp_path, 1)
+    latest = write(tmp_path, 2)
+    (latest / "meta.json").write_text(text)
+    assert read_checkpoint(tmp_path).step == 1
+    (first / "meta.json").write_text(text)
+    with pytest.raises(CheckpointError, match="can be read"):
+        read_checkpoint(tmp_path)
+
+
+def square(model: nn.Module, batch: Any) -> torch.Tensor:
+    return model(batch).square().mean()
+
+
+def parts(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": [parameter]} for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "match"),
+    [
+        (lambda model: torch.optim.AdamW(model.parameters()), r"\(AdamW\), but holds that of SGD"),
+        (lambda model: torch.optim.SGD(parts(model), lr=0.1), r"\[1, 1\] parameters.*\[2\]"),
+        (lambda model: torch.optim.SGD([model.weight], lr=0.1), r"\[1\] parameters.*\[2\]"),
+    ],
+)
+def test_the_state_of_another_optimizer_is_refused_before_anything_changes(
+    tmp_path: Path, make_optimizer: Any, match: str
+) -> None:
+    batch, plan = torch.randn(4, 3), Constraints(num_workers=1, compiled=False)
+    model = nn.Linear(3, 1)
+    saved = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with partita.parallelize(model, saved, square, batch, plan=plan) as step:
+        step(batch)
+        step.save(tmp_path)
+    other = nn.Linear(3, 1)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with partita.parallelize(other, make_optimizer(other), square, batch, plan=plan) as step:
+        with pytest.raises(CheckpointError, match=match):
+            step.load(tmp_path)
+        assert step.num_steps == 0
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+        step(batch)
+
+
+def test_a_checkpoint_without_the_optimizers_class_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps({key: meta[key] for key in ("format", "step", "aliases")}))
+    adam = torch.optim.Adam([nn.Parameter(torch.zeros(2))])
+    assert read_checkpoint(tmp_path, optimizer=adam).optimizer is None
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")

@@ -4,7 +4,13 @@ import logging
 
 import pytest
 
+from partita.errors import InputError
 from partita.training.events import StepFinished, WarningRaised, emit, subscribe
+
+
+def test_what_is_no_function_cannot_subscribe() -> None:
+    with pytest.raises(InputError, match="callback must be a function of one event, but got int 3"):
+        subscribe(3)  # type: ignore[arg-type]
 
 
 def test_subscribers_hear_events_until_they_unsubscribe() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -56,11 +57,71 @@ def test_losses_that_cannot_be_trained_on() -> None:
         ({"check_finite": "always"}, "check_finite"),
         ({"plan": "best"}, "plan must be"),
         ({"cluster": Cluster.preset("2x1xcpu-4")}, "described cluster"),
+        ({"cluster": "4x8xH100"}, r"Cluster\.preset\('4x8xH100'\)"),
+        ({"cluster": "mine.toml"}, r"Cluster\.load\('mine.toml'\)"),
+        ({"cluster": 3}, "cluster must be a partita.Cluster, but got int 3"),
+        ({"compile": "yes"}, "compile must be True, False"),
+        ({"compile": None}, "compile must be True, False"),
+        ({"timeout_s": "60"}, "timeout_s must be a positive"),
+        ({"timeout_s": -1}, "timeout_s must be a positive"),
+        ({"timeout_s": math.nan}, "timeout_s must be a positive"),
+        ({"timeout_s": True}, "timeout_s must be a positive"),
+        ({"loss_fn": None}, "loss_fn must be a function"),
     ],
 )
 def test_arguments(options: dict[str, Any], match: str) -> None:
     with pytest.raises(partita.InputError, match=match):
         make(**options)
+
+
+@pytest.mark.parametrize("model", [None, lambda x: x, nn.Linear])
+def test_what_is_no_module(model: Any) -> None:
+    with pytest.raises(partita.InputError, match=r"must be a torch\.nn\.Module"):
+        partita.parallelize(model, build()[1], mse, (X, Y))
+    with pytest.raises(partita.InputError, match=r"must be a torch\.nn\.Module"):
+        partita.plan(model, mse, (X, Y))
+
+
+def test_a_lazy_model_that_has_not_run() -> None:
+    model = nn.Sequential(nn.LazyLinear(1), nn.Linear(1, 1))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    with pytest.raises(partita.InputError, match="Run the model once"):
+        partita.parallelize(model, optimizer, mse, (X, Y))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"constraints": {"data": 2}}, r"partita\.Constraints\(\*\*"),
+        ({"constraints": 2}, "constraints must be partita.Constraints or None, but got int 2"),
+        ({"optimizer": "sgd"}, r"optimizer must be a torch\.optim\.Optimizer or None, but got str 'sgd'"),
+        ({"cluster": "4x8xH100"}, r"Cluster\.preset\('4x8xH100'\)"),
+    ],
+)
+def test_arguments_of_plan(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(partita.InputError, match=match):
+        partita.plan(build()[0], mse, (X, Y), **options)
+
+
+def test_arguments_of_a_step() -> None:
+    with make() as step:
+        for call in (step.save, step.load):
+            with pytest.raises(partita.InputError, match=r"must be a path.*but got None"):
+                call(None)  # type: ignore[arg-type]
+        with pytest.raises(partita.InputError, match=r"must be a torch\.nn\.Module"):
+            step.sync_to(None)  # type: ignore[arg-type]
+        with pytest.raises(partita.InputError, match="loader must be an iterable of batches, but got None"):
+            partita.data.sharded(None, step)  # type: ignore[arg-type]
+        with pytest.raises(partita.InputError, match="step must be what partita.parallelize returned"):
+            partita.data.sharded([(X, Y)], None)  # type: ignore[arg-type]
+        assert list(partita.data.sharded([1, 2], step)) == [1, 2]
+
+
+def test_a_loss_that_is_a_number() -> None:
+    with pytest.warns(partita.FallbackWarning, match="Python number is read"):
+        step = make(loss_fn=lambda model, batch: model(batch[0]).sum().item())
+    with step, pytest.raises(partita.InputError, match=r"scalar tensor, but got float.*without \.item"):
+        step((X, Y))
 
 
 def test_a_plan_for_another_model() -> None:
@@ -110,6 +171,8 @@ def test_a_closed_step_refuses() -> None:
     step.close()
     with pytest.raises(partita.StepError, match="closed"):
         step((X, Y))
+    with pytest.raises(partita.StepError, match="closed"):
+        step.rows_needed(4)
 
 
 def test_take_apart_keeps_what_a_graph_depends_on() -> None:
@@ -119,3 +182,39 @@ def test_take_apart_keeps_what_a_graph_depends_on() -> None:
     assert first.rows == 4
     with pytest.raises(partita.InputError, match="dims"):
         check_structure(take_apart((X[0], 3)).key, first.key)
+
+
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, 3, sparse=True), nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(x))
+
+
+def square(model: nn.Module, batch: Any) -> torch.Tensor:
+    return model(batch).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make_model", "batch", "match"),
+    [
+        (Lookup, torch.randint(0, 10, (4, 2)), "sparse_coo"),
+        (lambda: torch.jit.script(nn.Linear(3, 1)), X, "TorchScript"),
+    ],
+)
+def test_what_is_no_graph_of_dense_tensors_trains_as_a_block(make_model: Any, batch: Any, match: str) -> None:
+    model, twin = make_model(), make_model()
+    twin.load_state_dict(model.state_dict())
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, twin)]
+    with pytest.warns(partita.FallbackWarning, match=match):
+        step = partita.parallelize(model, optimizers[0], square, batch, plan=Constraints(data=2, compiled=False))
+    with step:
+        for _ in range(2):
+            loss = square(twin, batch)
+            loss.backward()
+            optimizers[1].step()
+            optimizers[1].zero_grad()
+            assert step(batch).loss == pytest.approx(float(loss.detach()))
