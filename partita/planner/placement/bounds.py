@@ -27,6 +27,8 @@ _LARGEST_K = 24
 def lower_bound(groups: Groups, upper: float, num_steps: int = 40) -> float:
     """A bound on all assignments, at most `upper`, the largest load of a known one."""
     low, high = 0.0, upper
+    if upper <= 0:
+        return 0.0
     if excludes(groups, high):
         return high
     for _ in range(num_steps):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from partita.planner.placement.groups import Array
-from partita.planner.placement.piper_problem import PiperProblem, Way
+from partita.planner.placement.piper_problem import PiperProblem
 
 TAU, WEIGHT, PER_MICROBATCH, FIXED = range(4)
 
@@ -37,15 +37,6 @@ def way_sums(problem: PiperProblem, layer: int, degree: int) -> Array | None:
         return None
     return np.array(
         [(w.time_s, w.weight_bytes, w.memory_per_microbatch_bytes, w.memory_fixed_bytes) for w in ways], dtype=np.float64
-    )
-
-
-def edge_bytes_in(problem: PiperProblem, way: Way, layer: int, inside: set[int]) -> float:
-    """Bytes that enter the layer, there and back, from tails that are not in the stage."""
-    return sum(
-        2 * (size + way.sync_in_bytes[tail])
-        for tail, head, size in problem.edges
-        if head == layer and tail not in inside
     )
 
 

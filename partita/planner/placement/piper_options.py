@@ -61,9 +61,7 @@ class OptionBuilder:
 
     def __post_init__(self) -> None:
         problem = self.problem
-        self.degrees = sorted(set.intersection(*[set()], *[set(layer.ways) for layer in problem.layers])) or sorted(
-            {degree for layer in problem.layers for degree in layer.ways}
-        )
+        self.degrees = sorted({degree for layer in problem.layers for degree in layer.ways})
         self.data_degrees = np.array(
             [d for d in range(1, problem.num_devices + 1) if problem.num_microbatches % d == 0], dtype=np.int64
         )

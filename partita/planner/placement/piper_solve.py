@@ -94,8 +94,8 @@ def solve_piper(problem: PiperProblem, *, time_limit_s: float = 4.0, max_points:
     return PiperSolution(
         stages=best.stages,
         priced=best.priced,
-        lower_bound_s=min(low, best.objective_s),
-        exact=exact and low >= best.objective_s * (1 - 2 * _ROUNDING),
+        lower_bound_s=max(0.0, min(low, best.objective_s)),
+        exact=low >= best.objective_s * (1 - 2 * _ROUNDING),
         time_s=time.monotonic() - begin,
     )
 
@@ -142,49 +142,35 @@ class _Programme:
         self._devices = options.data_degree * options.tensor_degree
 
     def search(self, best: _Best, low: float, deadline: float, patience: int = 100) -> float:
-        """Improve `best`; the bound that is proven for this family: no pipeline is better than it."""
+        """Improve `best`; returns what is then proven: no pipeline of this family has a smaller objective."""
         times = np.unique(self._options.time_s)
-        low = max(low, self._chain_bound(times, best.objective_s))
-        given_up = low  # infeasible as far as we know
-        bound = low
-        for _ in range(patience):
-            candidates = times[(times > given_up) & (times < best.objective_s * (1 - _ROUNDING))]
-            if len(candidates) == 0:
+        proven = floor = max(_below(low), self._chain_bound(times, best.objective_s))
+        sound = True
+        for step in range(patience):
+            candidates = times[(times > floor) & (times < best.objective_s * (1 - _ROUNDING))]
+            if len(candidates) == 0 or time.monotonic() > deadline:
                 break
-            if time.monotonic() > deadline:
-                return bound
-            if best.priced is None:
-                middle = candidates[min(len(candidates) - 1, int(np.searchsorted(candidates, max(low, candidates[0]) * 1.5)))]
-                if given_up >= middle or given_up > low:
-                    middle = candidates[min(len(candidates) - 1, max(np.searchsorted(candidates, given_up * 2), 0))]
-            else:
-                middle = candidates[len(candidates) // 2]
-                nearer = 0.5 * (candidates[0] + best.objective_s)
-                middle = min(middle, nearer) if len(candidates) > 64 else middle
-            stages = self._stages(float(middle))
-            if stages is None:
-                given_up = float(middle)
-                bound = max(bound, given_up) if bound >= low else bound
-                continue
-            before = best.objective_s
-            best.offer(stages)
-            if best.objective_s > middle * (1 + _ROUNDING):
-                given_up = float(middle)  # ways found later did not keep what the frontier promised: no proof
-                low = np.inf
-            elif best.objective_s >= before:
-                break
-        remaining = times[times > bound]
-        return float(remaining[0]) * (1 - _ROUNDING) if len(remaining) and np.isfinite(low) else bound
+            middle = _next_bound(candidates, best.objective_s, proven * (1 + 0.02 * 2**step))
+            stages = self._stages(middle)
+            if stages is not None:
+                best.offer(stages)
+                if best.objective_s <= middle * (1 + _ROUNDING):
+                    continue
+                sound = False  # the ways found for the stages are slower than their frontier promised
+            floor = middle
+            proven = middle if sound else proven
+        following = times[times > proven]
+        return _below(float(following[0])) if sound and len(following) else proven
 
     def prove(self, objective_s: float, low: float, deadline: float) -> float:
         """The largest bound that this family proves."""
         times = np.unique(self._options.time_s)
         times = times[times < objective_s]
-        low = max(low, self._chain_bound(times, objective_s))
+        low = max(_below(low), self._chain_bound(times, objective_s))
         while time.monotonic() < deadline:
             candidates = times[times > low]
             if len(candidates) == 0:
-                return objective_s * (1 - _ROUNDING)
+                return _below(objective_s)
             middle = float(candidates[len(candidates) // 2])
             if self._table(middle) is None:
                 low = middle
@@ -231,7 +217,7 @@ class _Programme:
                 high = middle
             else:
                 low = middle
-        return float(times[low]) if low >= 0 else 0.0
+        return float(times[low]) if low >= 0 else -1.0
 
     def _table(self, bound: float) -> tuple[Array, Indices, Indices] | None:
         """G, the options behind it, and where those of each start begin; None if there is no pipeline."""
@@ -294,6 +280,20 @@ class _Programme:
             )
             ideal, left = int(options.end[option]), left - int(self._devices[option])
         return tuple(stages)
+
+
+def _below(bound: float) -> float:
+    """A little less: what is proven to be a lower bound may itself be feasible."""
+    return bound * (1 - _ROUNDING) if bound > 0 else -1.0
+
+
+def _next_bound(candidates: Array, objective_s: float, start: float) -> float:
+    """The next bound to try: ever larger ones from `start` until a pipeline is known, then halves."""
+    if not np.isfinite(objective_s):
+        return float(candidates[min(len(candidates) - 1, int(np.searchsorted(candidates, start)))])
+    middle = float(candidates[len(candidates) // 2])
+    halfway = 0.5 * (float(candidates[0]) + objective_s)
+    return min(middle, max(halfway, float(candidates[0])))
 
 
 def _why_not(problem: PiperProblem, exact: bool) -> str:

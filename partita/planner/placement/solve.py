@@ -199,7 +199,7 @@ def _anneal(search: _Search, groups: Groups, low: float, deadline: float, seed: 
     """Annealing runs, each from the best assignment so far, hot and cool in turn."""
     idle = 0
     begun = time.monotonic()
-    num_steps = 20_000
+    num_steps = min(20_000, 200 * groups.num_groups * search.problem.num_devices)
     while time.monotonic() < deadline and idle < 12 and search.objective > low * (1 + 1e-9):
         smaller = merge_expensive(groups, search.objective) if search.best else groups
         state = Annealing(smaller, smaller.groups_of_operators(search.devices), seed)
