@@ -8,6 +8,9 @@ other beats in both T and cap.
 For one start I the frontiers (`piper_frontier`) grow along the ideals: J has one layer more than another of the family.
 Edges that enter depend on I and the layer alone, so they are part of its tau. Edges that leave depend on J; what all
 ways of a layer have in common is added afterwards, and where ways differ the frontier is made anew.
+
+A stage with d t devices and time at most B has t tau <= d t B, and the layers of other stages need their least t tau:
+t tau + sum over layers not in J - I of min t tau <= K B prunes a stage, and with it all larger ones from the same I.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from partita.planner.placement.piper_frontier import (
     add_layer,
     way_sums,
 )
-from partita.planner.placement.piper_problem import PiperProblem
+from partita.planner.placement.piper_problem import PiperProblem, least_device_time_s
 
 Indices = npt.NDArray[np.int64]
 
@@ -46,6 +49,7 @@ class Options:
     tensor_degree: Indices
     cap: Indices
     time_s: Array
+    ub_s: float  # no option takes longer
     complete: bool  # whether the deadline left time for all of them
 
 
@@ -65,6 +69,7 @@ class OptionBuilder:
         self.data_degrees = np.array(
             [d for d in range(1, problem.num_devices + 1) if problem.num_microbatches % d == 0], dtype=np.int64
         )
+        self._thrift = np.array([least_device_time_s(layer) for layer in problem.layers])
         row_of = {row.tobytes(): i for i, row in enumerate(self.ideals)}
         self._smaller = []
         for row in self.ideals:
@@ -125,6 +130,7 @@ class OptionBuilder:
             data_degree=data,
             cap=cap,
             time_s=columns[5][order],
+            ub_s=ub_s,
             complete=complete,
         )
 
@@ -136,14 +142,16 @@ class OptionBuilder:
         allowed = self.data_degrees[self.data_degrees * degree <= problem.num_devices]
         if len(allowed) == 0:
             return
-        budget_s = ub_s * float(allowed[-1])  # tau of a stage at the largest d
+        slack_s = ub_s * problem.num_devices - float(self._thrift.sum())
+        budget_s = (slack_s + (self.ideals[above] & ~inner) @ self._thrift) * (1 + 1e-9) / degree
         core: dict[int, Array] = {start: np.zeros((1, 4))}
         rows: dict[int, Array | None] = {}
-        for end, extra_s, fresh in zip(above[1:].tolist(), leaving[1:].tolist(), anew[1:].tolist(), strict=True):
+        columns = zip(above.tolist(), leaving.tolist(), anew.tolist(), budget_s.tolist(), strict=True)
+        for end, extra_s, fresh, most_s in list(columns)[1:]:
             points = self._core(start, end, degree, core, rows)
             if points is None or len(points) == 0:
                 continue
-            points = points[points[:, TAU] <= budget_s]
+            points = points[points[:, TAU] <= most_s]
             if len(points) == 0:
                 continue
             core[end] = points

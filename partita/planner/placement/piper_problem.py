@@ -46,6 +46,11 @@ class Layer:
     ways: Mapping[int, tuple[Way, ...]]  # by degree t
 
 
+def least_device_time_s(layer: Layer) -> float:
+    """The least t tau of a layer: what it costs at least of the K T seconds that all devices have for a sample."""
+    return min(degree * way.time_s for degree, ways in layer.ways.items() for way in ways)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PiperProblem:
     """See the module's docstring. Edges are (tail, head, bytes), with positions in `layers`."""

@@ -26,13 +26,13 @@ from partita.planner.placement.ideals import Ideals, all_ideals, distinct, first
 from partita.planner.placement.piper_frontier import Thinning
 from partita.planner.placement.piper_options import Indices, OptionBuilder, Options
 from partita.planner.placement.piper_price import PricedPipeline, price_pipeline
-from partita.planner.placement.piper_problem import PiperProblem, Stage
+from partita.planner.placement.piper_problem import PiperProblem, Stage, least_device_time_s
 from partita.planner.placement.piper_ways import best_ways
 from partita.units import format_bytes
 
 _ROUNDING = 1e-9
 _MAX_IDEALS = 1200
-_COARSE = 40
+_COARSE = ((12, 8), (40, 24))  # ideals and points of a frontier, in searches that only find a first bound
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class _Best:
             self.stages, self.priced = stages, priced
 
 
-def solve_piper(problem: PiperProblem, *, time_limit_s: float = 4.0, max_points: int = 160) -> PiperSolution:
+def solve_piper(problem: PiperProblem, *, time_limit_s: float = 4.0, max_points: int = 128) -> PiperSolution:
     """The best pipeline found within about `time_limit_s` (a few times that for the largest).
 
     Raises `InfeasibleError` where no pipeline fits the memory and the devices.
@@ -72,25 +72,26 @@ def solve_piper(problem: PiperProblem, *, time_limit_s: float = 4.0, max_points:
     begin = time.monotonic()
     ideals, all_listed = _family(problem)
     best = _Best(problem)
+    for count, points in _COARSE:
+        if len(ideals) > count:
+            coarse = OptionBuilder(problem=problem, ideals=ideals, thinning=Thinning(limit=points))
+            options = coarse.build(best.objective_s, begin + 0.5 * time_limit_s, _some_ends(ideals, count))
+            _Programme(problem, options).search(best, 0.0, begin + 0.5 * time_limit_s, patience=8)
     thinning = Thinning(limit=max_points)
     builder = OptionBuilder(problem=problem, ideals=ideals, thinning=thinning)
-    if len(ideals) > _COARSE:
-        ends = _some_ends(ideals)
-        coarse = builder.build(np.inf, begin + time_limit_s, ends)
-        _Programme(problem, coarse).search(best, 0.0, begin + 0.5 * time_limit_s, patience=6)
-    options = builder.build(best.objective_s, begin + 2 * time_limit_s)
+    options = builder.build(best.objective_s * (1 + _ROUNDING), begin + 1.5 * time_limit_s)
     low = simple_bound(problem)
-    proven = _Programme(problem, options).search(best, low, begin + 3 * time_limit_s)
+    proven = _Programme(problem, options).search(best, low, begin + 2 * time_limit_s)
     exact = all_listed and options.complete and not thinning.happened
     if best.priced is None:
         raise InfeasibleError(_why_not(problem, exact))
     if exact:
-        low = max(low, proven)
+        low = max(low, min(proven, best.objective_s))
     elif all_listed and options.complete:
-        optimistic = OptionBuilder(problem=problem, ideals=ideals, thinning=Thinning(limit=32, optimistic=True))
-        relaxed = optimistic.build(best.objective_s, begin + 3 * time_limit_s)
+        optimistic = OptionBuilder(problem=problem, ideals=ideals, thinning=Thinning(limit=max_points, optimistic=True))
+        relaxed = optimistic.build(best.objective_s, begin + 2.5 * time_limit_s)
         if relaxed.complete:
-            low = max(low, _Programme(problem, relaxed).prove(best.objective_s, low, begin + 4 * time_limit_s))
+            low = max(low, _Programme(problem, relaxed).prove(best.objective_s, low, begin + 3 * time_limit_s))
     return PiperSolution(
         stages=best.stages,
         priced=best.priced,
@@ -112,11 +113,11 @@ def _family(problem: PiperProblem) -> tuple[Ideals, bool]:
     return ideals[np.argsort(ideals.sum(axis=1), kind="stable")], listed
 
 
-def _some_ends(ideals: Ideals) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    """About `_COARSE` ideals, spread evenly over sizes, the first and the last included."""
+def _some_ends(ideals: Ideals, count: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """About `count` ideals, spread evenly over sizes, the first and the last included."""
     ends = np.zeros(len(ideals), dtype=bool)
     sizes = ideals.sum(axis=1)
-    for size in np.unique(np.linspace(0, sizes[-1], _COARSE).round()):
+    for size in np.unique(np.linspace(0, sizes[-1], count).round()):
         ends[np.argmin(np.abs(sizes - size))] = True
     ends[[0, -1]] = True
     return ends
@@ -124,9 +125,7 @@ def _some_ends(ideals: Ideals) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
 
 def simple_bound(problem: PiperProblem) -> float:
     """K T is at least the sum of device seconds, of each layer at its thriftiest degree and way."""
-    return sum(
-        min(degree * way.time_s for degree, ways in layer.ways.items() for way in ways) for layer in problem.layers
-    ) / problem.num_devices
+    return sum(least_device_time_s(layer) for layer in problem.layers) / problem.num_devices
 
 
 class _Programme:
@@ -160,7 +159,9 @@ class _Programme:
             floor = middle
             proven = middle if sound else proven
         following = times[times > proven]
-        return _below(float(following[0])) if sound and len(following) else proven
+        if not sound:
+            return proven
+        return _below(float(following[0]) if len(following) else min(best.objective_s, self._options.ub_s))
 
     def prove(self, objective_s: float, low: float, deadline: float) -> float:
         """The largest bound that this family proves."""
