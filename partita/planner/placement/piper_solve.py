@@ -32,6 +32,7 @@ from partita.units import format_bytes
 
 _ROUNDING = 1e-9
 _MAX_IDEALS = 1200
+_POINTS = (32, 96, 400, 1600)  # of a frontier, in searches that may prove the optimum
 _COARSE = ((12, 8), (40, 24))  # ideals and points of a frontier, in searches that only find a first bound
 
 
@@ -64,8 +65,8 @@ class _Best:
             self.stages, self.priced = stages, priced
 
 
-def solve_piper(problem: PiperProblem, *, time_limit_s: float = 4.0, max_points: int = 128) -> PiperSolution:
-    """The best pipeline found within about `time_limit_s` (a few times that for the largest).
+def solve_piper(problem: PiperProblem, *, time_limit_s: float = 4.0) -> PiperSolution:
+    """The best pipeline found within about `time_limit_s` (up to four times that for the largest).
 
     Raises `InfeasibleError` where no pipeline fits the memory and the devices.
     """
@@ -75,23 +76,26 @@ def solve_piper(problem: PiperProblem, *, time_limit_s: float = 4.0, max_points:
     for count, points in _COARSE:
         if len(ideals) > count:
             coarse = OptionBuilder(problem=problem, ideals=ideals, thinning=Thinning(limit=points))
-            options = coarse.build(best.objective_s, begin + 0.5 * time_limit_s, _some_ends(ideals, count))
-            _Programme(problem, options).search(best, 0.0, begin + 0.5 * time_limit_s, patience=8)
-    thinning = Thinning(limit=max_points)
-    builder = OptionBuilder(problem=problem, ideals=ideals, thinning=thinning)
-    options = builder.build(best.objective_s * (1 + _ROUNDING), begin + 1.5 * time_limit_s)
-    low = simple_bound(problem)
-    proven = _Programme(problem, options).search(best, low, begin + 2 * time_limit_s)
-    exact = all_listed and options.complete and not thinning.happened
+            options = coarse.build(best.objective_s, begin + time_limit_s, _some_ends(ideals, count))
+            _Programme(problem, options).search(best, 0.0, begin + time_limit_s, patience=8)
+    low, whole = simple_bound(problem), False
+    for points in _POINTS:
+        thinning = Thinning(limit=points)
+        builder = OptionBuilder(problem=problem, ideals=ideals, thinning=thinning)
+        options = builder.build(best.objective_s * (1 + _ROUNDING), begin + 2.5 * time_limit_s)
+        proven = _Programme(problem, options).search(best, low, begin + 2.8 * time_limit_s)
+        whole = all_listed and options.complete and not thinning.happened
+        if not thinning.happened or time.monotonic() - begin > 0.4 * time_limit_s:
+            break
     if best.priced is None:
-        raise InfeasibleError(_why_not(problem, exact))
-    if exact:
+        raise InfeasibleError(_why_not(problem, whole))
+    if whole:
         low = max(low, min(proven, best.objective_s))
-    elif all_listed and options.complete:
-        optimistic = OptionBuilder(problem=problem, ideals=ideals, thinning=Thinning(limit=max_points, optimistic=True))
-        relaxed = optimistic.build(best.objective_s, begin + 2.5 * time_limit_s)
-        if relaxed.complete:
-            low = max(low, _Programme(problem, relaxed).prove(best.objective_s, low, begin + 3 * time_limit_s))
+    elif all_listed:
+        builder = OptionBuilder(problem=problem, ideals=ideals, thinning=Thinning(limit=points, optimistic=True))
+        options = builder.build(best.objective_s * (1 + _ROUNDING), begin + 3.5 * time_limit_s)
+        if options.complete:
+            low = max(low, _Programme(problem, options).prove(best.objective_s, low, begin + 3.7 * time_limit_s))
     return PiperSolution(
         stages=best.stages,
         priced=best.priced,
