@@ -5,10 +5,11 @@
     python -m benchmarks.placement FILE --set maxDevices=512  # instead of the file's limit
     python -m benchmarks.placement --check                    # exit 1 if a published figure is missed, or 5 s passed
 
-The JSON file is a list with one entry for each file: `file`, `kind` ("placement" or "piper"), `overrides`, `objective`,
-`lower_bound`, `lower_bound_space` (what it is proven for), `seconds`, `contiguous`, and `assignment` (node id to device:
-accelerators first, then CPU cores) or `stages` (`nodes`, `d`, `t`, `tmpcs`: node id to TMPC id). Placements have
-`pipeline` as well: the best assignment in pipeline order, with a bound among those, and `rounds`, the samples in flight.
+The JSON file is a list with one entry for each file: `file`, `kind` ("placement" or "piper"), `overrides`,
+`objective`, `lower_bound`, `lower_bound_space` (what it is proven for), `seconds`, `contiguous`, and `assignment` (node
+id to device: accelerators first, then CPU cores) or `stages` (`nodes`, `d`, `t`, `tmpcs`: node id to TMPC id).
+Placements have `rounds` as well, the samples in flight, and `pipeline`: the best assignment in pipeline order, with a
+bound among those.
 
 Each objective is computed from the definition, apart from the solver. `--check` knows the largest loads of the published
 exact algorithms, for pipelines: an assignment that is not contiguous may be below them.
@@ -48,7 +49,17 @@ PUBLISHED = {
     "bert32a100": 0.00256113,
 }
 PIPER_LIMITS = {"maxDevices": 512, "maxMemoryPerDevice": 8 * 2**30, "bandwidth": 25 * 2**30, "mbsInBatch": 1920}
-COLUMNS = ("file", "kind", "objective", "published", "lower_bound", "contiguous", "pipeline", "pipeline_bound", "seconds")
+COLUMNS = (
+    "file",
+    "kind",
+    "objective",
+    "published",
+    "lower_bound",
+    "contiguous",
+    "pipeline",
+    "pipeline_bound",
+    "seconds",
+)
 
 
 def solve_file(path: Path, overrides: Mapping[str, float] | None, time_limit_s: float | None) -> Row:
@@ -70,9 +81,11 @@ def solve_file(path: Path, overrides: Mapping[str, float] | None, time_limit_s: 
         entry = _piper_entry(piper, solve_piper(piper, **limit))
         kind = "piper"
     seconds = time.perf_counter() - start
-    return {"file": str(path), "kind": kind, "overrides": dict(overrides) if overrides else None} | entry | {
-        "seconds": round(seconds, 3)
-    }
+    return (
+        {"file": str(path), "kind": kind, "overrides": dict(overrides) if overrides else None}
+        | entry
+        | {"seconds": round(seconds, 3)}
+    )
 
 
 def _placement_entry(problem: PlacementProblem, solution: PlacementSolution) -> Row:

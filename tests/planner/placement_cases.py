@@ -148,4 +148,7 @@ def _ordered_partitions(layers: list[int]) -> Iterator[list[list[int]]]:
     for num_stages in range(1, len(layers) + 1):
         for places in itertools.product(range(num_stages), repeat=len(layers)):
             if len(set(places)) == num_stages:
-                yield [[layer for layer, place in zip(layers, places, strict=True) if place == i] for i in range(num_stages)]
+                yield [
+                    [layer for layer, place in zip(layers, places, strict=True) if place == i]
+                    for i in range(num_stages)
+                ]

@@ -46,8 +46,8 @@ def excludes(groups: Groups, bound: float) -> bool:
     """Whether some condition of the module's docstring shows that no assignment has all loads below `bound`."""
     groups = merge_expensive(groups, bound)
     problem = groups.problem
-    fastest = np.minimum(groups.accelerator_latency, groups.cpu_latency) if problem.num_cpus else (
-        groups.accelerator_latency
+    fastest = (
+        np.minimum(groups.accelerator_latency, groups.cpu_latency) if problem.num_cpus else (groups.accelerator_latency)
     )
     if problem.num_accelerators == 0:
         fastest = groups.cpu_latency

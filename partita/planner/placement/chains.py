@@ -8,8 +8,8 @@ Constraints  (1) sizes and (2) supported operators on accelerators; (3) n device
 Recurrence   V[a, c, J] = min of V[a-1, c, J], min over I < J of max(V[a-1, c, I], load(J - I)), and the same with
              V[a, c-1, .] and the CPU load. With all ideals in the family this is the optimum over pipelines
              (Tarnawski et al. 2020, section 5.1.1); with some of them, a pipeline and no proof.
-Window       only loads below a known bound B matter. With W(I) the accelerator latency in I and R(c) the most of it that
-             c CPU cores of budget B can take over, V[a, c, J] < B needs
+Window       only loads below a known bound B matter. With W(I) the accelerator latency in I and R(c) the most of it
+             that c CPU cores of budget B can take over, V[a, c, J] < B needs
              total - (K - a) B - R(L - c) <= W(J) <= a B + R(c), and load(J - I) < B needs W(J) - W(I) < B.
 Matrix form  for a net with pins P, let n_I be the number of pins in I. Between ideals I <= J it is touched by J - I
              exactly if n_J > n_I, and inside of it exactly if n_J = |P| and n_I = 0. So
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -152,8 +153,12 @@ class ChainSearch:
         moving = np.flatnonzero(self._counts[columns].max(axis=0, initial=0) > self._counts[rows].min(axis=0))
         costs, full = self.groups.costs[moving], self._full[moving]
         in_counts, out_counts = self._counts[np.ix_(rows, moving)], self._counts[np.ix_(columns, moving)]
-        first: list[Array] = [inner * _REFUSED, (~inner[:, self._unsupported]) * _REFUSED, (in_counts == 0) * -costs]
-        second: list[Array] = [~outer, outer[:, self._unsupported], out_counts == full]
+        first: list[npt.NDArray[Any]] = [
+            inner * _REFUSED,
+            (~inner[:, self._unsupported]) * _REFUSED,
+            (in_counts == 0) * -costs,
+        ]
+        second: list[npt.NDArray[Any]] = [~outer, outer[:, self._unsupported], out_counts == full]
         for k in range(int(full.max(initial=0)) + 1):
             with_k = np.flatnonzero(full >= k)
             first.append((in_counts[:, with_k] == k) * -costs[with_k])

@@ -166,7 +166,8 @@ def _leaves(groups: Groups) -> list[tuple[int, int]]:
     touching = np.zeros(groups.num_groups)
     for pins, cost in zip(groups.pins, groups.costs, strict=True):
         touching[list(pins)] += cost if len(pins) == 2 else 0.0
-    pairs, used = [], set()
+    pairs: list[tuple[int, int]] = []
+    used: set[int] = set()
     for leaf, others in enumerate(neighbours):
         harmless = loose or groups.size_bytes[leaf] == 0
         if len(others) != 1 or not harmless or groups.cpu_latency[leaf] > 0:

@@ -45,9 +45,7 @@ def all_ideals(num_groups: int, before: Sequence[tuple[int, int]], limit: int) -
     return rows[:used].copy()
 
 
-def order_by(
-    num_groups: int, before: Sequence[tuple[int, int]], key: Callable[[int, int], float]
-) -> list[int]:
+def order_by(num_groups: int, before: Sequence[tuple[int, int]], key: Callable[[int, int], float]) -> list[int]:
     """A topological order that takes, of the groups whose predecessors are done, the one of least key(group, step),
     `step` being the time when it became available."""
     after: list[list[int]] = [[] for _ in range(num_groups)]
@@ -78,8 +76,13 @@ def first_orders(num_groups: int, before: Sequence[tuple[int, int]], random_coun
     source = random.Random(seed)
     for _ in range(random_count):
         rank = [source.random() for _ in range(num_groups)]
-        orders.append(order_by(num_groups, before, lambda group, step, rank=rank: rank[group] - step))
+        orders.append(order_by(num_groups, before, _ranked(rank, 1.0)))
     return orders
+
+
+def _ranked(rank: Sequence[float], depth: float) -> Callable[[int, int], float]:
+    """By rank, but what became available later is earlier, by `depth` for each step."""
+    return lambda group, step: rank[group] - depth * step
 
 
 def orders_near(
@@ -91,9 +94,7 @@ def orders_near(
         spread = 0.1 if i == 0 else source.choice((0.3, 0.6, 1.0, 1.5))
         depth = source.choice((0.0, 0.01, 1.0))  # whether a branch is followed before the next begins
         rank = [place + spread * (source.random() - 0.5) for place in stage]
-        orders.append(
-            order_by(num_groups, before, lambda group, step, rank=rank, depth=depth: rank[group] - depth * step / 99)
-        )
+        orders.append(order_by(num_groups, before, _ranked(rank, depth / 99)))
     return orders
 
 

@@ -11,7 +11,9 @@ from partita.errors import InputError
 
 def value_of(data: Mapping[str, Any], key: str, where: str) -> Any:
     if key not in data:
-        raise InputError(f"{where} must have the key `{key}`, but it has {', '.join(map(str, data)) or 'none'}; add it.")
+        raise InputError(
+            f"{where} must have the key `{key}`, but it has {', '.join(map(str, data)) or 'none'}; add it."
+        )
     return data[key]
 
 
@@ -67,5 +69,7 @@ def topological_order(ids: Sequence[Any], edges: Sequence[tuple[int, int]]) -> l
                 order.append(head)
     if len(order) < len(ids):
         rest = [str(ids[i]) for i, count in enumerate(missing) if count > 0][:6]
-        raise InputError(f"the graph must have no cycle, but nodes {', '.join(rest)} are on or behind one; cut an edge.")
+        raise InputError(
+            f"the graph must have no cycle, but nodes {', '.join(rest)} are on or behind one; cut an edge."
+        )
     return order

@@ -1,8 +1,8 @@
 """Which ways to run the layers of a stage can be best: the frontier of (tau, w, a, b) sums.
 
 Time and memory of a stage are non-negative combinations of the sums over its layers of tau (with the bytes of its edges
-over the bandwidth), w, a and b, whatever d and s are. So only choices that no other choice beats in all four sums matter,
-and the frontier of a set is that of one layer less, plus each way of that layer.
+over the bandwidth), w, a and b, whatever d and s are. So only choices that no other choice beats in all four sums
+matter, and the frontier of a set is that of one layer less, plus each way of that layer.
 
 A frontier of more than `limit` points is thinned, in one of two manners: `kept` points are real choices (solutions stay
 valid, optima may be lost); `optimistic` ones are the least of each sum over a cluster of points (bounds stay valid).
@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from partita.planner.placement.groups import Array
 from partita.planner.placement.piper_problem import PiperProblem
@@ -36,7 +37,8 @@ def way_sums(problem: PiperProblem, layer: int, degree: int) -> Array | None:
     if ways is None:
         return None
     return np.array(
-        [(w.time_s, w.weight_bytes, w.memory_per_microbatch_bytes, w.memory_fixed_bytes) for w in ways], dtype=np.float64
+        [(w.time_s, w.weight_bytes, w.memory_per_microbatch_bytes, w.memory_fixed_bytes) for w in ways],
+        dtype=np.float64,
     )
 
 
@@ -57,13 +59,12 @@ def frontier(points: Array) -> Array:
     return points[~_beaten(points)]
 
 
-def _beaten(points: Array) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def _beaten(points: Array) -> npt.NDArray[np.bool_]:
     """Of points in lexical order: whether one before (the only ones that can) is at most equal in every column."""
     below = np.ones((len(points), len(points)), dtype=bool)
     for column in points.T[1:]:
         below &= column[:, None] <= column[None, :]
-    result: np.ndarray[tuple[int], np.dtype[np.bool_]] = np.triu(below, 1).any(axis=0)
-    return result
+    return np.asarray(np.triu(below, 1).any(axis=0))
 
 
 def _frontier_in_blocks(points: Array) -> Array:
@@ -85,7 +86,9 @@ def thinned(points: Array, thinning: Thinning) -> Array:
     if len(points) <= thinning.limit:
         return points
     thinning.happened = True
-    begins = np.linspace(0, len(points), thinning.limit, endpoint=False).astype(np.int64)  # neighbours are alike in time
+    begins = np.linspace(0, len(points), thinning.limit, endpoint=False).astype(
+        np.int64
+    )  # neighbours are alike in time
     if thinning.optimistic:
         return frontier(np.minimum.reduceat(points, begins, axis=0))
     memory = points[:, PER_MICROBATCH] / (points[:, PER_MICROBATCH].max() or 1.0)

@@ -1,9 +1,9 @@
 """Every stage that can be part of a pipeline, as arrays: the options of the dynamic programme in `piper_solve`.
 
-An option is a pair of ideals (start I, end J; the stage holds J - I), degrees d and t, its time T, and `cap`, the largest
-s (devices of data degree in this and all later stages) at which its memory fits: with sums (tau, w, a, b) of a choice of
-ways, ceil(s / d) <= M = floor((limit - b) / a), so cap = d M. Of choices with equal (I, J, d, t) only those stay that no
-other beats in both T and cap.
+An option is a pair of ideals (start I, end J; the stage holds J - I), degrees d and t, its time T, and `cap`, the
+largest s (sum of the data degrees of this and all later stages) at which its memory fits: with sums (tau, w, a, b) of a
+choice of ways, ceil(s / d) <= M = floor((limit - b) / a), so cap = d M. Of choices with equal (I, J, d, t) only those
+stay that no other beats in both T and cap.
 
 For one start I the frontiers (`piper_frontier`) grow along the ideals: J has one layer more than another of the family.
 Edges that enter depend on I and the layer alone, so they are part of its tau. Edges that leave depend on J; what all
@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,12 +75,12 @@ class OptionBuilder:
         self._smaller = []
         for row in self.ideals:
             found = []
-            for layer in np.flatnonzero(row):
+            for layer in np.flatnonzero(row).tolist():
                 row[layer] = False
                 smaller = row_of.get(row.tobytes())
                 row[layer] = True
                 if smaller is not None:
-                    found.append((int(layer), smaller))
+                    found.append((layer, smaller))
             self._smaller.append(found)
         self._rows = {}
         for layer in range(len(problem.layers)):
@@ -106,7 +107,7 @@ class OptionBuilder:
     def build(self, ub_s: float, deadline: float, ends: npt.NDArray[np.bool_] | None = None) -> Options:
         """Options of at most `ub_s` between the ideals of `ends` (all of them if None)."""
         ends = np.ones(len(self.ideals), dtype=bool) if ends is None else ends
-        parts: list[tuple[Array, ...]] = []
+        parts: list[tuple[npt.NDArray[Any], ...]] = []
         complete = True
         for start in np.flatnonzero(ends[:-1]):
             if time.monotonic() > deadline:
@@ -121,14 +122,14 @@ class OptionBuilder:
                             parts.append((np.full(count, start), np.full(count, end), np.full(count, degree), *found))
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)] if parts else [np.zeros(0)] * 6
         order = np.lexsort((columns[5], columns[3], columns[2], columns[1], columns[0]))
-        start, end, degree, data, cap = (column[order].astype(np.int64) for column in columns[:5])
+        starts, others, degrees, data, caps = (column[order].astype(np.int64) for column in columns[:5])
         return Options(
             ideals=self.ideals,
-            start=start,
-            end=end,
-            tensor_degree=degree,
+            start=starts,
+            end=others,
+            tensor_degree=degrees,
             data_degree=data,
-            cap=cap,
+            cap=caps,
             time_s=columns[5][order],
             ub_s=ub_s,
             complete=complete,
@@ -202,7 +203,7 @@ class OptionBuilder:
         outer = self.ideals[above]
         leaves = outer[:, self._tails] & ~inner[self._tails] & ~outer[:, self._heads]
         bytes_, differ = self._sync[degree]
-        return leaves @ bytes_ / self.problem.bandwidth_bytes_per_s, (leaves & differ).any(axis=1)
+        return leaves @ bytes_ / self.problem.bandwidth_bytes_per_s, np.asarray((leaves & differ).any(axis=1))
 
     def _anew(self, start: int, end: int, degree: int, rows: dict[int, Array | None]) -> Array:
         """The frontier with what the ways of a layer do not have in common in edges that leave."""
@@ -221,7 +222,7 @@ class OptionBuilder:
             points = add_layer(points, sums, self.problem.limit_bytes, self.thinning)
         return points
 
-    def _options(self, points: Array, degree: int, ub_s: float) -> tuple[Array, ...]:
+    def _options(self, points: Array, degree: int, ub_s: float) -> tuple[npt.NDArray[Any], ...]:
         """(d, cap, time) of all d, the choices of one d ascending in time and cap."""
         problem = self.problem
         data = self.data_degrees[self.data_degrees * degree <= problem.num_devices]

@@ -140,7 +140,9 @@ def _layer(node: Mapping[str, Any], own: int, edges: tuple[tuple[int, int, float
         if found:
             ways[int(degree)] = tuple(found)
     if not ways:
-        raise InputError(f"`TMPCs` of node {node['id']} must hold at least one way to run it, but it is empty; add one.")
+        raise InputError(
+            f"`TMPCs` of node {node['id']} must hold at least one way to run it, but it is empty; add one."
+        )
     return Layer(id=node["id"], ways=ways)
 
 

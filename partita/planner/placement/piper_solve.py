@@ -280,7 +280,11 @@ class _Programme:
             layers = np.flatnonzero(options.ideals[options.end[option]] & ~options.ideals[ideal]).tolist()
             stages.append(
                 best_ways(
-                    self._problem, layers, int(options.data_degree[option]), int(options.tensor_degree[option]), int(behind)
+                    self._problem,
+                    layers,
+                    int(options.data_degree[option]),
+                    int(options.tensor_degree[option]),
+                    int(behind),
                 )
             )
             ideal, left = int(options.end[option]), left - int(self._devices[option])
@@ -303,11 +307,7 @@ def _next_bound(candidates: Array, objective_s: float, start: float) -> float:
 
 def _why_not(problem: PiperProblem, exact: bool) -> str:
     need = max(
-        min(
-            way.memory_per_microbatch_bytes + way.memory_fixed_bytes
-            for ways in layer.ways.values()
-            for way in ways
-        )
+        min(way.memory_per_microbatch_bytes + way.memory_fixed_bytes for ways in layer.ways.values() for way in ways)
         for layer in problem.layers
     )
     found = "No pipeline fits" if exact else "No pipeline was found that fits"

@@ -1,6 +1,7 @@
 """The ways of a stage's layers of least time whose memory fits: a multiple-choice knapsack, solved by its frontier.
 
-Given degrees d, t and m = ceil(s / d): minimise the sum of (tau + bytes) so that the sum of a m + b is at most the limit.
+Given degrees d, t and m = ceil(s / d): minimise the sum of (tau + bytes) so that the sum of a m + b is at most the
+limit.
 States are the (time, memory) sums of the layers so far that no other beats in both; layers come in turn.
 """
 
@@ -16,9 +17,7 @@ from partita.planner.placement.piper_problem import PiperProblem, Stage
 _MAX_STATES = 20_000
 
 
-def best_ways(
-    problem: PiperProblem, layers: Sequence[int], data_degree: int, tensor_degree: int, behind: int
-) -> Stage:
+def best_ways(problem: PiperProblem, layers: Sequence[int], data_degree: int, tensor_degree: int, behind: int) -> Stage:
     """The stage with its best ways; `behind` is s, the sum of data degrees of this and all later stages.
 
     Where nothing fits, it is the stage of least memory, which pricing then refuses.
@@ -43,9 +42,7 @@ def best_ways(
     for kept, num_ways in reversed(steps):
         place, way = divmod(int(kept[place]), num_ways)
         ways.append(way)
-    return Stage(
-        layers=tuple(layers), data_degree=data_degree, tensor_degree=tensor_degree, ways=tuple(reversed(ways))
-    )
+    return Stage(layers=tuple(layers), data_degree=data_degree, tensor_degree=tensor_degree, ways=tuple(reversed(ways)))
 
 
 def _rows(

@@ -233,7 +233,9 @@ def _check_feasible(problem: PlacementProblem) -> None:
 
 def _why_not(problem: PlacementProblem, need: float | None = None) -> str:
     total = sum(operator.size_bytes for operator in problem.operators)
-    change = f"at least {format_bytes(need)} each" if need else "a larger maxSizePerFPGA, more accelerators, or a CPU core"
+    change = (
+        f"at least {format_bytes(need)} each" if need else "a larger maxSizePerFPGA, more accelerators, or a CPU core"
+    )
     return (
         f"The operators must fit the memory (maxSizePerFPGA): together they need {format_bytes(total)}, and "
         f"{problem.num_accelerators} accelerator(s) have {format_bytes(problem.limit_bytes)} each, of which colour "
