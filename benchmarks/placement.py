@@ -11,8 +11,8 @@ id to device: accelerators first, then CPU cores) or `stages` (`nodes`, `d`, `t`
 Placements have `rounds` as well, the samples in flight, and `pipeline`: the best assignment in pipeline order, with a
 bound among those.
 
-Each objective is computed from the definition, apart from the solver. `--check` knows the largest loads of the published
-exact algorithms, for pipelines: an assignment that is not contiguous may be below them.
+Each objective is computed from the definition, apart from the solver. `--check` knows the largest loads of the
+published exact algorithms, for pipelines: an assignment that is not contiguous may be below them.
 """
 
 from __future__ import annotations
@@ -180,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report = Report("placement", {"files": [row["file"] for row in rows]})
     report.rows = [_cells(row) for row in rows]
     report.misses = [miss for row in report.rows for miss in misses(row)]
+    report.rows = [_digits(row) for row in report.rows]
     show(report, COLUMNS)
     return report.exit_code(options.check)
 
@@ -202,10 +203,16 @@ def _run(options: Any) -> list[Row]:
 def _cells(row: Row) -> Row:
     pipeline = row.get("pipeline") or {}
     return row | {
+        "file": Path(row["file"]).name,
         "published": published_figure(Path(row["file"]), row["kind"], row["overrides"]),
         "pipeline": pipeline.get("objective"),
         "pipeline_bound": pipeline.get("lower_bound"),
     }
+
+
+def _digits(row: Row) -> Row:
+    """With seven digits where the table would show three."""
+    return row | {name: f"{row[name]:.7g}" for name in COLUMNS if isinstance(row[name], float) and name != "seconds"}
 
 
 if __name__ == "__main__":

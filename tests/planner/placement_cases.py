@@ -84,9 +84,9 @@ def _has_cycle(after: dict[int, set[int]]) -> bool:
 
 
 def piper_file(seed: int) -> dict[str, Any]:
-    """A random file of up to four layers, with branches, ways that differ in every number, and tight limits."""
+    """A random file of up to three layers, with branches, ways that differ in every number, and tight limits."""
     draw = random.Random(seed)
-    count = draw.randint(1, 4)
+    count = draw.randint(1, 3)
     pairs = [
         (i, j)
         for i, j in itertools.combinations(range(count), 2)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from partita.planner.placement.groups import Groups
 
 _POWER = 8
+_TINY = 1e-200  # where all loads are 0
 
 
 class Annealing:
@@ -107,7 +108,7 @@ class Annealing:
         best, best_devices = max(self.loads), list(self.devices)
         num_groups, draw, loads, devices = len(self._size), self._random.random, self.loads, self.devices
         scale = 1.0 / best if best > 0 else 1.0
-        total = sum((load * scale) ** _POWER for load in loads)
+        total = sum((load * scale) ** _POWER for load in loads) + _TINY
         cooling = math.log(hot / 1e-4)
         heat = hot
         for step in range(num_steps):
@@ -115,7 +116,7 @@ class Annealing:
                 if time.monotonic() > deadline or best <= enough:
                     break
                 heat = hot * math.exp(-cooling * step / num_steps)
-                total = sum((load * scale) ** _POWER for load in loads)
+                total = sum((load * scale) ** _POWER for load in loads) + _TINY
             group = int(draw() * num_groups)
             old = devices[group]
             if draw() < 0.3:
@@ -127,7 +128,7 @@ class Annealing:
                     continue
                 change = self._change(group, old, new)
                 gain = self._gain(old, new, change, scale)
-                if gain < 0 or draw() < math.exp(-gain / (heat * total)):
+                if gain < 0 or draw() < math.exp(-gain / max(_TINY, heat * total)):
                     self._move(group, new, change)
                 else:
                     gain = math.inf
@@ -154,7 +155,7 @@ class Annealing:
         self._move(other, a, self._change(other, b, a))
         gain = sum((self.loads[device] * scale) ** _POWER for device in (a, b))
         gain -= sum((load * scale) ** _POWER for load in loads)
-        if self._fits(a) and self._fits(b) and (gain < 0 or self._random.random() < math.exp(-gain / heat)):
+        if self._fits(a) and self._fits(b) and (gain < 0 or self._random.random() < math.exp(-gain / max(_TINY, heat))):
             return gain
         self._move(other, b, self._change(other, a, b))
         self._move(group, a, self._change(group, b, a))

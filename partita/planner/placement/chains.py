@@ -82,6 +82,7 @@ class ChainSearch:
     def solve(self, bound: float) -> Chain | None:
         """The best chain if its largest load is below `bound`, else None."""
         self.expired = False
+        bound = min(bound, _REFUSED / 2)
         problem, count = self.groups.problem, len(self.ideals)
         num_accelerators, num_cpus = problem.num_accelerators, problem.num_cpus
         start = np.full(count, np.inf)
@@ -108,9 +109,7 @@ class ChainSearch:
         return self._chain(source, float(values[num_accelerators, num_cpus][-1]))
 
     def _window(self, a: int, c: int, bound: float) -> tuple[int, int]:
-        problem, count = self.groups.problem, len(self.ideals)
-        if not np.isfinite(bound):
-            return 0, count
+        problem = self.groups.problem
         room = 1e-9 * (float(self.work[-1]) + bound)  # for the rounding of sums
         low = self.work[-1] - (problem.num_accelerators - a) * bound - self._relief(problem.num_cpus - c, bound)
         high = a * bound + self._relief(c, bound)
@@ -129,7 +128,7 @@ class ChainSearch:
         for begin in range(0, len(sources), _BLOCK):
             rows = sources[begin : begin + _BLOCK]
             first = max(targets.start, int(rows[0]) + 1)
-            reach = self.work[rows[-1]] + bound if np.isfinite(bound) and not on_cpu else np.inf
+            reach = self.work[rows[-1]] + bound if not on_cpu else np.inf
             last = min(targets.stop, int(np.searchsorted(self.work, reach, side="right")))
             if first >= last:
                 continue

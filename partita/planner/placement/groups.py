@@ -87,13 +87,15 @@ def merge_expensive(groups: Groups, bound: float) -> Groups:
     return merged(groups, pairs) if pairs else groups
 
 
-def ordered(groups: Groups) -> Groups:
-    """With the order graph, cycles contracted: of both readings of the backward edges the one with more groups."""
-    candidates = [_acyclic(groups, mirrored) for mirrored in (True, False)]
-    return max(candidates, key=lambda candidate: candidate.num_groups)
+def both_orders(groups: Groups) -> list[tuple[bool, Groups]]:
+    """(mirrored, groups with that order graph), the one with more groups first; one where they are the same."""
+    found = [(mirrored, ordered(groups, mirrored)) for mirrored in (True, False)]
+    found.sort(key=lambda order: -order[1].num_groups)
+    return found[:1] if found[0][1].before == found[1][1].before else found
 
 
-def _acyclic(groups: Groups, mirrored: bool) -> Groups:
+def ordered(groups: Groups, mirrored: bool) -> Groups:
+    """With the order graph, its cycles contracted."""
     before = _order(groups.problem, groups.labels, mirrored)
     component = strong_components(groups.num_groups, before)
     labels = [component[label] for label in groups.labels]

@@ -173,16 +173,14 @@ class _Programme:
         times = times[times < objective_s]
         low = max(_below(low), self._chain_bound(times, objective_s))
         while time.monotonic() < deadline:
-            candidates = times[times > low]
+            candidates = times[(times > low) & (times < objective_s)]
             if len(candidates) == 0:
                 return _below(objective_s)
             middle = float(candidates[len(candidates) // 2])
             if self._table(middle) is None:
                 low = middle
             else:
-                times = times[times < middle]
-                if len(times) == 0 or times[-1] <= low:
-                    return low
+                objective_s = middle
         return low
 
     def _valid(self, bound: float) -> Indices:

@@ -79,6 +79,8 @@ def read_placement(data: Mapping[str, Any], overrides: Mapping[str, float] | Non
     if unknown := sorted(set(limits) - set(LIMITS)):
         raise InputError(f"overrides must be of {', '.join(LIMITS)}, but got {', '.join(unknown)}.")
     nodes = [mapping_of(node, f"node {i}") for i, node in enumerate(list_of(data, "nodes", "the file"))]
+    if not nodes:
+        raise InputError("`nodes` of the file must hold at least one node, but it is empty; add the operators.")
     position = {value_of(node, "id", "a node"): i for i, node in enumerate(nodes)}
     if len(position) != len(nodes):
         raise InputError(f"node ids must differ, but {len(nodes)} nodes have {len(position)} ids; rename the repeated.")

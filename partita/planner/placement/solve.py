@@ -22,7 +22,7 @@ from partita.errors import InfeasibleError
 from partita.planner.placement.annealing import Annealing
 from partita.planner.placement.bounds import lower_bound
 from partita.planner.placement.chains import ChainSearch
-from partita.planner.placement.groups import Groups, contract_colors, merge_expensive, ordered
+from partita.planner.placement.groups import Groups, both_orders, contract_colors, merge_expensive, ordered
 from partita.planner.placement.ideals import Ideals, all_ideals, distinct, first_orders, orders_near, prefixes
 from partita.planner.placement.price import PricedPlacement, price_placement
 from partita.planner.placement.problem import PlacementProblem
@@ -44,7 +44,7 @@ class PlacementSolution:
     pipeline_devices: tuple[int, ...] | None  # the best pipeline found
     pipeline_objective: float | None
     pipeline_lower_bound: float | None
-    num_ideals: int | None  # of the order graph, where all were listed
+    num_ideals: int | None  # with which `pipeline_lower_bound` was proven
     time_s: float
 
     @property
@@ -99,10 +99,11 @@ def solve_placement(
     _check_feasible(problem)
     search = _Search(problem)
     groups = contract_colors(problem)
-    pipeline = ordered(groups)
+    orders = both_orders(groups)
     _offer_simple(search, groups)
-    _improve_pipeline(search, pipeline, start + 0.35 * time_limit_s, seed)
-    proven, num_ideals = _prove_pipeline(search, pipeline, start + 0.7 * time_limit_s)
+    for _, order in orders:
+        _improve_pipeline(search, order, start + 0.35 * time_limit_s, seed)
+    proofs = [_prove_pipeline(search, *order, start + 0.7 * time_limit_s) for order in orders]
     low = lower_bound(groups, search.objective) if search.best else 0.0
     if not contiguous_only and low < search.objective * _NEARER:
         _anneal(search, groups, low, start + time_limit_s, seed)
@@ -116,8 +117,8 @@ def solve_placement(
         lower_bound=min(low, search.objective),
         pipeline_devices=search.pipeline or None,
         pipeline_objective=search.pipeline_objective if search.pipeline else None,
-        pipeline_lower_bound=search.pipeline_objective * _NEARER if proven and search.pipeline else None,
-        num_ideals=num_ideals,
+        pipeline_lower_bound=search.pipeline_objective * _NEARER if all(proofs) and search.pipeline else None,
+        num_ideals=sum(proofs) if all(proofs) else None,
         time_s=time.monotonic() - start,
     )
 
@@ -156,10 +157,16 @@ def _improve_pipeline(search: _Search, groups: Groups, deadline: float, seed: in
     while True:
         found = _search_family(search, groups, prefixes(orders[:budget], count), deadline)
         idle = 0 if found else idle + 1
-        if idle > 3 or time.monotonic() > deadline or not search.pipeline:
+        if idle > 3 or time.monotonic() > deadline or not search.pipeline or not _follows(search, groups):
             return
         stages = groups.groups_of_operators(search.pipeline_stages)
         orders = orders_near(count, groups.before, stages, min(budget, 24), source)
+
+
+def _follows(search: _Search, groups: Groups) -> bool:
+    """Whether the best pipeline keeps the groups of this order whole."""
+    found = groups.groups_of_operators(search.pipeline_stages)
+    return all(found[label] == stage for label, stage in zip(groups.labels, search.pipeline_stages, strict=True))
 
 
 def _search_family(search: _Search, groups: Groups, ideals: Ideals, deadline: float) -> bool:
@@ -179,20 +186,20 @@ def _search_family(search: _Search, groups: Groups, ideals: Ideals, deadline: fl
     return False
 
 
-def _prove_pipeline(search: _Search, groups: Groups, deadline: float) -> tuple[bool, int | None]:
-    """Whether the best pipeline is now proven the best, and the number of ideals that the proof used."""
+def _prove_pipeline(search: _Search, mirrored: bool, groups: Groups, deadline: float) -> int:
+    """The number of ideals with which the best pipeline was proven the best of its order, 0 if it was not."""
     bound = search.pipeline_objective * _NEARER
-    smaller = ordered(merge_expensive(groups, bound)) if np.isfinite(bound) else groups
+    smaller = ordered(merge_expensive(groups, bound), mirrored) if np.isfinite(bound) else groups
     ideals = all_ideals(smaller.num_groups, smaller.before, _MAX_IDEALS)
     if ideals is None:
-        return False, None
+        return 0
     chains = ChainSearch(groups=smaller, ideals=distinct(ideals), deadline=deadline)
     chain = chains.solve(bound)
     if chain is not None:
         search.offer_pipeline(
             smaller.devices_of_operators(chain.devices), [chain.stages[label] for label in smaller.labels]
         )
-    return not chains.expired, len(ideals)
+    return 0 if chains.expired else len(ideals)
 
 
 def _anneal(search: _Search, groups: Groups, low: float, deadline: float, seed: int) -> None:
