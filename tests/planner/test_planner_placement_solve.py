@@ -78,6 +78,14 @@ def test_the_binding_limit_is_named() -> None:
         solve_placement(read_placement(unsupported))
 
 
+def test_sizes_that_fit_only_just_are_found() -> None:
+    node = file()["nodes"][0]  # type: ignore[index]
+    nodes = [node | {"id": i, "size": size} for i, size in enumerate([6, 5, 5, 4, 4, 3, 3, 3, 3])]
+    solution = solve_placement(read_placement(file(nodes=nodes, maxFPGAs=4, maxSizePerFPGA=9)))
+    assert max(solution.priced.size_bytes) <= 9
+    assert solution.objective == 3
+
+
 def test_only_cpus_are_a_problem_too() -> None:
     solution = solve_placement(read_placement(file(maxFPGAs=0, maxCPUs=2)))
     assert solution.objective == 1

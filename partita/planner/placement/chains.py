@@ -55,7 +55,7 @@ class ChainSearch:
     work: Array = field(init=False)
     _cpu_work: Array = field(init=False)
     _size: Array = field(init=False)
-    _counts: npt.NDArray[np.int64] = field(init=False)
+    _counts: npt.NDArray[np.int16] = field(init=False)
     _accelerator_pairs: Array | None = field(init=False, default=None)
     _cpu_pairs: Array | None = field(init=False, default=None)
 
@@ -70,7 +70,7 @@ class ChainSearch:
         pins = np.zeros((self.groups.num_groups, len(self.groups.pins)))
         for net, groups in enumerate(self.groups.pins):
             pins[list(groups), net] = 1.0
-        self._counts = (self.ideals.astype(np.float64) @ pins).astype(np.int64)
+        self._counts = (self.ideals.astype(np.float32) @ pins.astype(np.float32)).astype(np.int16)
         self._full = pins.sum(axis=0).astype(np.int64)
         self._limited = float(self.groups.size_bytes.sum()) > self.groups.problem.limit_bytes
         if len(self.ideals) <= _DENSE:

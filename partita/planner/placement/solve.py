@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from partita.units import format_bytes
 
 _NEARER = 1 - 1e-9  # a better solution is better by more than rounding
 _MAX_IDEALS = 60_000
+_MAX_ENTRIES = 20_000_000  # ideals x groups: bounds the memory of a proof
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +106,9 @@ def solve_placement(
         _improve_pipeline(search, order, start + 0.35 * time_limit_s, seed)
     proofs = [_prove_pipeline(search, *order, start + 0.7 * time_limit_s) for order in orders]
     low = lower_bound(groups, search.objective) if search.best else 0.0
-    if not contiguous_only and low < search.objective * _NEARER:
+    if search.best and not contiguous_only and low < search.objective * _NEARER:
         _anneal(search, groups, low, start + time_limit_s, seed)
-    if search.best is None:
+    if search.best is None or (contiguous_only and not search.pipeline):
         raise InfeasibleError(_why_not(problem))
     if contiguous_only or search.pipeline_objective <= search.objective * (1 + 1e-12):
         search.best, search.devices = price_placement(problem, search.pipeline), search.pipeline
@@ -145,6 +146,24 @@ def _offer_simple(search: _Search, groups: Groups) -> None:
         loads[device] += times[device]
         sizes[device] += float(groups.size_bytes[group])
     search.offer(groups.devices_of_operators(devices))
+    if search.best is None:
+        search.offer(groups.devices_of_operators(_spread_sizes(groups, devices)))
+
+
+def _spread_sizes(groups: Groups, devices: Sequence[int]) -> list[int]:
+    """Devices whose sizes fit, if they are found: the largest load of a problem whose latencies are the sizes."""
+    supported = np.isfinite(groups.accelerator_latency)
+    sizes = replace(
+        groups,
+        accelerator_latency=np.where(supported, groups.size_bytes, np.inf),
+        cpu_latency=np.zeros(groups.num_groups),
+        size_bytes=np.zeros(groups.num_groups),
+        pins=(),
+        costs=np.zeros(0),
+    )
+    num_steps = 400 * groups.num_groups * groups.problem.num_devices
+    _, found = Annealing(sizes, devices, 0).run(min(300_000, num_steps), np.inf, groups.problem.limit_bytes)
+    return found
 
 
 def _improve_pipeline(search: _Search, groups: Groups, deadline: float, seed: int) -> None:
@@ -190,7 +209,8 @@ def _prove_pipeline(search: _Search, mirrored: bool, groups: Groups, deadline: f
     """The number of ideals with which the best pipeline was proven the best of its order, 0 if it was not."""
     bound = search.pipeline_objective * _NEARER
     smaller = ordered(merge_expensive(groups, bound), mirrored) if np.isfinite(bound) else groups
-    ideals = all_ideals(smaller.num_groups, smaller.before, _MAX_IDEALS)
+    limit = min(_MAX_IDEALS, _MAX_ENTRIES // (1 + smaller.num_groups))
+    ideals = all_ideals(smaller.num_groups, smaller.before, limit)
     if ideals is None:
         return 0
     chains = ChainSearch(groups=smaller, ideals=distinct(ideals), deadline=deadline)
@@ -208,7 +228,7 @@ def _anneal(search: _Search, groups: Groups, low: float, deadline: float, seed: 
     begun = time.monotonic()
     num_steps = min(20_000, 200 * groups.num_groups * search.problem.num_devices)
     while time.monotonic() < deadline and idle < 12 and search.objective > low * (1 + 1e-9):
-        smaller = merge_expensive(groups, search.objective) if search.best else groups
+        smaller = merge_expensive(groups, search.objective)
         state = Annealing(smaller, smaller.groups_of_operators(search.devices), seed)
         hot = (0.3, 0.05, 1.0)[seed % 3]
         _, devices = state.run(num_steps, deadline, low * (1 + 1e-9), hot)
