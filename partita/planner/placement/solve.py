@@ -226,12 +226,13 @@ def _anneal(search: _Search, groups: Groups, low: float, deadline: float, seed: 
     """Annealing runs, each from the best assignment so far, hot and cool in turn."""
     idle = 0
     begun = time.monotonic()
-    num_steps = min(20_000, 200 * groups.num_groups * search.problem.num_devices)
+    moves = groups.num_groups * search.problem.num_devices
+    num_steps = min(200 * moves, max(20_000, 40 * groups.num_groups))
+    heats = (0.3, 0.05, 1.0) if num_steps > 20 * moves else (0.02, 0.005, 0.1)  # few steps must not begin far away
     while time.monotonic() < deadline and idle < 12 and search.objective > low * (1 + 1e-9):
         smaller = merge_expensive(groups, search.objective)
         state = Annealing(smaller, smaller.groups_of_operators(search.devices), seed)
-        hot = (0.3, 0.05, 1.0)[seed % 3]
-        _, devices = state.run(num_steps, deadline, low * (1 + 1e-9), hot)
+        _, devices = state.run(num_steps, deadline, low * (1 + 1e-9), heats[seed % 3])
         idle = 0 if search.offer(smaller.devices_of_operators(devices)) else idle + 1
         seed += 1
         if seed % 3 == 0 and deadline - time.monotonic() > time.monotonic() - begun:
