@@ -98,14 +98,21 @@ def orders_near(
     return orders
 
 
-def prefixes(orders: Sequence[Sequence[int]], num_groups: int) -> Ideals:
-    """The prefixes of all orders, without repetition."""
-    rows = np.zeros((len(orders), num_groups + 1, num_groups), dtype=bool)
-    for row, order in zip(rows, orders, strict=True):
+def prefixes(orders: Sequence[Sequence[int]], num_groups: int, step: int = 1) -> Ideals:
+    """The prefixes of all orders, without repetition: of `step` lengths each order has one, and all have 0 and all."""
+    rows = []
+    for i, order in enumerate(orders):
         place = np.empty(num_groups, dtype=np.int64)
         place[list(order)] = np.arange(num_groups)
-        row[:] = place[None, :] < np.arange(num_groups + 1)[:, None]
-    return distinct(rows.reshape(-1, num_groups))
+        lengths = np.unique(np.append([0, num_groups], np.arange(i % step, num_groups, step)))
+        rows.append(place[None, :] < lengths[:, None])
+    return distinct(np.concatenate(rows))
+
+
+def stage_ends(stages: Sequence[int]) -> Ideals:
+    """The ideals of a pipeline: what its first stages hold."""
+    stage = np.array(stages)
+    return np.asarray(stage[None, :] <= np.unique(stage)[:, None])
 
 
 def distinct(ideals: Ideals) -> Ideals:

@@ -23,7 +23,15 @@ from partita.planner.placement.annealing import Annealing
 from partita.planner.placement.bounds import lower_bound
 from partita.planner.placement.chains import ChainSearch
 from partita.planner.placement.groups import Groups, both_orders, contract_colors, merge_expensive, ordered
-from partita.planner.placement.ideals import Ideals, all_ideals, distinct, first_orders, orders_near, prefixes
+from partita.planner.placement.ideals import (
+    Ideals,
+    all_ideals,
+    distinct,
+    first_orders,
+    orders_near,
+    prefixes,
+    stage_ends,
+)
 from partita.planner.placement.price import PricedPlacement, price_placement
 from partita.planner.placement.problem import PlacementProblem
 from partita.units import format_bytes
@@ -170,16 +178,19 @@ def _improve_pipeline(search: _Search, groups: Groups, deadline: float, seed: in
     """Chains over families of prefixes: first of varied orders, then of orders near the best chain."""
     source = random.Random(seed)
     count = groups.num_groups
-    budget = max(2, 2400 // (count + 1))  # orders whose prefixes still make a dense family
-    orders = first_orders(count, groups.before, max(0, min(budget, 24) - 4), seed)
+    size = int(np.clip(np.sqrt(1.5e9 / (1 + len(groups.pins))), 300, 2400))  # ideals: all pairs in about a second
+    budget = int(np.clip(size // (count + 1), 3, 24))
+    step = -(-budget * (count + 1) // size)
+    ideals = prefixes(first_orders(count, groups.before, max(0, budget - 4), seed)[:budget], count, step)
     idle = 0
     while True:
-        found = _search_family(search, groups, prefixes(orders[:budget], count), deadline)
+        found = _search_family(search, groups, ideals, deadline)
         idle = 0 if found else idle + 1
         if idle > 3 or time.monotonic() > deadline or not search.pipeline or not _follows(search, groups):
             return
         stages = groups.groups_of_operators(search.pipeline_stages)
-        orders = orders_near(count, groups.before, stages, min(budget, 24), source)
+        near = orders_near(count, groups.before, stages, budget, source)
+        ideals = distinct(np.concatenate([stage_ends(stages), prefixes(near, count, step)]))
 
 
 def _follows(search: _Search, groups: Groups) -> bool:
@@ -191,7 +202,7 @@ def _follows(search: _Search, groups: Groups) -> bool:
 def _search_family(search: _Search, groups: Groups, ideals: Ideals, deadline: float) -> bool:
     """Whether a better pipeline was found. Bounds rise from a guess: a small one makes narrow windows."""
     known = search.pipeline_objective * _NEARER
-    chains = ChainSearch(groups=groups, ideals=ideals)
+    chains = ChainSearch(groups=groups, ideals=ideals, deadline=deadline)
     guess = lower_bound(groups, search.objective, num_steps=8) if search.best else known
     for factor in (1.1, 1.4, 2.0, np.inf) if not search.pipeline else (np.inf,):
         bound = min(known, guess * factor if factor < np.inf else np.inf)
