@@ -51,6 +51,10 @@ class ProcessTransport:
         self._num_sessions += 1
         return ProcessSession(self, self._num_sessions)
 
+    def note(self, activity: str) -> None:
+        """What this process is in; the others read it if they wait for it in vain."""
+        self.liveness.activity = activity
+
     def guard(self, call: Callable[[], None], what: str) -> None:
         """Run an exchange outside of steps, on torch's default group; say in one error what broke it.
 
@@ -76,6 +80,7 @@ class ProcessTransport:
             raise PeerLostError(f"{reason}; process rank {self.rank} was in {what}") from error
         finally:
             self.liveness.forget(_OUTSIDE)
+        self.note(f"work of its own after {what}")
 
     def close(self) -> None:
         """Say goodbye to the other processes. Runs by itself at the interpreter's end."""

@@ -84,6 +84,10 @@ class Transport(Protocol):
 
     def session(self) -> Session: ...
 
+    def note(self, activity: str) -> None:
+        """What this process is in; the others read it if they wait for it in vain."""
+        ...
+
     def guard(self, call: Callable[[], None], what: str) -> None:
         """Run an exchange outside of steps; errors name the lost process, or what was waited for."""
         ...

@@ -130,6 +130,8 @@ class Step:
         runner = self._runner(leaves, batch)
         if self._setup.check_finite == "op":
             self._check_before(runner, batch, leaves)
+        if self._setup.transport is not None:
+            self._setup.transport.note(f"step {self._num_steps + 1} with a batch of {leaves.rows} rows")
         try:
             finite_only = self._setup.check_finite != "off"
             outcome = runner.step(batch, leaves, record=self._record, finite_only=finite_only)
