@@ -304,7 +304,7 @@ class Step:
         if not change.structural and isinstance(known, GraphRunner) and self._has_no_part(known, batch):
             self._watch.ignore(change)
         else:
-            self._watch.renew()
+            self._watch.accept()
         before, self._state = self._state, self._watch.token
         if self._watch.ignores(change):
             self._runners = {(key, self._state if state == before else state): runner

@@ -77,6 +77,11 @@ class Watch:
             return None
         return Change(tuple(names), bool(structural))
 
+    def accept(self) -> None:
+        """Take the state of now as the one to compare with. In it, values that had no part so far may have one."""
+        self._ignored.clear()
+        self.renew()
+
     def ignores(self, change: Change) -> bool:
         return self._ignored.issuperset(change.names)
 
