@@ -43,7 +43,7 @@ def run(
         runs: folder for metrics (one JSONL file a run).
         interval_s: seconds between two lines where there is no terminal.
         quiet: no progress; metrics are written all the same.
-        json: print a summary of the run as JSON.
+        json: print a summary of the run as JSON; what the script itself prints goes to standard error.
     """
 
     def call(arguments: Sequence[str]) -> int:
@@ -59,6 +59,8 @@ def run(
             if first:
                 summary.metrics = str(stack.enter_context(_watch(path.stem, runs, interval_s, quiet or json)))
             stack.callback(subscribe(summary))
+            if json:
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             code = _run_script(path, list(arguments), wished, dry_run)
         if dry_run and not summary.num_steps and code == 0:
             raise InputError(f"{script} made no step of partita.parallelize, so there is nothing to show of it.")

@@ -111,9 +111,9 @@ def test_plan_for_machines_that_are_not_here(capsys: pytest.CaptureFixture[str])
 def test_run_trains_with_metrics_and_hands_arguments_on(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["run", "train.py", "--lr", "3", "--runs", "r", "--json", "--", "--plan", "--dry-run"])
     assert code == 0
-    out = capsys.readouterr().out
-    assert "arguments ['--lr', '3', '--plan', '--dry-run']" in out and "steps made 3" in out
-    summary = json.loads(out[out.index("{") :])
+    out, err = capsys.readouterr()
+    assert "arguments ['--lr', '3', '--plan', '--dry-run']" in err and "steps made 3" in err
+    summary = json.loads(out)
     assert summary["num_steps"] == 3
     events = [json.loads(line) for line in Path(summary["metrics"]).read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step_finished"]
@@ -128,7 +128,7 @@ def test_run_with_another_plan_for_one_step(capsys: pytest.CaptureFixture[str]) 
     assert main(["run", "train.py", "--plan", "other.json", "--dry-run", "--json"]) == 0
     out = capsys.readouterr().out
     assert "steps made" not in out
-    summary = json.loads(out[out.index("{") :])
+    summary = json.loads(out)
     assert summary["num_steps"] == 1 and summary["memory_bytes"] >= 0
     assert msgspec.convert(summary["plan"], Plan).hash == plan.hash
     assert main(["run", "train.py", "--plan", "other.json", "--dry-run"]) == 0
