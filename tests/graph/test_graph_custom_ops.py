@@ -62,6 +62,13 @@ def test_gradients_are_those_of_autograd() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("extents", [(32, 64, 128), (64, 256, 128), (50, 128, 256)])
+def test_the_workspace_is_counted_as_nearly_what_it_takes(extents: tuple[int, int, int]) -> None:
+    with torch.no_grad():
+        *_, workspace = OPS.lstm_layer(*forward_arguments(*extents))
+    assert workspace.nbytes < workspace.untyped_storage().nbytes() < 1.15 * workspace.nbytes
+
+
 def test_a_copied_workspace_is_refused() -> None:
     with torch.no_grad():
         arguments = forward_arguments(T, C, H)

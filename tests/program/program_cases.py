@@ -60,9 +60,9 @@ class TiedLanguageModel(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, cell: type[nn.LSTM] | type[nn.GRU] = nn.LSTM) -> None:
         super().__init__()
-        self.body = nn.LSTM(3, 5, 2, batch_first=True)
+        self.body = cell(3, 5, 2, batch_first=True)
         self.head = nn.Linear(5, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -134,6 +134,9 @@ CASES: dict[str, Case] = {
         ),
         classify,
         lambda rows: (torch.randn(rows, 2, 6, 6), torch.randint(0, 3, (rows,))),
+    ),
+    "gru": Case(
+        lambda: Recurrent(nn.GRU), classify, lambda rows: (torch.randn(rows, 4, 3), torch.randint(0, 4, (rows,)))
     ),
     "lstm": Case(Recurrent, classify, lambda rows: (torch.randn(rows, 4, 3), torch.randint(0, 4, (rows,)))),
     "transformer": Case(TiedLanguageModel, next_token, lambda rows: torch.randint(0, 13, (rows, 6))),

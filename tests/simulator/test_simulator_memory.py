@@ -238,6 +238,11 @@ def test_every_process_holds_the_rows_that_its_workers_read() -> None:
 # Against torch -------------------------------------------------------------------------------------------------------
 
 
+# To the byte only where all storages are torch's: the workspace of oneDNN's LSTM layer is known to some percent for
+# layers of usual sizes, and is a few pages for tiny ones (see `tests/graph/test_graph_custom_ops.py`).
+EXACT = sorted(CASES.keys() - {"lstm"})
+
+
 def seen_bytes(
     programs: ProgramSet, plan: Plan, graph: Graph, model: nn.Module, batch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> int:
@@ -323,7 +328,7 @@ def in_turns(programs: ProgramSet) -> int:
 @pytest.mark.parametrize(
     "shape", [{}, {"microbatches": 3}, {"pipeline": 2}, {"pipeline": 2, "microbatches": 3}], ids=str
 )
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("name", EXACT)
 def test_the_runtime_needs_what_is_predicted(name: str, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the byte, where workers are never busy at the same time."""
     take_turns(monkeypatch)
@@ -339,7 +344,7 @@ def test_the_runtime_needs_what_is_predicted(name: str, shape: Any, monkeypatch:
 @pytest.mark.parametrize(
     "shape", [{"data": 2}, {"data": 2, "pipeline": 2}, {"pipeline": 2, "microbatches": 3}], ids=str
 )
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("name", EXACT)
 def test_no_order_needs_more_than_the_bound(name: str, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "batch_norm" and "microbatches" in shape:
         pytest.skip("couples samples")
