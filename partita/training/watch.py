@@ -110,11 +110,8 @@ class Watch:
             for _, module in self._modules
             for held in (module.__dict__, module._modules, module._parameters, module._buffers, *_hooks(module))
         ]
-        self._read = [
-            (function, variable, value) for _, function in self._functions for variable, value in _variables(function)
-        ]
-        self._deep = [(value, _seen(value, 2)) for *_, value in self._read if not isinstance(value, _PLAIN)]
-        self._deep = [(value, seen) for value, seen in self._deep if isinstance(seen, list)]
+        self._read = self._take_read()
+        self._deep = [(value, seen) for value in self._read if isinstance(seen := _seen(value, 2), list)]
         self._rest = self._take_rest()
 
     def _is_same(self) -> bool:
@@ -130,13 +127,16 @@ class Watch:
                 return False
             if len(tensor._backward_hooks or ()) != num_hooks:
                 return False
-        read = [value for _, function in self._functions for _, value in _variables(function)]
+        read = self._take_read()
         if len(read) != len(self._read):
             return False
-        for value, (*_, old) in zip(read, self._read, strict=True):
+        for value, old in zip(read, self._read, strict=True):
             if value is not old and not (isinstance(value, _PLAIN) and type(value) is type(old) and value == old):
                 return False
         return all(_seen(value, 2) == seen for value, seen in self._deep) and self._take_rest() == self._rest
+
+    def _take_read(self) -> list[Any]:
+        return [value for _, function in self._functions for _, value in _variables(function)]
 
     def _take_rest(self) -> tuple[Any, ...]:
         groups = [[id(item) for item in group["params"]] for group in self._optimizer.param_groups]

@@ -54,6 +54,25 @@ def truth_of(data: Mapping[str, Any], key: str, where: str, *, default: bool | N
     return bool(value)
 
 
+def limits_of(data: Mapping[str, Any], names: Sequence[str], overrides: Mapping[str, float] | None) -> dict[str, Any]:
+    """The file's limits, those of `overrides` in their place; no others are known."""
+    limits = {name: value_of(data, name, "the file") for name in names} | dict(overrides or {})
+    if unknown := sorted(set(limits) - set(names)):
+        raise InputError(f"overrides must be of {', '.join(names)}, but got {', '.join(unknown)}.")
+    return limits
+
+
+def nodes_of(data: Mapping[str, Any], what: str) -> tuple[list[Mapping[str, Any]], dict[Any, int]]:
+    """The file's nodes, which are `what`, and the position of each id."""
+    nodes = [mapping_of(node, f"node {i}") for i, node in enumerate(list_of(data, "nodes", "the file"))]
+    if not nodes:
+        raise InputError(f"`nodes` of the file must hold at least one node, but it is empty; add the {what}.")
+    position = {value_of(node, "id", "a node"): i for i, node in enumerate(nodes)}
+    if len(position) != len(nodes):
+        raise InputError(f"node ids must differ, but {len(nodes)} nodes have {len(position)} ids; rename the repeated.")
+    return nodes, position
+
+
 def topological_order(ids: Sequence[Any], edges: Sequence[tuple[int, int]]) -> list[int]:
     """Positions in an order that all edges follow; raises `InputError` that names nodes of a cycle."""
     heads: list[list[int]] = [[] for _ in ids]

@@ -22,7 +22,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from partita.errors import InputError
-from partita.planner.placement.parse import count_of, list_of, mapping_of, number_of, topological_order, value_of
+from partita.planner.placement.parse import (
+    count_of,
+    limits_of,
+    list_of,
+    mapping_of,
+    nodes_of,
+    number_of,
+    topological_order,
+    value_of,
+)
 
 LIMITS = ("maxMemoryPerDevice", "maxDevices", "bandwidth", "mbsInBatch")
 
@@ -78,15 +87,8 @@ def read_piper(data: Mapping[str, Any], overrides: Mapping[str, float] | None = 
 
     Raises `InputError` for missing keys, unknown or repeated ids, values out of range, and cycles.
     """
-    limits = {name: value_of(data, name, "the file") for name in LIMITS} | dict(overrides or {})
-    if unknown := sorted(set(limits) - set(LIMITS)):
-        raise InputError(f"overrides must be of {', '.join(LIMITS)}, but got {', '.join(unknown)}.")
-    nodes = [mapping_of(node, f"node {i}") for i, node in enumerate(list_of(data, "nodes", "the file"))]
-    if not nodes:
-        raise InputError("`nodes` of the file must hold at least one node, but it is empty; add the layers.")
-    position = {value_of(node, "id", "a node"): i for i, node in enumerate(nodes)}
-    if len(position) != len(nodes):
-        raise InputError(f"node ids must differ, but {len(nodes)} nodes have {len(position)} ids; rename the repeated.")
+    limits = limits_of(data, LIMITS, overrides)
+    nodes, position = nodes_of(data, "layers")
     edges = _edges(data, position)
     topological_order([node["id"] for node in nodes], [edge[:2] for edge in edges])
     bandwidth = number_of(limits, "bandwidth", "the file")
