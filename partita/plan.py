@@ -14,6 +14,7 @@ import msgspec
 from partita.arguments import path_of, told
 from partita.cluster.model import Cluster
 from partita.errors import InputError, PlanError
+from partita.sharding.placement import dim_of
 from partita.units import fingerprint
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     cores: tuple[int, ...]
     stage: int  # coordinate on the pipeline axis
     data: int  # coordinate on the data axis
+    tensor: int = 0  # coordinate on the tensor axis
     gpu: int | None = None
 
 
@@ -81,6 +83,10 @@ class Constraints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     `num_workers` counts the workers of the whole job. `stage_starts` names the first op of every stage but the first.
     `local_statistics` lets ops that couple samples (BatchNorm) use the statistics of their own shard or microbatch.
+    `inputs` says how inputs of the step lie along mesh axes, by patterns of their names (`fnmatch`): ``{"*.up.weight":
+    {"tensor": "S(0)"}, "*.down.weight": {"tensor": "S(1)"}, "batch*": {"tensor": "S(1)"}}``; parameters go by their
+    dotted names, tensors of the batch by ``batch`` and their path. `fully_sharded` cuts every parameter that is large
+    enough over the data axis: each worker stores and updates its part, and gathers the whole where it is read.
     """
 
     data: int | None = None
@@ -93,13 +99,15 @@ class Constraints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     compiled: bool | None = None
     stage_starts: tuple[str, ...] | None = None
     local_statistics: bool = False
+    inputs: dict[str, dict[str, str]] | None = None
+    fully_sharded: bool = False
 
     def __post_init__(self) -> None:
         for name in ("data", "tensor", "pipeline", "num_workers", "threads_per_worker", "num_microbatches"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"Constraints.{name} must be a positive integer or None, but got {value!r}.")
-        for name in ("compiled", "local_statistics"):
+        for name in ("compiled", "local_statistics", "fully_sharded"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (value is None and name == "compiled"):
                 none = " or None" if name == "compiled" else ""
@@ -114,23 +122,19 @@ class Constraints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
         if isinstance(starts, list):
             msgspec.structs.force_setattr(self, "stage_starts", tuple(starts))
-        if self.tensor not in (None, 1):
-            raise InputError(
-                f"Constraints.tensor must be 1 or None: the tensor axis is not available in this version, but got "
-                f"{self.tensor}."
-            )
+        _check_inputs(self.inputs)
         if self.schedule not in (None, "gpipe", "1f1b"):
             near = difflib.get_close_matches(str(self.schedule), ["gpipe", "1f1b"], n=1, cutoff=0.0)[0]
             raise InputError(
                 f'Constraints.schedule must be "gpipe" or "1f1b", but got {self.schedule!r}. Did you mean {near!r}?'
             )
-        data, pipeline, total = self.data, self.pipeline, self.num_workers
-        if total is not None and data is not None and pipeline is not None and data * pipeline != total:
+        data, pipeline, tensor, total = self.data, self.pipeline, self.tensor or 1, self.num_workers
+        if total is not None and data is not None and pipeline is not None and data * pipeline * tensor != total:
             raise InputError(
                 f"data * pipeline * tensor must equal num_workers, but got data={data}, pipeline={pipeline}, "
-                f"tensor=1 and num_workers={total}. Drop num_workers, or set it to {data * pipeline}."
+                f"tensor={tensor} and num_workers={total}. Drop num_workers, or set it to {data * pipeline * tensor}."
             )
-        for name, value in (("data", data), ("pipeline", pipeline)):
+        for name, value in (("data", data), ("pipeline", pipeline), ("tensor", self.tensor)):
             if total is not None and value is not None and total % value:
                 raise InputError(
                     f"num_workers must be a multiple of {name}, but got num_workers={total} and {name}={value}."
@@ -142,14 +146,37 @@ class Constraints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             )
 
 
+def _check_inputs(inputs: object) -> None:
+    if inputs is None:
+        return
+    wanted = 'names (or patterns) of inputs -> mesh axis -> placement, e.g. {"fc.weight": {"tensor": "S(0)"}}'
+    if not isinstance(inputs, dict):
+        raise InputError(f"Constraints.inputs must map {wanted}, but got {told(inputs)}.")
+    for name, by_axis in inputs.items():
+        if not isinstance(name, str) or not isinstance(by_axis, dict):
+            raise InputError(f"Constraints.inputs must map {wanted}, but has {name!r}: {by_axis!r}.")
+        for axis, text in by_axis.items():
+            if axis not in ("tensor", "data"):
+                raise InputError(
+                    f'the axes of Constraints.inputs must be "tensor" or "data", but {name!r} names {axis!r}.'
+                )
+            dim_of(text) if isinstance(text, str) else dim_of(repr(text))
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one model's training step is split over workers.
 
     `mode` "graph" runs the captured graph as programs; "block" runs plain PyTorch on the whole batch on one worker
-    (eager, or `torch.compile` if `compiled`), with `reasons` saying why. Mesh axes are "pipeline" (stages) and "data"
-    (rows of the batch); `axes` gives their extents. `stage_starts` holds the name of the first forward op (in the
-    graph's order) of every stage but the first. `shares` gives the rows of the global batch of each data coordinate.
-    `placements` maps op names to placement texts per mesh axis, e.g. ``{"addmm": {"data": "S(0)"}}``.
+    (eager, or `torch.compile` if `compiled`), with `reasons` saying why. Mesh axes are "pipeline" (stages), "data"
+    (rows of the batch) and "tensor" (parts of single ops); `axes` gives their extents. `stage_starts` holds the name of
+    the first forward op (in the graph's order) of every stage but the first. `shares` gives the rows of the global
+    batch of each data coordinate. `placements` maps op names to placement texts per mesh axis, e.g.
+    ``{"addmm": {"data": "S(0)"}}``.
+
+    `inputs` says which inputs of the step are cut along which mesh axis, by their names (a parameter's dotted name, the
+    batch's leaves as the graph calls them): ``{"layers.0.weight": {"tensor": "S(0)"}}``; on the data axis the rows of
+    the batch are cut without being named, and a parameter that is cut there is fully sharded. `rules` names, per op and
+    axis, the rule by which the op runs; ops that it does not name run as is cheapest.
     """
 
     mode: Literal["graph", "block"]
@@ -164,6 +191,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     stage_starts: tuple[str, ...] = ()
     shares: tuple[int, ...] = ()
     placements: dict[str, dict[str, str]] = {}
+    inputs: dict[str, dict[str, str]] = {}
+    rules: dict[str, dict[str, str]] = {}
     prediction: Prediction | None = None
     measured_step_time_s: float | None = None
     alternatives: tuple[Alternative, ...] = ()
@@ -344,29 +373,27 @@ def _check_workers(plan: Plan) -> None:
         all(extent >= 1 for extent in plan.axes.values()),
         f"every axis must have an extent of at least 1, but got {plan.axes}.",
     )
+    stages, data, tensor = (plan.axes.get(axis, 1) for axis in ("pipeline", "data", "tensor"))
     _require(
-        plan.axes.get("tensor", 1) == 1, "axes['tensor'] must be 1: the tensor axis is not available in this version."
-    )
-    stages, data = plan.axes.get("pipeline", 1), plan.axes.get("data", 1)
-    _require(
-        len(plan.workers) == stages * data,
-        f"a plan must have pipeline * data workers, but has {len(plan.workers)} for pipeline={stages} and data={data}.",
+        len(plan.workers) == stages * data * tensor,
+        f"a plan must have pipeline * data * tensor workers, but has {len(plan.workers)} for pipeline={stages}, "
+        f"data={data} and tensor={tensor}.",
     )
     for place, worker in enumerate(plan.workers):
         _require(worker.index == place, f"worker {place} must have index {place}, but has {worker.index}.")
         _require(
-            0 <= worker.stage < stages and 0 <= worker.data < data,
-            f"worker {place} must lie on the mesh, but has stage {worker.stage} of {stages} and data {worker.data} of "
-            f"{data}.",
+            0 <= worker.stage < stages and 0 <= worker.data < data and 0 <= worker.tensor < tensor,
+            f"worker {place} must lie on the mesh, but has stage {worker.stage} of {stages}, data {worker.data} of "
+            f"{data} and tensor {worker.tensor} of {tensor}.",
         )
         _require(worker.process >= 0 and worker.machine >= 0, f"worker {place} must have a process and a machine.")
         _require(
             len(set(worker.cores)) == len(worker.cores),
             f"worker {place} must have different cores, but has {worker.cores}.",
         )
-    taken = Counter((worker.stage, worker.data) for worker in plan.workers)
+    taken = Counter((worker.stage, worker.data, worker.tensor) for worker in plan.workers)
     for coordinate, count in taken.items():
-        _require(count == 1, f"every (stage, data) must have one worker, but {coordinate} has {count}.")
+        _require(count == 1, f"every (stage, data, tensor) must have one worker, but {coordinate} has {count}.")
 
 
 def _check_field_names(raw: dict[str, Any], where: str) -> None:

@@ -8,9 +8,10 @@ from partita.plan import Worker
 
 
 def worker_layout(
-    cluster: Cluster, data: int, pipeline: int, num_workers: int, threads_per_worker: int
+    cluster: Cluster, data: int, pipeline: int, num_workers: int, threads_per_worker: int, tensor: int = 1
 ) -> tuple[Worker, ...]:
-    """Place the ``pipeline * data`` workers on the processes of `cluster`; worker ``stage * data + d`` is (stage, d).
+    """Place the ``pipeline * data * tensor`` workers on the processes of `cluster`; worker
+    ``(stage * data + d) * tensor + t`` is (stage, d, t): the tensor axis exchanges most and has the nearest workers.
 
     Workers are dealt to processes in that order in contiguous runs, so with several processes the stages land in
     different processes and a stage's data group stays inside one where it fits. Every process gets at least one worker.
@@ -20,9 +21,10 @@ def worker_layout(
 
     Example: 4 workers as pipeline 2 x data 2 on two processes: stage 0 on process 0, stage 1 on process 1.
     """
-    if data * pipeline != num_workers:
+    if data * pipeline * tensor != num_workers:
         raise InfeasibleError(
-            f"data * pipeline must equal num_workers, but got {data} * {pipeline} and num_workers={num_workers}."
+            f"data * pipeline * tensor must equal num_workers, but got {data} * {pipeline} * {tensor} and "
+            f"num_workers={num_workers}."
         )
     processes = sorted(cluster.processes, key=lambda process: process.rank)
     if num_workers < len(processes):
@@ -45,7 +47,8 @@ def worker_layout(
             index = len(workers)
             cores = chunks[slot % len(chunks)] if chunks else ()
             gpu = process.gpus[slot % len(process.gpus)] if process.gpus else None
-            stage, coordinate = divmod(index, data)
+            rest, along_tensor = divmod(index, tensor)
+            stage, coordinate = divmod(rest, data)
             workers.append(
                 Worker(
                     index=index,
@@ -54,6 +57,7 @@ def worker_layout(
                     cores=cores,
                     stage=stage,
                     data=coordinate,
+                    tensor=along_tensor,
                     gpu=gpu,
                 )
             )

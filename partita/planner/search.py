@@ -15,6 +15,7 @@ from partita.graph.graph import Graph
 from partita.plan import Alternative, Constraints, Plan, Prediction, Worker, cluster_fingerprint
 from partita.planner.bound import space_bound_s
 from partita.planner.describe import title
+from partita.planner.inputs import placed_inputs
 from partita.planner.layout import oversubscribed
 from partita.planner.price import Price, Pricer
 from partita.planner.space import Corner, corners
@@ -132,7 +133,8 @@ def _graph_plan(
         mode="graph",
         graph_fingerprint=graph.fingerprint,
         cluster_fingerprint=cluster_fingerprint(cluster),
-        axes={"pipeline": corner.pipeline, "data": corner.data},
+        axes={"pipeline": corner.pipeline, "data": corner.data, "tensor": corner.tensor},
+        inputs=placed_inputs(graph, corner.data, corner.tensor, constraints),
         workers=corner.workers,
         threads_per_worker=corner.threads_per_worker,
         num_microbatches=corner.num_microbatches,
@@ -155,6 +157,9 @@ def _graph_plan(
 def _blocks(graph: Graph, cluster: Cluster, cost: CostModel, pricer: Pricer, constraints: Constraints) -> list[Plan]:
     fixed = (
         constraints.data,
+        constraints.tensor,
+        constraints.inputs,
+        constraints.fully_sharded or None,
         constraints.pipeline,
         constraints.num_workers,
         constraints.num_microbatches,

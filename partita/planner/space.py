@@ -17,6 +17,7 @@ class Corner:
 
     data: int
     pipeline: int
+    tensor: int
     threads_per_worker: int
     num_microbatches: int
     schedule: Schedule
@@ -33,14 +34,14 @@ def corners(
     """
     reasons: list[str] = []
     found: list[Corner] = []
-    for threads, data, pipeline in _meshes(cluster, constraints, num_ops):
+    for threads, data, pipeline, tensor in _meshes(cluster, constraints, num_ops):
         if data > max(batch_size, 1):
             reasons.append(
                 f"data must be at most the {batch_size} rows of the batch, but got data={data}. Use a larger batch."
             )
             continue
         try:
-            workers = worker_layout(cluster, data, pipeline, data * pipeline, threads)
+            workers = worker_layout(cluster, data, pipeline, data * pipeline * tensor, threads, tensor)
         except InfeasibleError as error:
             reasons.append(str(error))
             continue
@@ -57,6 +58,7 @@ def corners(
                         Corner(
                             data=data,
                             pipeline=pipeline,
+                            tensor=tensor,
                             threads_per_worker=threads,
                             num_microbatches=num_microbatches,
                             schedule=schedule,
@@ -69,8 +71,9 @@ def corners(
     return tuple(found)
 
 
-def _meshes(cluster: Cluster, constraints: Constraints, num_ops: int) -> Iterator[tuple[int, int, int]]:
-    """(threads a worker, data, pipeline)."""
+def _meshes(cluster: Cluster, constraints: Constraints, num_ops: int) -> Iterator[tuple[int, int, int, int]]:
+    """(threads a worker, data, pipeline, tensor)."""
+    tensor = constraints.tensor or 1
     limit = min((len(process.cores) for process in cluster.processes if not process.gpus), default=1)
     thread_counts = range(1, limit + 1) if constraints.threads_per_worker is None else (constraints.threads_per_worker,)
     for threads in thread_counts:
@@ -78,19 +81,21 @@ def _meshes(cluster: Cluster, constraints: Constraints, num_ops: int) -> Iterato
         if constraints.num_workers is not None:
             totals: tuple[int, ...] = (constraints.num_workers,)
         elif constraints.data is not None and constraints.pipeline is not None:
-            totals = (constraints.data * constraints.pipeline,)
+            totals = (constraints.data * constraints.pipeline * tensor,)
         else:
-            least = max(constraints.data or 1, constraints.pipeline or 1)
+            least = max(constraints.data or 1, constraints.pipeline or 1) * tensor
             totals = tuple(range(len(cluster.processes), most + 1)) if least <= most else (least,)
         for total in totals:
             if total > most and threads > 1 and constraints.threads_per_worker is None:
                 continue  # more workers than cores are forced: more threads each would only share them further
             for pipeline in range(1, total + 1):
-                data, rest = divmod(total, pipeline)
+                data, rest = divmod(total, pipeline * tensor)
+                if data < 1:
+                    continue
                 wanted = constraints.pipeline in (None, pipeline) and constraints.data in (None, data)
                 named = constraints.stage_starts is None or len(constraints.stage_starts) == pipeline - 1
                 if not rest and wanted and named and pipeline <= max(num_ops, 1):
-                    yield threads, data, pipeline
+                    yield threads, data, pipeline, tensor
 
 
 def _microbatch_counts(constraints: Constraints, rows: int, allowed: bool) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ can go on and one is not at its end, the programs would deadlock.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -224,8 +225,9 @@ def _check_updates(programs: ProgramSet) -> None:
         received: tuple[Slice, ...] = ()
         for instruction in program.instructions:
             if isinstance(instruction, ReduceScatter) and instruction.slices:
-                for name, spec in zip(instruction.parameters, instruction.specs, strict=True):
-                    reduced[program.process][name] = spec.num_elements
+                shapes = instruction.storages or tuple(spec.shape for spec in instruction.specs)
+                for name, shape in zip(instruction.parameters, shapes, strict=True):
+                    reduced[program.process][name] = math.prod(shape)
                 received = instruction.slices[instruction.group.index(program.worker)]
                 assert len(received) == own_slices(instruction, program.worker)
             elif isinstance(instruction, Update):

@@ -8,65 +8,14 @@ weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from partita.errors import PlanError
 from partita.graph.graph import Graph, OutputKind
 from partita.plan import Plan, Worker
-from partita.program.instructions import (
-    AllReduce,
-    Instruction,
-    Recv,
-    ReduceScatter,
-    Send,
-    Slice,
-    TensorSpec,
-    Update,
-)
-from partita.sharding.placement import Partial, Placement
-
-
-@dataclass(frozen=True)
-class Result:
-    """One output of the step, summed over microbatches, in register `register` of every worker of `stage`."""
-
-    kind: OutputKind
-    target: str
-    register: str
-    spec: TensorSpec
-    stage: int
-    placement: Placement
-
-
-def cut_slices(
-    sizes: Sequence[tuple[str, int]], num_owners: int, *, whole_parameters: bool
-) -> tuple[tuple[Slice, ...], ...]:
-    """Shares parameters (name, number of elements) among owners, as evenly as can be.
-
-    Example:
-        >>> cut_slices([("w", 3), ("b", 1)], 2, whole_parameters=False)
-        ((Slice('w', 0, 2),), (Slice('w', 2, 3), Slice('b', 0, 1)))
-    """
-    owned: list[list[Slice]] = [[] for _ in range(num_owners)]
-    if whole_parameters:
-        load = [0] * num_owners
-        for name, size in sorted(sizes, key=lambda item: (-item[1], item[0])):
-            owner = load.index(min(load))
-            owned[owner].append(Slice(name, 0, size))
-            load[owner] += size
-        return tuple(tuple(items) for items in owned)
-    total = sum(size for _, size in sizes)
-    bounds = [total * (owner + 1) // num_owners for owner in range(num_owners)]
-    position = owner = 0
-    for name, size in sizes:
-        start = 0
-        while start < size:
-            while position >= bounds[owner]:
-                owner += 1
-            end = min(size, start + bounds[owner] - position)
-            owned[owner].append(Slice(name, start, end))
-            position += end - start
-            start = end
-    return tuple(tuple(items) for items in owned)
+from partita.program.boxes import Boxes
+from partita.program.gradients import Reduction, Result
+from partita.program.instructions import AllReduce, Instruction, Recv, Send, Slice, TensorSpec, Update
+from partita.sharding.placement import Partial
 
 
 class StepEnd:
@@ -78,12 +27,14 @@ class StepEnd:
         plan: Plan,
         results: Sequence[Result],
         readers: Mapping[str, Sequence[int]],
+        boxes: Boxes,
         *,
         whole_parameters: bool,
     ) -> None:
         self.plan = plan
         self.results = results
         self.readers = readers  # persistent register -> workers that read it
+        self.boxes = boxes
         self.whole_parameters = whole_parameters
         self.programs: dict[int, list[Instruction]] = {worker.index: [] for worker in plan.workers}
         self.loss: dict[int, str] = {}
@@ -113,79 +64,37 @@ class StepEnd:
         return found
 
     def _reduce_small(self, stage: int) -> None:
-        """Loss and buffers that are sums over the data axis."""
+        """Loss and buffers that are sums over the data axis; all workers of a tensor axis have the same."""
         partial = [
             item
             for item in self.results
             if item.stage == stage and item.kind is not OutputKind.GRADIENT and isinstance(item.placement, Partial)
         ]
-        group = tuple(worker.index for worker in self._workers(stage))
-        if not partial or len(group) == 1:
-            return
-        for dtype in dict.fromkeys(item.spec.dtype for item in partial):
-            same = [item for item in partial if item.spec.dtype == dtype]
-            instruction = AllReduce(
-                tuple(item.register for item in same),
-                tuple(item.spec for item in same),
-                group,
-                f"results:{stage}:{dtype}",
-            )
-            for worker in group:
-                self.programs[worker].append(instruction)
+        workers = self._workers(stage)
+        for tensor in sorted({worker.tensor for worker in workers}):
+            group = tuple(worker.index for worker in workers if worker.tensor == tensor)
+            if not partial or len(group) == 1:
+                return
+            for dtype in dict.fromkeys(item.spec.dtype for item in partial):
+                same = [item for item in partial if item.spec.dtype == dtype]
+                instruction = AllReduce(
+                    tuple(item.register for item in same),
+                    tuple(item.spec for item in same),
+                    group,
+                    f"results:{stage}:{tensor}:{dtype}",
+                )
+                for worker in group:
+                    self.programs[worker].append(instruction)
 
     def _gradients(self, stage: int) -> dict[int, tuple[Slice, ...]]:
         """Reduction of the stage's gradients; returns the slices that each worker owns."""
         gradients = [item for item in self.results if item.stage == stage and item.kind is OutputKind.GRADIENT]
-        by_process = self._by_process(self._workers(stage))
         if not gradients:
             return {}
-        num_owners = min(len(workers) for workers in by_process.values())
-        sizes = [(item.target, item.spec.num_elements) for item in gradients]
-        shares = cut_slices(sizes, num_owners, whole_parameters=self.whole_parameters)
-        owned: dict[int, tuple[Slice, ...]] = {}
-        for process, workers in by_process.items():
-            slices = (*shares, *((),) * (len(workers) - num_owners))
-            instruction = ReduceScatter(
-                registers=tuple(item.register for item in gradients),
-                specs=tuple(item.spec for item in gradients),
-                group=tuple(worker.index for worker in workers),
-                key=f"gradients:{stage}:{process}",
-                parameters=tuple(item.target for item in gradients),
-                slices=slices,
-                replicated=tuple(not isinstance(item.placement, Partial) for item in gradients),
-            )
-            for worker, part in zip(workers, slices, strict=True):
-                self.programs[worker.index].append(instruction)
-                owned[worker.index] = part
-        if len(by_process) > 1:
-            self._across_processes(stage, gradients, shares, list(by_process.values()))
-        return owned
-
-    def _across_processes(
-        self,
-        stage: int,
-        gradients: Sequence[Result],
-        shares: Sequence[Sequence[Slice]],
-        processes: Sequence[Sequence[Worker]],
-    ) -> None:
-        kinds = {item.target: item for item in gradients}
-        for owner, slices in enumerate(shares):
-            group = tuple(workers[owner].index for workers in processes)
-            partial = [
-                (f"g:{i}", TensorSpec((part.num_elements,), kinds[part.parameter].spec.dtype))
-                for i, part in enumerate(slices)
-                if isinstance(kinds[part.parameter].placement, Partial)
-            ]
-            for dtype in dict.fromkeys(spec.dtype for _, spec in partial):
-                same = [(register, spec) for register, spec in partial if spec.dtype == dtype]
-                instruction = AllReduce(
-                    tuple(register for register, _ in same),
-                    tuple(spec for _, spec in same),
-                    group,
-                    f"gradients:{stage}:owner{owner}:{dtype}",
-                )
-                for worker in group:
-                    self.programs[worker].append(instruction)
+        reduction = Reduction(self._workers(stage), gradients, self.boxes, whole_parameters=self.whole_parameters)
+        for worker, instructions in reduction.instructions(stage).items():
+            self.programs[worker] += instructions
+        return reduction.owned
 
     def _updated_by(self, parameter: str) -> list[Worker]:
         """Workers whose stage updates the parameter."""
@@ -228,6 +137,11 @@ class StepEnd:
             have = {worker.process for worker in owners}
             for process in by_process:
                 if process not in have and any(self._is_in(w, process) for w in self._reading(item.target)):
+                    if self.boxes.is_cut(item.target):
+                        raise PlanError(
+                            f"a parameter that stages on several processes read must be whole on each, but "
+                            f'{item.target!r} is cut; place it as "R", or use pipeline=1'
+                        )
                     moves.append((item.target, owners[0], process))
         for process in dict.fromkeys([m[1].process for m in moves] + [m[2] for m in moves]):
             self._barrier(process, by_process[process], "before_spread")

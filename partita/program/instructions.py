@@ -3,7 +3,7 @@
 One `Program` is the instruction list of one worker for one training step. Values live in named *registers* of the
 worker:
 
-    p:NAME    parameter (persistent; one storage per process, shared by its workers)
+    p:NAME    parameter, or the worker's part of it (persistent; one storage per process, shared by its workers)
     b:NAME    buffer (persistent, shared like a parameter)
     c:NAME    constant (persistent)
     x:LEAF@K  piece of batch leaf LEAF for microbatch K (a view, set before the step by a `Feed`)
@@ -17,6 +17,7 @@ Collectives match by their `key`: all members of `group` execute, in order, coll
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,58 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class Box:
+    """A part of a tensor: entries ``starts[d] : starts[d] + lengths[d]`` of every dim d.
+
+    Example:
+        >>> Box((0, 2), (3, 2)).of(torch.zeros(3, 4)).shape
+        torch.Size([3, 2])
+    """
+
+    starts: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Box:
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.lengths)
+
+    def is_whole(self, shape: tuple[int, ...]) -> bool:
+        return self.lengths == tuple(shape)
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The view of a tensor in whose coordinates the box is given."""
+        for dim, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            if length != tensor.shape[dim]:
+                tensor = tensor.narrow(dim, start, length)
+        return tensor
+
+    def cut(self, dim: int, start: int, length: int) -> Box:
+        """The part of the box with entries ``start : start + length`` of its own dim `dim`."""
+        starts, lengths = list(self.starts), list(self.lengths)
+        starts[dim] += start
+        lengths[dim] = length
+        return Box(tuple(starts), tuple(lengths))
+
+    def within(self, outer: Box) -> Box:
+        """The same entries in the coordinates of `outer`, which holds them all."""
+        return Box(tuple(a - b for a, b in zip(self.starts, outer.starts, strict=True)), self.lengths)
+
+    def hull(self, other: Box) -> Box:
+        """The least box with the entries of both."""
+        starts = tuple(map(min, self.starts, other.starts))
+        ends = tuple(map(max, self.ends, other.ends))
+        return Box(starts, tuple(end - start for start, end in zip(starts, ends, strict=True)))
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(start + length for start, length in zip(self.starts, self.lengths, strict=True))
+
+
+@dataclass(frozen=True)
 class Segment:
     """The ops of one worker between two communications: a functional graph of local shapes.
 
@@ -67,7 +120,8 @@ class Segment:
 
 @dataclass(frozen=True)
 class Slice:
-    """Elements ``start:end`` of the flattened parameter `parameter`, which one worker reduces and updates."""
+    """Elements ``start:end`` of the flattened parameter `parameter`, as its process stores it, which one worker reduces
+    and updates."""
 
     parameter: str
     start: int
@@ -130,6 +184,11 @@ class ReduceScatter:
     group in order, the flat slices of the parameters that it receives: then `registers[i]` is the gradient of
     `parameters[i]` and the member's results go to registers ``g:0, g:1, ...`` in the order of its slices.
     `replicated[i]` says that register i already holds the whole gradient on every member, so it is only sliced.
+
+    Where parameters are cut over the group, `storages[i]` is the shape of parameter i in this process and
+    `parts[i][j]` the box of it for which member j's register counts in the sums of the worker that this instruction is
+    of (None: not at all). `sums_over[i]` names the workers of the job whose registers make up the gradient of that
+    worker's slices of parameter i, those that other instructions add included.
     """
 
     registers: tuple[str, ...]
@@ -142,6 +201,9 @@ class ReduceScatter:
     parameters: tuple[str, ...] = ()
     slices: tuple[tuple[Slice, ...], ...] = ()
     replicated: tuple[bool, ...] = ()
+    storages: tuple[tuple[int, ...], ...] = ()
+    parts: tuple[tuple[Box | None, ...], ...] = ()
+    sums_over: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -191,7 +253,8 @@ Instruction = Run | Send | Recv | AllReduce | ReduceScatter | AllGather | AllToA
 
 @dataclass(frozen=True)
 class Feed:
-    """Set `register` to entries ``start:start+length`` of dim `dim` of a batch leaf or draw (`dim` -1: the whole)."""
+    """Set `register` to entries ``start:start+length`` of dim `dim` of a batch leaf or draw (`dim` -1: the whole), and
+    cut further dims as `also` says, by (dim, start, length)."""
 
     register: str
     leaf: int = -1  # index of the batch leaf, or -1
@@ -199,6 +262,7 @@ class Feed:
     dim: int = -1
     start: int = 0
     length: int = 0
+    also: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -218,7 +282,8 @@ class Program:
 
     `loss` is the register with the loss, which every lowered program has before its first `Update` (the same value on
     all workers; "" in a program without one). `buffers` maps a buffer's name to the register with its new value,
-    written back after all workers of the process have finished.
+    written back after all workers of the process have finished. `views` says which box of a parameter, as its process
+    stores it, the worker's register ``p:NAME`` is, where that is not all of it.
     """
 
     worker: int
@@ -228,6 +293,7 @@ class Program:
     feeds: tuple[Feed, ...]
     loss: str = ""
     buffers: Mapping[str, str] = field(default_factory=dict)
+    views: Mapping[str, Box] = field(default_factory=dict)
 
     @property
     def updated(self) -> tuple[Slice, ...]:
@@ -237,9 +303,13 @@ class Program:
 
 @dataclass(frozen=True)
 class ProgramSet:
-    """The programs of all workers of the job, with the segments that they share."""
+    """The programs of all workers of the job, with the segments that they share.
+
+    `held` gives, by process, the box of every parameter of which the process stores only a part.
+    """
 
     programs: tuple[Program, ...]
     segments: Mapping[str, Segment]
     draws: tuple[Draw, ...] = ()
+    held: Mapping[int, Mapping[str, Box]] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)

@@ -5,6 +5,7 @@ Pure and deterministic: every process of a job lowers the same plan to the same 
 
 from __future__ import annotations
 
+import difflib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,13 +15,16 @@ import msgspec
 from torch import fx
 
 from partita.errors import PlanError
-from partita.graph.graph import Graph, InputKind, Phase
+from partita.graph.graph import Graph, InputKind, OutputKind, Phase
 from partita.plan import Plan, Worker
-from partita.program.exchange import Result, StepEnd
+from partita.program.boxes import Boxes
+from partita.program.exchange import StepEnd
+from partita.program.gradients import Result
 from partita.program.instructions import (
     AllGather,
     AllReduce,
     AllToAll,
+    Box,
     Feed,
     Free,
     Instruction,
@@ -30,14 +34,16 @@ from partita.program.instructions import (
     ReduceScatter,
     Run,
     Send,
+    TensorSpec,
 )
 from partita.program.schedule import Task, tasks_of_stage
 from partita.program.segments import Level, SegmentStore, cut_task, spec_of
-from partita.program.split import Local, Piece, Split, split
+from partita.program.split import TENSOR, Local, Split, split
 from partita.program.stages import StageCuts
 from partita.program.tasks import LocalTasks, build_tasks, with_plain_results
 from partita.program.uses import reads, writes
 from partita.sharding import communication
+from partita.sharding.placement import dim_of
 from partita.units import split_evenly
 
 _PERSISTENT = {InputKind.PARAMETER: "p", InputKind.BUFFER: "b", InputKind.CONSTANT: "c"}
@@ -90,14 +96,18 @@ class _Lowering:
                 f"shares must give the rows of each of {self.num_data} data coordinates and add up to the "
                 f"{graph.batch_size} rows of the batch, but got {shares}"
             )
+        self.inputs = {item.node: item for item in graph.inputs}
         self.split: Split = split(
             graph,
             num_microbatches=plan.num_microbatches,
             shares=shares,
+            num_tensor=plan.axes.get("tensor", 1),
+            seeds=seeds_of(graph, plan),
+            rules=plan.rules,
             local_statistics=plan.local_statistics,
         )
         self.store = SegmentStore()
-        self.inputs = {item.node: item for item in graph.inputs}
+        self.draw_shape = {draw.name: draw.spec.shape for draw in self.split.draws}
         self.tasks: dict[int, LocalTasks] = {}
         self.schedules = [
             tasks_of_stage(plan.schedule, stage, self.num_stages, plan.num_microbatches)
@@ -112,7 +122,10 @@ class _Lowering:
             self._prologue(worker)
             for task in self.schedules[worker.stage]:
                 self._task(worker, task)
-        end = StepEnd(self.graph, self.plan, self._results(), self.readers, whole_parameters=self.whole_parameters)
+        boxes = self._boxes()
+        end = StepEnd(
+            self.graph, self.plan, self._results(), self.readers, boxes, whole_parameters=self.whole_parameters
+        )
         end.build()
         programs = []
         for worker in self.plan.workers:
@@ -127,14 +140,15 @@ class _Lowering:
                     feeds=tuple(self.feeds[worker.index].values()),
                     loss=loss,
                     buffers=buffers,
+                    views=boxes.views(worker),
                 )
             )
-        result = ProgramSet(tuple(programs), self.store.segments, self.split.draws)
+        result = ProgramSet(tuple(programs), self.store.segments, self.split.draws, held=boxes.held())
         _check_streams(result)
         return result
 
     def _local(self, worker: Worker, microbatch: int) -> tuple[Local, LocalTasks]:
-        local = self.split.locals[microbatch, worker.data]
+        local = self.split.locals[microbatch, worker.data, worker.tensor]
         key = id(local.module)
         if key not in self.tasks:
             merged = [len(schedule[0].phases) == 2 for schedule in self.schedules]
@@ -144,19 +158,35 @@ class _Lowering:
     def _results(self) -> list[Result]:
         _, tasks = self._local(self.plan.workers[0], 0)
         found = []
-        placements = self.split.output_placements
+        inputs = {item.name: item for item in self.graph.inputs}
         for index, (output, node) in enumerate(zip(self.graph.outputs, tasks.results, strict=True)):
+            spec = spec_of(node)
+            if output.kind is OutputKind.GRADIENT:  # of the whole parameter, whatever part of it a worker has
+                spec = TensorSpec(inputs[output.target].shape, spec.dtype)
             found.append(
                 Result(
                     output.kind,
                     output.target,
                     _result_register(index),
-                    spec_of(node),
+                    spec,
                     tasks.result_stage[index],
-                    placements[index],
+                    self.split.output_placements[index],
+                    self.split.tensor_placements[index],
                 )
             )
         return found
+
+    def _boxes(self) -> Boxes:
+        """Which part of each parameter a worker reads."""
+        parameters = {item.node: item for item in self.graph.inputs_of(InputKind.PARAMETER)}
+        found: dict[str, dict[int, Box]] = {}
+        for worker in self.plan.workers:
+            local = self.split.locals[0, worker.data, worker.tensor]
+            for node, box in local.boxes.items():
+                if node in parameters:
+                    found.setdefault(parameters[node].name, {})[worker.index] = box
+        shapes = {item.name: item.shape for item in parameters.values()}
+        return Boxes(self.plan, shapes, found, self.readers)
 
     # Registers -------------------------------------------------------------------------------------------------
 
@@ -173,21 +203,27 @@ class _Lowering:
             if worker.index not in self.readers[register]:
                 self.readers[register].append(worker.index)
             return register
-        piece = local.pieces.get(name, Piece())
+        box = local.boxes.get(name)
         if known is not None and known.kind is InputKind.BATCH:
-            return self._feed(worker, f"x:{known.leaf}", piece, local.microbatch, leaf=known.leaf)
+            cuts = _cuts(box, known.shape)
+            return self._feed(worker, f"x:{known.leaf}", cuts, local.microbatch, leaf=known.leaf)
         draw = self.split.draw_of.get(name)
         if draw is not None:
-            return self._feed(worker, f"d:{draw}", piece, local.microbatch, draw=draw)
+            cuts = _cuts(box, self.draw_shape[draw])
+            return self._feed(worker, f"d:{draw}", cuts, local.microbatch, draw=draw)
         return f"n:{name}"  # hoisted: computed by the prologue
 
-    def _feed(self, worker: Worker, base: str, piece: Piece, microbatch: int, **source: Any) -> str:
+    def _feed(
+        self, worker: Worker, base: str, cuts: Sequence[tuple[int, int, int]], microbatch: int, **source: Any
+    ) -> str:
         register = f"{base}@{microbatch}"
-        feed = Feed(register, dim=piece.dim, start=piece.start, length=piece.length, **source)
+        (dim, start, length), *also = cuts
+        options = {"dim": dim, "start": start, "length": length, "also": tuple(also), **source}
+        feed = Feed(register, **options)
         feeds = self.feeds[worker.index]
         if feeds.setdefault(register, feed) != feed:  # the prologue reads other rows of the same leaf
-            register = f"{base}@{microbatch}.{piece.start}"
-            feeds[register] = Feed(register, dim=piece.dim, start=piece.start, length=piece.length, **source)
+            register = f"{base}@{microbatch}.{start}"
+            feeds[register] = Feed(register, **options)
         return register
 
     # Tasks -----------------------------------------------------------------------------------------------------
@@ -226,7 +262,7 @@ class _Lowering:
 
         for transfer in tasks.receives.get(key, ()):
             name = transfer.node.name
-            peer = self._peer(transfer.source, worker.data)
+            peer = self._peer(transfer.source, worker)
             out.append(Recv(register(name), peer, f"{register(name)}:{worker.stage}", spec_of(transfer.node)))
         sends = tasks.sends.get(key, ())
         for level in tasks.levels[key]:
@@ -237,14 +273,26 @@ class _Lowering:
             for transfer in sends:
                 if transfer.node.name in made:
                     name = register(transfer.node.name)
-                    peer = self._peer(transfer.target, worker.data)
+                    peer = self._peer(transfer.target, worker)
                     out.append(Send(name, peer, f"{name}:{transfer.target}", spec_of(transfer.node)))
 
     def _index_of_result(self, tasks: LocalTasks, name: str) -> int:
         return next(index for index, node in enumerate(tasks.results) if node.name == name)
 
-    def _peer(self, stage: int, data: int) -> int:
-        return next(w.index for w in self.plan.workers if w.stage == stage and w.data == data)
+    def _peer(self, stage: int, worker: Worker) -> int:
+        """The worker of another stage at the same coordinates of the other axes."""
+        return next(
+            other.index
+            for other in self.plan.workers
+            if (other.stage, other.data, other.tensor) == (stage, worker.data, worker.tensor)
+        )
+
+    def _group(self, worker: Worker, axis: str) -> tuple[int, ...]:
+        """The workers along an axis, of the worker's stage and of its coordinate on the other axis."""
+        mates = (other for other in self.plan.workers if other.stage == worker.stage)
+        if axis == TENSOR:
+            return tuple(other.index for other in mates if other.data == worker.data)
+        return tuple(other.index for other in mates if other.tensor == worker.tensor)
 
     def _level(
         self,
@@ -269,11 +317,12 @@ class _Lowering:
                     accumulate=tuple(several and name.startswith(_RESULT) for name in outputs),
                 )
             )
-        group = tuple(other.index for other in self.plan.workers if other.stage == worker.stage)
         for node in level.exchanges:
             source = node.args[0]
             assert isinstance(source, fx.Node)
-            key = f"{node.name}@{suffix}:{worker.stage}"
+            axis = str(node.kwargs["axis"])
+            group = self._group(worker, axis)
+            key = f"{node.name}@{suffix}:{worker.stage}:{axis}{worker.data if axis == TENSOR else worker.tensor}"
             out.append(_exchange(node, source, register(source.name), register(node.name), group, key))
 
 
@@ -292,6 +341,30 @@ def _check_streams(programs: ProgramSet) -> None:
             f"every process must take part in draws of random numbers that depend on data, since others follow them, "
             f"but process {min(idle)} has no worker on the stage that draws; use pipeline=1, or one process"
         )
+
+
+def seeds_of(graph: Graph, plan: Plan) -> dict[str, dict[str, int]]:
+    """The inputs that the plan cuts, by axis and placeholder. Raises `PlanError` where the plan names no input."""
+    node_of = {item.name: item.node for item in graph.inputs}
+    seeds: dict[str, dict[str, int]] = {}
+    for name, by_axis in plan.inputs.items():
+        if name not in node_of:
+            near = difflib.get_close_matches(name, node_of, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise PlanError(f"the plan's inputs must be inputs of the graph, but there is no {name!r}.{hint}")
+        for axis, text in by_axis.items():
+            dim = dim_of(text)
+            if dim is not None and plan.axes.get(axis, 1) > 1:
+                seeds.setdefault(axis, {})[node_of[name]] = dim
+    return seeds
+
+
+def _cuts(box: Box | None, shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """(dim, start, length) of every dim that a box cuts; (-1, 0, 0) if it is the whole."""
+    if box is None:
+        return [(-1, 0, 0)]
+    triples = zip(range(len(shape)), box.starts, box.lengths, strict=True)
+    return [(dim, start, length) for dim, start, length in triples if length != shape[dim]] or [(-1, 0, 0)]
 
 
 _RESULT = "n:result"

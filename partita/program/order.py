@@ -204,9 +204,11 @@ class _Execution:
             found: dict[str, Workers] = {}
             for index, part in enumerate(mine.slices[place]):
                 i = at[part.parameter]
-                whole = bool(mine.replicated and mine.replicated[i])
-                held = [(m, m.current.registers[i]) for m in members]  # type: ignore[union-attr]
-                found[f"g:{index}"] = self.owners[part.parameter] if whole else self._union(member, held)
+                whole = bool(mine.replicated and mine.replicated[i]) and not mine.parts
+                boxes = mine.parts[i] if mine.parts else (True,) * len(members)
+                held = [(m, m.current.registers[i]) for m, box in zip(members, boxes, strict=True) if box]  # type: ignore[union-attr]
+                wanted = self.owners[member.program.worker, part.parameter]
+                found[f"g:{index}"] = wanted if whole else self._union(member, held)
             return found
         assert mine is not None
         return {name: frozenset({member.program.worker}) for name in writes(mine, member.program.worker)}
@@ -225,7 +227,7 @@ class _Execution:
 
     def _update(self, worker: _Worker, instruction: Update) -> None:
         for index, part in enumerate(instruction.slices):
-            have, want = self._parts(worker, f"g:{index}"), self.owners[part.parameter]
+            have, want = self._parts(worker, f"g:{index}"), self.owners[worker.program.worker, part.parameter]
             if have != want:
                 raise ProgramError(
                     f"{worker.where} must update {part.parameter!r} with the sum over workers {sorted(want)}, but "
@@ -259,7 +261,10 @@ class _Execution:
                 ends[f"buffer {name!r}"][index] = self._parts(worker, register)
         for what, found in ends.items():
             sums = {index: parts for index, parts in found.items() if len(parts) > 1}
-            if sums and (len(sums) < len(found) or len(set(sums.values())) > 1):
+            # Workers of a tensor axis have the same values, each from the workers at its own coordinate.
+            sets = set(sums.values())
+            alike = len({len(parts) for parts in sets}) <= 1 and sum(map(len, sets)) == len(frozenset().union(*sets))
+            if sums and (len(sums) < len(found) or not alike):
                 told = {index: sorted(parts) for index, parts in found.items()}
                 raise ProgramError(f"all workers must end with the same parts of {what}, but they have {told}")
 
@@ -281,12 +286,17 @@ class _Execution:
                     )
 
 
-def _owners(programs: Iterable[Program]) -> dict[str, Workers]:
-    """Parameter -> workers that have a part of its gradient."""
-    found: dict[str, set[int]] = defaultdict(set)
+def _owners(programs: Iterable[Program]) -> dict[tuple[int, str], Workers]:
+    """(Worker, parameter) -> the workers whose registers make up the gradient that it updates the parameter by: as its
+    reduction says, else all that reduce the parameter."""
+    told: dict[tuple[int, str], Workers] = {}
+    reducing: dict[str, set[int]] = defaultdict(set)
     for program in programs:
         for instruction in program.instructions:
             if isinstance(instruction, ReduceScatter) and own_slices(instruction, program.worker) >= 0:
-                for name in instruction.parameters:
-                    found[name].add(program.worker)
-    return {name: frozenset(workers) for name, workers in found.items()}
+                for index, name in enumerate(instruction.parameters):
+                    reducing[name].add(program.worker)
+                    if instruction.sums_over:
+                        told[program.worker, name] = frozenset(instruction.sums_over[index])
+    every = {(worker, name): frozenset(workers) for name, workers in reducing.items() for worker in workers}
+    return every | told

@@ -1,54 +1,59 @@
-"""From the captured graph to local graphs: draws hoisted, the batch split in time (microbatches), then over the data
-axis."""
+"""From the captured graph to local graphs: draws hoisted, the batch split in time (microbatches), then the graph over
+the tensor axis, then what each of its workers has over the data axis.
+
+Each step splits the local graphs of the step before, exchanges included, by the same rules. The tensor axis comes
+before the data axis so that a parameter may be cut along both, in the same dim too: every worker of the tensor axis
+shares its part with those of its data axis (fully-sharded data parallelism of tensor-parallel weights).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 from torch import fx
 
 from partita.errors import PlanError
-from partita.graph.graph import Graph, InputKind
+from partita.graph.graph import Graph, InputKind, OutputKind
 from partita.graph.simplify import is_random
 from partita.program.draws import hoist_draws
-from partita.program.instructions import Draw
+from partita.program.instructions import Box, Draw
 from partita.sharding.placement import Placement, Replicate, Shard
 from partita.sharding.shard import ShardedGraph, shard
 from partita.units import split_evenly
 
-TIME, DATA = "time", "data"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Entries ``start:start+length`` of dim `dim` of a batch leaf or draw; `dim` -1: the whole."""
-
-    dim: int = -1
-    start: int = 0
-    length: int = 0
+TIME, TENSOR, DATA = "time", "tensor", "data"
+Seeds = Mapping[str, Mapping[str, int]]
+"""Mesh axis -> placeholder -> the dim along which that axis cuts it."""
 
 
 @dataclass(frozen=True)
 class Local:
-    """What data coordinate `data` runs for microbatch `microbatch`, and which pieces of leaves and draws it reads."""
+    """What the worker at `data` and `tensor` runs for microbatch `microbatch`, and which boxes of the whole tensors its
+    placeholders are (those that are not named are whole)."""
 
     microbatch: int
     data: int
+    tensor: int
     module: fx.GraphModule
-    pieces: Mapping[str, Piece]  # by placeholder name
+    boxes: Mapping[str, Box]  # by placeholder name
 
 
 @dataclass(frozen=True)
 class Split:
-    """The local graphs of every (microbatch, data coordinate); `output_placements` is along the data axis, summed over
-    microbatches. `prologues` (by data coordinate) compute the values named by `hoisted` once a step; empty if none."""
+    """The local graphs of every (microbatch, data coordinate, tensor coordinate).
+
+    `output_placements` is along the data axis, `tensor_placements` along the tensor axis, both summed over
+    microbatches.
+    `prologues` (by data coordinate) compute the values named by `hoisted` once a step; empty if none.
+    """
 
     draws: tuple[Draw, ...]
-    locals: Mapping[tuple[int, int], Local]
+    locals: Mapping[tuple[int, int, int], Local]
     output_placements: tuple[Placement, ...]
-    placements: Mapping[str, Placement]
+    tensor_placements: tuple[Placement, ...]
+    placements: Mapping[str, Mapping[str, Placement]]  # node of the captured graph -> axis -> placement
     hoisted: tuple[str, ...]
     prologues: tuple[Local, ...]
     draw_of: Mapping[str, str]  # placeholder name -> name of the draw that it stands for
@@ -118,43 +123,34 @@ def _draw_placeholders(module: fx.GraphModule) -> dict[str, str]:
 _SPLITS: WeakKeyDictionary[fx.GraphModule, dict[object, Split]] = WeakKeyDictionary()
 
 
-def split(graph: Graph, *, num_microbatches: int, shares: tuple[int, ...], local_statistics: bool = False) -> Split:
-    """Cuts the batch into microbatches and each of them over the data axis with extents in proportion to `shares`.
+def split(
+    graph: Graph,
+    *,
+    num_microbatches: int,
+    shares: tuple[int, ...],
+    num_tensor: int = 1,
+    seeds: Seeds | None = None,
+    rules: Mapping[str, Mapping[str, str]] | None = None,
+    local_statistics: bool = False,
+) -> Split:
+    """Cuts the batch into microbatches, the graph over `num_tensor` workers, and each of those over the data axis with
+    extents in proportion to `shares`.
+
+    Args:
+        seeds: which inputs are cut, besides the batch's rows over the data axis: parameters and leaves of the batch by
+            the names of their placeholders.
+        rules: op -> axis -> text of the rule by which it shall run; others run as is cheapest.
 
     Raises:
-        PlanError: microbatches would change the result; says which op couples the samples.
+        PlanError: microbatches would change the result (says which op couples the samples), or a seed cannot be cut.
     """
     kept = _SPLITS.setdefault(graph.module, {})  # candidate plans of one graph share most splits
-    key = (num_microbatches, shares, local_statistics)
+    seeds, rules = seeds or {}, rules or {}
+    told = tuple(tuple(sorted((name, *sorted(by.items())) for name, by in group.items())) for group in (seeds, rules))
+    key = (num_microbatches, shares, num_tensor, told, local_statistics)
     if key not in kept:
-        kept[key] = _split(graph, num_microbatches, shares, local_statistics)
+        kept[key] = _Splitting(graph, num_microbatches, shares, num_tensor, seeds, rules, local_statistics).run()
     return kept[key]
-
-
-def _split(graph: Graph, num_microbatches: int, shares: tuple[int, ...], local_statistics: bool) -> Split:
-    draws, rest = hoist_draws(graph)
-    leaves = _batch_leaves(graph)
-    draw_of = _draw_placeholders(rest)
-    hoisted: tuple[str, ...] = ()
-    prologues: tuple[Local, ...] = ()
-    if num_microbatches == 1:
-        whole: dict[str, Placement] = {name: Replicate() for name in draw_of}
-        parts = [(rest, whole, 0)]
-    else:
-        time = _split_time(graph, rest, num_microbatches, local_statistics)
-        reason = _time_verdict(rest, time)
-        if reason is not None:
-            raise PlanError(
-                f"num_microbatches={num_microbatches} must give the same result as the whole batch, but {reason}; "
-                "use num_microbatches=1, or local_statistics=True if that is what couples them"
-            )
-        hoisted = time.hoisted
-        if time.prologue is not None:
-            prologues = _split_prologue(time.prologue, leaves, shares, graph.batch_size)
-        parts = [(time.local(k), dict(time.input_placements), k) for k in range(num_microbatches)]
-    data = _DataAxis(graph, leaves, shares or (graph.batch_size,), frozenset(draw_of), local_statistics)
-    found, outputs, placements = data.split(parts)
-    return Split(draws, found, outputs, placements, hoisted, prologues, draw_of)
 
 
 def proportional(total: int, shares: tuple[int, ...]) -> tuple[int, ...]:
@@ -174,51 +170,171 @@ def proportional(total: int, shares: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class _DataAxis:
-    graph: Graph
-    leaves: list[str]
-    shares: tuple[int, ...]
-    draws: frozenset[str]  # placeholders that stand for draws
-    local_statistics: bool
+class _Part:
+    """The graph of one microbatch, before or after it was split over the tensor axis."""
 
-    def split(
-        self, parts: list[tuple[fx.GraphModule, dict[str, Placement], int]]
-    ) -> tuple[dict[tuple[int, int], Local], tuple[Placement, ...], Mapping[str, Placement]]:
-        found: dict[tuple[int, int], Local] = {}
-        outputs: tuple[Placement, ...] = (Replicate(),) * len(self.graph.outputs)
-        placements: Mapping[str, Placement] = {}
-        cache: dict[int, ShardedGraph] = {}
-        for module, time, k in parts:
-            names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-            if len(self.shares) == 1:
-                found[k, 0] = Local(k, 0, module, _pieces(names, time, {}, k, 0))
-                continue
-            if id(module) not in cache:
-                cache[id(module)] = self._shard(module, time)
-            data = cache[id(module)]
-            outputs, placements = data.output_placements, data.placements
-            for coordinate in range(len(self.shares)):
-                pieces = _pieces(names, time, data.input_placements, k, coordinate)
-                found[k, coordinate] = Local(k, coordinate, data.local(coordinate), pieces)
-        return found, outputs, placements
+    microbatch: int
+    module: fx.GraphModule
+    time: Mapping[str, Placement]
+    tensor: int = 0
+    cut: Mapping[str, Placement] = field(default_factory=dict)  # over the tensor axis
 
-    def _shard(self, module: fx.GraphModule, time: Mapping[str, Placement]) -> ShardedGraph:
-        sizes = self._sizes(module)
-        free = self.draws
-        while True:
-            data = shard(
-                module,
-                {name: Shard(0, sizes) for name in self.leaves},
-                axis=DATA,
-                size=len(self.shares),
-                free_inputs=free,
-                local_statistics=self.local_statistics,
+
+class _Splitting:
+    def __init__(
+        self,
+        graph: Graph,
+        num_microbatches: int,
+        shares: tuple[int, ...],
+        num_tensor: int,
+        seeds: Seeds,
+        rules: Mapping[str, Mapping[str, str]],
+        local_statistics: bool,
+    ) -> None:
+        self.graph, self.num_microbatches, self.num_tensor = graph, num_microbatches, num_tensor
+        self.shares = shares or (graph.batch_size,)
+        self.seeds, self.local_statistics = seeds, local_statistics
+        self.rules = {axis: {op: by[axis] for op, by in rules.items() if axis in by} for axis in (TENSOR, DATA)}
+        self.leaves = _batch_leaves(graph)
+        self.input_of = {item.node: item for item in graph.inputs}
+        self.draws, self.rest = hoist_draws(graph)
+        self.draw_of = _draw_placeholders(self.rest)
+        self.outputs: dict[str, tuple[Placement, ...]] = dict.fromkeys(
+            (TENSOR, DATA), (Replicate(),) * len(graph.outputs)
+        )
+        self.placements: dict[str, dict[str, Placement]] = {}
+
+    def run(self) -> Split:
+        time, hoisted, prologues = self._time()
+        found: dict[tuple[int, int, int], Local] = {}
+        kept: dict[int, ShardedGraph] = {}
+        for part in self._tensor(time):
+            for data, module, cut in self._data(part, kept):
+                boxes = self._boxes(part, cut, data)
+                found[part.microbatch, data, part.tensor] = Local(part.microbatch, data, part.tensor, module, boxes)
+        return Split(
+            self.draws, found, self.outputs[DATA], self.outputs[TENSOR], self.placements, hoisted, prologues,
+            self.draw_of,
+        )  # fmt: skip
+
+    def _time(self) -> tuple[list[_Part], tuple[str, ...], tuple[Local, ...]]:
+        count = self.num_microbatches
+        if count == 1:
+            return [_Part(0, self.rest, {name: Replicate() for name in self.draw_of})], (), ()
+        time = _split_time(self.graph, self.rest, count, self.local_statistics)
+        reason = _time_verdict(self.rest, time)
+        if reason is not None:
+            raise PlanError(
+                f"num_microbatches={count} must give the same result as the whole batch, but {reason}; "
+                "use num_microbatches=1, or local_statistics=True if that is what couples them"
             )
-            # A draw that is cut along two different dims comes cut in time only; the local graph cuts the rest.
-            twice = {name for name in free if _dims_differ(time.get(name), data.input_placements[name])}
-            if not twice:
-                return data
-            free -= twice
+        prologues: tuple[Local, ...] = ()
+        if time.prologue is not None:
+            prologues = self._prologues(time.prologue)
+        parts = [_Part(k, time.local(k), dict(time.input_placements)) for k in range(count)]
+        return parts, time.hoisted, prologues
+
+    # The tensor axis -------------------------------------------------------------------------------------------------
+
+    def _tensor(self, parts: list[_Part]) -> list[_Part]:
+        if self.num_tensor == 1:
+            return parts
+        kept: dict[int, ShardedGraph] = {}
+        found = []
+        for part in parts:
+            if id(part.module) not in kept:
+                kept[id(part.module)] = self._shard_tensor(part.module)
+            sharded = kept[id(part.module)]
+            for coordinate in range(self.num_tensor):
+                module = sharded.local(coordinate)
+                found.append(_Part(part.microbatch, module, part.time, coordinate, sharded.input_placements))
+        return found
+
+    def _shard_tensor(self, module: fx.GraphModule) -> ShardedGraph:
+        seeds = self._cuts(module, TENSOR, self.num_tensor)
+        sharded = shard(
+            module,
+            seeds,
+            axis=TENSOR,
+            size=self.num_tensor,
+            must_replicate=self._not_gradients(),
+            free_inputs=frozenset(self.draw_of),
+            wanted=self._wanted(seeds),
+            decisions=self.rules[TENSOR],
+            local_statistics=False,
+        )
+        self._note(TENSOR, sharded)
+        return sharded
+
+    def _not_gradients(self) -> frozenset[int]:
+        kinds = enumerate(output.kind for output in self.graph.outputs)
+        return frozenset(index for index, kind in kinds if kind is not OutputKind.GRADIENT)
+
+    def _cuts(self, module: fx.GraphModule, axis: str, size: int) -> dict[str, Placement]:
+        """The placements of the inputs that the plan has cut along an axis."""
+        values = {node.name: node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"}
+        cuts: dict[str, Placement] = {}
+        for name, dim in self.seeds.get(axis, {}).items():
+            if name not in values:
+                continue
+            shape = tuple(values[name].shape)
+            if not 0 <= dim < len(shape) or shape[dim] < size:
+                raise PlanError(
+                    f"an input that is cut over the {size} workers of axis {axis!r} must have that dim with at least "
+                    f"as many entries, but {self.input_of[name].name!r} has shape {shape} and is to be cut along dim "
+                    f"{dim}; place it as "
+                    R", or cut another dim"
+                )
+            cuts[name] = Shard(dim, split_evenly(shape[dim], size))
+        return cuts
+
+    def _wanted(self, seeds: Mapping[str, Placement]) -> dict[int, Shard]:
+        """Gradients of parameters that come in cut go out cut alike."""
+        node_of = {item.name: item.node for item in self.graph.inputs}
+        wanted = {}
+        for index, output in enumerate(self.graph.outputs):
+            placement = seeds.get(node_of.get(output.target, ""))
+            if output.kind is OutputKind.GRADIENT and isinstance(placement, Shard):
+                wanted[index] = placement
+        return wanted
+
+    def _note(self, axis: str, sharded: ShardedGraph) -> None:
+        self.outputs[axis] = sharded.output_placements
+        for name, placement in sharded.placements.items():
+            self.placements.setdefault(name, {}).setdefault(axis, placement)
+
+    # The data axis ---------------------------------------------------------------------------------------------------
+
+    def _data(
+        self, part: _Part, kept: dict[int, ShardedGraph]
+    ) -> list[tuple[int, fx.GraphModule, Mapping[str, Placement]]]:
+        if len(self.shares) == 1:
+            return [(0, part.module, {})]
+        key = id(part.module)
+        if key not in kept:
+            # All workers of the tensor axis must cut their values alike, as they exchange parts of them.
+            first = next(iter(kept.values())).decisions if kept and part.tensor else self.rules[DATA]
+            kept[key] = self._shard_data(part, first)
+        data = kept[key]
+        return [(c, data.local(c), data.input_placements) for c in range(len(self.shares))]
+
+    def _shard_data(self, part: _Part, decisions: Mapping[str, str]) -> ShardedGraph:
+        sizes = self._sizes(part.module)
+        seeds: dict[str, Placement] = {name: Shard(0, sizes) for name in self.leaves}
+        seeds |= self._cuts(part.module, DATA, len(self.shares))
+        data = shard(
+            part.module,
+            seeds,
+            axis=DATA,
+            size=len(self.shares),
+            free_inputs=frozenset(self.draw_of),
+            local_statistics=self.local_statistics,
+            wanted=self._wanted(seeds),
+            decisions=decisions,
+            gathered_inputs=frozenset(self.seeds.get(DATA, {})) & seeds.keys(),
+        )
+        self._note(DATA, data)
+        return data
 
     def _sizes(self, module: fx.GraphModule) -> tuple[int, ...]:
         if not self.leaves:
@@ -232,46 +348,39 @@ class _DataAxis:
             )
         return sizes
 
+    def _prologues(self, prologue: fx.GraphModule) -> tuple[Local, ...]:
+        part = _Part(0, prologue, {})
+        if len(self.shares) <= 1:
+            return (Local(0, 0, 0, prologue, {}),)
+        names = {node.name for node in prologue.graph.nodes if node.op == "placeholder"}
+        num_outputs = len(prologue.graph.output_node().args[0])  # type: ignore[arg-type]
+        sizes = proportional(self.graph.batch_size, self.shares)
+        data = shard(
+            prologue,
+            {name: Shard(0, sizes) for name in self.leaves if name in names},
+            axis=DATA,
+            size=len(self.shares),
+            must_replicate=frozenset(range(num_outputs)),
+        )
+        return tuple(
+            Local(0, c, 0, data.local(c), self._boxes(part, data.input_placements, c)) for c in range(len(self.shares))
+        )
 
-def _dims_differ(time: Placement | None, data: Placement) -> bool:
-    return isinstance(time, Shard) and isinstance(data, Shard) and time.dim != data.dim
+    # Boxes -----------------------------------------------------------------------------------------------------------
 
-
-def _pieces(
-    names: list[str],
-    time: Mapping[str, Placement],
-    data: Mapping[str, Placement],
-    k: int,
-    coordinate: int,
-) -> dict[str, Piece]:
-    pieces: dict[str, Piece] = {}
-    for name in names:
-        first, second = time.get(name), data.get(name)
-        piece = Piece()
-        if isinstance(first, Shard):
-            piece = Piece(first.dim, first.offset(k), first.sizes[k])
-        if isinstance(second, Shard):
-            start = piece.start + second.offset(coordinate)
-            piece = Piece(second.dim, start, second.sizes[coordinate])
-        pieces[name] = piece
-    return pieces
-
-
-def _split_prologue(
-    prologue: fx.GraphModule, leaves: list[str], shares: tuple[int, ...], batch_size: int
-) -> tuple[Local, ...]:
-    names = [node.name for node in prologue.graph.nodes if node.op == "placeholder"]
-    num_outputs = len(prologue.graph.output_node().args[0])  # type: ignore[arg-type]
-    if len(shares) <= 1:
-        return (Local(0, 0, prologue, {name: Piece() for name in names}),)
-    sizes = proportional(batch_size, shares)
-    data = shard(
-        prologue,
-        {name: Shard(0, sizes) for name in leaves if name in names},
-        axis=DATA,
-        size=len(shares),
-        must_replicate=frozenset(range(num_outputs)),
-    )
-    return tuple(
-        Local(0, c, data.local(c), _pieces(names, {}, data.input_placements, 0, c)) for c in range(len(shares))
-    )
+    def _boxes(self, part: _Part, data: Mapping[str, Placement], coordinate: int) -> dict[str, Box]:
+        """Which part of each input a worker has: cut in time, then over the tensor axis, then over the data axis."""
+        boxes: dict[str, Box] = {}
+        for node in self.rest.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            shape = tuple(node.meta["val"].shape)
+            box = Box.whole(shape)
+            cuts = ((part.time, part.microbatch), (part.cut, part.tensor), (data, coordinate))
+            for placements, place in cuts:
+                placement = placements.get(node.name)
+                if isinstance(placement, Shard):
+                    box = box.cut(placement.dim, placement.offset(place), placement.sizes[place])
+            if not box.is_whole(shape):
+                boxes[node.name] = box
+        return boxes

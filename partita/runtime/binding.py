@@ -40,6 +40,7 @@ from partita.runtime.collectives import (
     barrier,
 )
 from partita.runtime.local import Channel
+from partita.runtime.piecewise import PiecewiseReduceOp
 from partita.runtime.segments import Code, fits, with_strides
 from partita.runtime.transport import Mail
 
@@ -271,6 +272,8 @@ class Binder:
     def _reduce_scatter(self, instruction: ReduceScatter) -> Op:
         seat = self.around.seat(self.worker, instruction.group, instruction.key)
         names = instruction.registers
+        if instruction.parts:
+            return self._reduce_parts(instruction, PiecewiseReduceOp(seat, instruction, self.around.device))
         cuts = cuts_of(instruction)
         keep = bool(instruction.slices)
         outputs = [f"g:{i}" for i in range(len(cuts[seat.position]))] if keep else list(instruction.outputs)
@@ -280,6 +283,16 @@ class Binder:
 
         def op(registers: Registers) -> None:
             registers.update(zip(outputs, scatter([registers[name] for name in names]), strict=True))
+
+        return op
+
+    def _reduce_parts(self, instruction: ReduceScatter, reduce: PiecewiseReduceOp) -> Op:
+        names, outputs = instruction.registers, [f"g:{i}" for i in range(len(reduce.sums))]
+        self._owned.difference_update(names)
+        self._written(outputs)
+
+        def op(registers: Registers) -> None:
+            registers.update(zip(outputs, reduce([registers[name] for name in names]), strict=True))
 
         return op
 

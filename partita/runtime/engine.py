@@ -116,6 +116,7 @@ class Engine:
         self.device = self._device()
         self._persistent = state.registers()  # once: making hundreds of views takes as long as a small step
         self._check(transport)
+        self._own = {program.worker: self._persistent | self._views(program) for program in self.local}
         self._session = transport.session() if transport is not None else None
         self._compiled = plan.compiled if compiled is None else compiled
         self._main = Waiter(self.failure)
@@ -169,6 +170,10 @@ class Engine:
                         f"the state must hold every tensor that the programs read, but {missing[0]!r} is missing "
                         f"(and {len(missing) - 1} more). Is the plan for another model?"
                     )
+
+    def _views(self, program: Program) -> Registers:
+        """A worker's own parts of parameters, as views of what the process stores."""
+        return {f"p:{name}": box.of(self._persistent[f"p:{name}"]) for name, box in program.views.items()}
 
     def _build_codes(self) -> dict[str, Code]:
         """Code of every segment that runs here, made once per key, before the worker threads exist."""
@@ -287,7 +292,7 @@ class Engine:
                     draws[name] = drawn if isinstance(drawn, Tensor) else drawn[0]
         result = []
         for program in self.local:
-            registers = dict(self._persistent)
+            registers = dict(self._own[program.worker])
             for feed in program.feeds:
                 whole, offset = draws.get(feed.draw), 0
                 if whole is None:
@@ -308,6 +313,8 @@ class Engine:
                     f"the shape that was planned."
                 )
             piece = piece.narrow(feed.dim, start, feed.length)
+        for dim, start, length in feed.also:
+            piece = piece.narrow(dim, start, length)
         return piece.to(self.device, non_blocking=True) if piece.device != self.device else piece
 
     def _seed_workers(self) -> None:

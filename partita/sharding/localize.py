@@ -98,9 +98,7 @@ class Localizer:
     def write(self) -> fx.GraphModule:
         for name, value, placement in self.layout.placeholders:
             node = self.graph.create_node("placeholder", name, (), {}, name)
-            shape = local_shape(value.spec, placement, self.coordinate)
-            whole = shape == value.spec.shape
-            node.meta = {"val": value.meta if whole else self._sliced(value, shape), "origin": value.name}
+            node.meta = {"val": self._sliced(value, placement), "origin": value.name}
             self.nodes[(value, placement)] = node
         for step in self.layout.steps:
             if isinstance(step, Conversion):
@@ -112,8 +110,14 @@ class Localizer:
         output.meta = {"val": tuple(n.meta["val"] if isinstance(n, fx.Node) else n for n in outputs)}
         return fx.GraphModule(torch.nn.Module(), self.graph)
 
-    def _sliced(self, value: Value, shape: tuple[int, ...]) -> torch.Tensor:
-        return self.runner.empty(shape, value.meta)
+    def _sliced(self, value: Value, placement: Placement) -> torch.Tensor:
+        """The piece of a placeholder: a view of the whole, as the workers of one process have it."""
+        meta: torch.Tensor = value.meta
+        if not isinstance(placement, Shard):
+            return meta
+        start, length = placement.offset(self.coordinate), placement.sizes[self.coordinate]
+        with self.runner.mode:
+            return meta.detach().narrow(placement.dim, start, length)
 
     # -- calls ------------------------------------------------------------------------------------------------------
 
@@ -128,8 +132,13 @@ class Localizer:
             None if placement is None else self.nodes[(value, placement)]
             for value, placement in zip(step.inputs, step.input_placements, strict=True)
         )
-        node = self._emit(target, args, kwargs, inputs, step.op.name, _meta_of(step))
-        self._give_info(node, step)
+        if target in communication.COMMUNICATION_OPS:
+            node = self.graph.create_node("call_function", target, inputs, dict(kwargs), step.op.name)
+            assert shapes[0] is not None and step.op.outputs[0] is not None
+            node.meta = {**_meta_of(step), "val": self.runner.empty(shapes[0], step.op.outputs[0].meta)}
+        else:
+            node = self._emit(target, args, kwargs, inputs, step.op.name, _meta_of(step))
+            self._give_info(node, step)
         self._take_outputs(step, node, shapes)
 
     def _emit(

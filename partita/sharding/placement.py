@@ -15,7 +15,10 @@ special. With ``n`` workers on the axis:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+from partita.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,17 @@ class Partial:
 
 
 Placement = Replicate | Shard | Partial
+
+
+def dim_of(text: str) -> int | None:
+    """The dim of a placement's text: ``"S(1)" -> 1``, ``"R" -> None``.
+
+    Raises:
+        InputError: the text is no placement of an input.
+    """
+    if text == "R":
+        return None
+    match = re.fullmatch(r"S\((\d+)\)", text)
+    if match is None:
+        raise InputError(f'the placement of an input must be "R" or "S(dim)" such as "S(0)", but got {text!r}.')
+    return int(match.group(1))

@@ -6,16 +6,16 @@ Cost of running an op by a rule, in seconds on the scale of `partita.sharding.co
     + (flops / speed + bytes / memory speed) * (size - 1) / size                if nothing is cut: replicated work
     + one latency                                                      if the rule starts cutting from whole values
 
-The rule of least cost is taken (ties: first in the op's list). If it needs an exchange, the op is also tried in
-its decomposed form, op by op, and the cheaper way stays. Values that depend on no sharded input are not decided here at
-all: they are computed on demand, in the placement that a consumer wants (so masks, position indices, constants
-and casts of weights never force an exchange).
+The rule of least cost is taken (ties: first in the op's list), unless decisions name another. If it needs an
+exchange, the op is also tried in its decomposed form, op by op, and the cheaper way stays. Values that depend on no
+sharded input are not decided here at all: they are computed on demand, in the placement that a consumer wants (so
+masks, position indices, constants and casts of weights never force an exchange).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,10 @@ from partita.sharding.decompositions import decompose
 from partita.sharding.placement import Placement, Replicate, Shard
 from partita.sharding.rules import PARTIAL, REPLICATE, Blocks, Cut, Rule, replicate_rule
 from partita.sharding.rules_contractions import local_batch_norm_rules
+from partita.sharding.rules_exchanges import exchange_rules, is_exchange_call
 
 MAX_PULL_DEPTH = 50
+DECOMPOSED = "decomposed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +98,14 @@ class Propagation:
         rules: Callable[[OpCall], list[Rule]],
         hoist: bool,
         local_statistics: bool,
+        decisions: Mapping[str, str] | None = None,
     ) -> None:
         self.size = size
         self.shares = shares
         self.hoist = hoist
         self.local_statistics = local_statistics
+        self.decisions: dict[str, str] = {}  # op -> text of the rule that was taken, or DECOMPOSED
+        self._wanted = decisions or {}
         self.steps: list[Step] = []
         self.available: dict[Value, tuple[Placement, ...]] = {}
         self.facts: dict[Value, Facts] = {}
@@ -144,11 +149,19 @@ class Propagation:
         self._set(self.facts, value, Facts(not isinstance(placement, Replicate), hoistable))
         self._note(value, placement)
 
+    def gather(self, value: Value) -> None:
+        """Have a placeholder that comes in cut available whole; what depends on it alone is the same everywhere."""
+        self.convert(value, REPLICATE)
+        self._set(self.facts, value, Facts(False, self.facts[value].hoistable))
+
     def rules(self, call: OpCall) -> list[Rule]:
         """All rules of ``call``; running it whole comes last."""
         key = call.key
         if key not in self._rules:
-            found = [] if call.is_random else list(self._rules_of(call))
+            if is_exchange_call(call):
+                found = exchange_rules(call)
+            else:
+                found = [] if call.is_random else list(self._rules_of(call))
             if self.local_statistics:
                 found = local_batch_norm_rules(call) + found
             self._rules[key] = [*found, replicate_rule(call)]
@@ -174,16 +187,21 @@ class Propagation:
             return self._apply(op, inputs, Choice(replicate_rule(op.call), Blocks(), 0.0, False))
         if not varied:
             return 0.0
-        choice = self._choose(op, inputs)
-        if choice.spreads:
-            cost = self._try_decomposed(op, inputs, choice.cost_s)
+        wanted = self._wanted.get(op.name)
+        choice = self._choose(op, inputs, wanted)
+        if wanted == DECOMPOSED or (wanted is None and choice.spreads):
+            cost = self._try_decomposed(op, inputs, math.inf if wanted else choice.cost_s)
             if cost is not None:
+                self._set(self.decisions, op.name, DECOMPOSED)
                 return cost
+        self._set(self.decisions, op.name, choice.rule.text())
         return self._apply(op, inputs, choice)
 
-    def _choose(self, op: Op, inputs: tuple[Value, ...]) -> Choice:
+    def _choose(self, op: Op, inputs: tuple[Value, ...], wanted: str | None = None) -> Choice:
+        """The cheapest rule; of those that read as ``wanted``, if there are any."""
         best: Choice | None = None
-        for rule in self.rules(op.call):
+        rules = self.rules(op.call)
+        for rule in [rule for rule in rules if rule.text() == wanted] or rules:
             for blocks in self._block_candidates(rule, inputs):
                 cost, spreads = self._cost(op, inputs, rule, blocks)
                 if best is None or cost < best.cost_s:
@@ -381,6 +399,8 @@ class Propagation:
         return cost
 
     def _inner_program(self, op: Op, inputs: tuple[Value, ...]) -> Program | None:
+        if is_exchange_call(op.call):
+            return None
         key = op.call.key
         if key not in self._decomposed:
             self._decomposed[key] = decompose(op.call, self._mode)

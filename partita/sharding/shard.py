@@ -24,6 +24,7 @@ from partita.sharding.localize import FakeRunner, Layout, Localizer, coordinate_
 from partita.sharding.placement import Partial, Placement, Replicate, Shard
 from partita.sharding.propagate import Call, Conversion, Propagation, Step
 from partita.sharding.rules import PARTIAL, REPLICATE
+from partita.sharding.rules_exchanges import is_exchange_call
 from partita.sharding.ruleset import NO_SUMS, find_rules_of, rules_of, stop_searching
 
 
@@ -43,12 +44,13 @@ class ShardedGraph:
 
     Attributes:
         input_placements: of every placeholder, the hoisted ones included (they come last, Replicate).
-        output_placements: one per element of the output tuple: Replicate or Partial (Replicate where it is no tensor).
+        output_placements: one per element of the output tuple (Replicate where it is no tensor).
         placements: by name of the captured graph's nodes, as far as they still exist.
         exchanges: all exchanges but those that convert outputs.
         gathered: ops that run whole on gathered inputs because no rule fits.
         prologue: computes the hoisted values from whole inputs; None if nothing is hoisted.
         hoisted: names of the hoisted values, in the order of the prologue's output tuple.
+        decisions: by op name, the text of the rule that was taken: given to `shard`, the same ones are taken again.
     """
 
     axis: str
@@ -60,6 +62,7 @@ class ShardedGraph:
     gathered: tuple[str, ...]
     prologue: fx.GraphModule | None
     hoisted: tuple[str, ...]
+    decisions: Mapping[str, str]
     _layout: Layout
     _runner: FakeRunner
     _locals: dict[object, fx.GraphModule] = field(default_factory=dict)
@@ -85,6 +88,9 @@ def shard(
     free_inputs: frozenset[str] = frozenset(),
     hoist: bool = False,
     local_statistics: bool = False,
+    wanted: Mapping[int, Shard] | None = None,
+    decisions: Mapping[str, str] | None = None,
+    gathered_inputs: frozenset[str] = frozenset(),
 ) -> ShardedGraph:
     """Split ``module`` over ``size`` workers, following the placements of its inputs through the graph.
 
@@ -92,11 +98,17 @@ def shard(
         module: functional ATen graph; every placeholder and op has its global FakeTensor in ``meta["val"]``.
         seeds: placeholder name -> placement; placeholders that are not named are Replicate.
         must_replicate: indices of outputs that every worker shall have whole.
-        must_be_partial: indices of outputs that shall be summands. All others are Replicate or Partial, never Shard.
+        must_be_partial: indices of outputs that shall be summands. All others are Replicate or Partial, but for those
+            in ``wanted``.
         free_inputs: placeholders whose placement is chosen here, as their consumers like.
         hoist: compute values that depend on nothing but the placeholders of ``seeds`` and ``free_inputs`` (and on
             constants made inside) beforehand from whole inputs, where they would need an exchange.
         local_statistics: batch norm uses the statistics of each worker's own samples.
+        wanted: index of an output -> the shard that every worker shall have of it (of the gradient of a parameter that
+            comes in cut, for instance).
+        gathered_inputs: placeholders of ``seeds`` that every worker reads whole, after one gathering.
+        decisions: op name -> text of the rule by which it shall run, or "decomposed"; all other ops, and those that
+            have no such rule here, run as is cheapest.
 
     Raises:
         InputError: a seed names no placeholder, or its sizes do not fit.
@@ -111,17 +123,20 @@ def shard(
         rules=rules_of,
         hoist=hoist,
         local_statistics=local_statistics,
+        decisions=decisions,
     )
     for name, value in program.placeholders.items():
         hoistable = name in seeds or name in free_inputs
         propagation.add_placeholder(value, seeds.get(name, REPLICATE), hoistable=hoistable)
-    find_rules_of(op.call for op in program.ops)
+        if name in gathered_inputs:
+            propagation.gather(value)
+    find_rules_of(op.call for op in program.ops if not is_exchange_call(op.call))
     try:
         propagation.run(program.ops)
     finally:
         stop_searching()
     num_inner = len(propagation.steps)
-    outputs = _place_outputs(propagation, program, must_replicate, must_be_partial)
+    outputs = _place_outputs(propagation, program, must_replicate, must_be_partial, wanted or {})
     return _assemble(propagation, program, seeds, free_inputs, outputs, num_inner, axis, FakeRunner(mode))
 
 
@@ -150,7 +165,11 @@ def _fake_mode(module: fx.GraphModule) -> FakeTensorMode:
 
 
 def _place_outputs(
-    propagation: Propagation, program: Program, must_replicate: frozenset[int], must_be_partial: frozenset[int]
+    propagation: Propagation,
+    program: Program,
+    must_replicate: frozenset[int],
+    must_be_partial: frozenset[int],
+    wanted: Mapping[int, Shard],
 ) -> list[tuple[Value, Placement] | object]:
     outputs: list[tuple[Value, Placement] | object] = []
     for index, item in enumerate(program.outputs):
@@ -160,7 +179,9 @@ def _place_outputs(
         value = propagation.resolve(item)
         known = propagation.available.get(value, ())
         target: Placement
-        if index in must_replicate or value.spec.dtype in NO_SUMS:
+        if index in wanted:
+            target = wanted[index]
+        elif index in must_replicate or value.spec.dtype in NO_SUMS:
             target = REPLICATE
         elif index in must_be_partial or (PARTIAL in known and REPLICATE not in known):
             target = PARTIAL
@@ -207,6 +228,7 @@ def _assemble(
         gathered=tuple(name for name in propagation.gathered if name in live_ops),
         prologue=_prologue(propagation, hoisted, program) if hoisted else None,
         hoisted=names,
+        decisions=dict(propagation.decisions),
         _layout=Layout(axis, tuple(placeholders), tuple(steps), tuple(outputs)),
         _runner=runner,
     )

@@ -70,6 +70,9 @@ def shared_bytes(graph: Graph, programs: ProgramSet, *, optimizer_state_bytes_pe
     element) and the buffers of reduced gradients, as far as they are kept."""
     weights = weight_bytes(graph)
     found = {process: weights + num_bytes for process, num_bytes in _batch_bytes(graph, programs).items()}
+    itemsize_of = {item.name: item.dtype.itemsize for item in graph.inputs}
+    for process, held in programs.held.items():  # beside the user's own whole ones
+        found[process] += sum(box.num_elements * itemsize_of[name] for name, box in held.items())
     for program in programs.programs:
         for instruction in program.instructions:
             if not isinstance(instruction, ReduceScatter) or not instruction.slices:

@@ -312,5 +312,7 @@ def keeps_buffers(instruction: ReduceScatter, worker: int) -> bool:
     """Whether `worker` keeps the buffers of its reduced gradients from step to step: where not all of them are sums."""
     if len(instruction.group) == 1 or not instruction.replicated:
         return False
+    if instruction.parts:
+        return True
     whole = dict(zip(instruction.parameters, instruction.replicated, strict=True))
     return any(whole[part.parameter] for part in instruction.slices[instruction.group.index(worker)])

@@ -52,6 +52,8 @@ class StepValues:
                 if feed.start + feed.length > value.shape[feed.dim]:
                     return None
                 value = value.narrow(feed.dim, feed.start, feed.length)
+                for dim, start, length in feed.also:
+                    value = value.narrow(dim, start, length)
         return None if value is None or value.device.type != "cpu" else value.detach()
 
 

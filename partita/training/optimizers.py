@@ -20,7 +20,7 @@ import torch
 
 from partita.cost.memory import STATE_ELEMENTS
 from partita.errors import InputError
-from partita.program.instructions import Slice
+from partita.program.instructions import Box, Slice
 from partita.training.torch_adapter import clone_optimizer, has_own_step
 
 Kind = Literal["element", "parameter", "coupled"]
@@ -217,7 +217,8 @@ class OptimizerShards:
     """The user's optimizer, spread over workers.
 
     `layout` gives each local worker's slices; `whole` keeps slices of whole parameters in their own shape. State that
-    the user's optimizer already has is taken over; `collect` brings it back, after which both share storage.
+    the user's optimizer already has is taken over; `collect` brings it back, after which both share storage. Where
+    `parameters` holds only a part of a user's parameter, `parts` gives the user's own and the box of it.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -235,8 +236,11 @@ class OptimizerShards:
         layout: Layout,
         *,
         whole: bool,
+        parts: Mapping[str, tuple[torch.nn.Parameter, Box]] | None = None,
     ) -> None:
         self._optimizer, self._parameters, self._whole = optimizer, parameters, whole
+        self._parts = parts or {}
+        self._part_state: dict[str, dict[str, Any]] = {name: {} for name in self._parts}
         self._num_uniform = 0  # steps in a row before which all parameters had a state, or none had
         self._fused = not whole and fused_agrees(optimizer) and all(_fusible(item) for item in parameters.values())
         groups = {id(item): number for number, group in enumerate(optimizer.param_groups) for item in group["params"]}
@@ -244,9 +248,9 @@ class OptimizerShards:
         self._shards: dict[int, tuple[torch.optim.Optimizer, tuple[int, ...]]] = {}
         for worker, slices in layout.items():
             held = {
-                place: _Piece(place=place, tensor=self._view(place), group=groups[id(parameters[place.parameter])])
+                place: _Piece(place=place, tensor=self._view(place), group=groups[id(self._user(place.parameter))])
                 for place in slices
-                if id(parameters[place.parameter]) in groups
+                if id(self._user(place.parameter)) in groups
             }
             self._pieces[worker] = held
             numbers = tuple(sorted({piece.group for piece in held.values()}))
@@ -286,11 +290,17 @@ class OptimizerShards:
     def load(self) -> None:
         """Take the state from the user's optimizer. Tensors of the parameter's shape are shared, others are copied."""
         self._num_uniform = 0
+        for name, (parameter, box) in self._parts.items():
+            whole = self._optimizer.state.get(parameter) or {}
+            self._part_state[name] = {
+                key: box.of(value).clone() if _has_shape(value, parameter) else value for key, value in whole.items()
+            }
         for piece, shard in self._all_pieces():
-            state = self._optimizer.state.get(self._parameters[piece.place.parameter])
+            name = piece.place.parameter
+            state = self._part_state.get(name) or self._optimizer.state.get(self._parameters[name])
             shard.state.pop(piece.tensor, None)
             if state:
-                shard.state[piece.tensor] = {name: self._cut(piece, value) for name, value in state.items()}
+                shard.state[piece.tensor] = {key: self._cut(piece, value) for key, value in state.items()}
 
     def collect(self) -> None:
         """Bring the state into the user's optimizer, as if it had made the steps itself."""
@@ -298,12 +308,25 @@ class OptimizerShards:
             state = shard.state.get(piece.tensor)
             if not state:
                 continue
-            whole = self._optimizer.state[self._parameters[piece.place.parameter]]
+            whole = self._state(piece.place.parameter)
             for name, value in state.items():
                 if self._is_cut(piece, value):
                     state[name] = self._paste(piece, whole, name, value)
                 else:
                     whole[name] = value.clone() if isinstance(value, torch.Tensor) else value
+        for name, (parameter, box) in self._parts.items():
+            paste_state(self._optimizer.state[parameter], parameter, box, self._part_state[name])
+
+    def _user(self, name: str) -> torch.nn.Parameter:
+        """The user's own parameter of that name."""
+        return self._parts[name][0] if name in self._parts else self._parameters[name]
+
+    def _state(self, name: str) -> dict[str, Any]:
+        """The state of what this process stores of a parameter."""
+        if name in self._parts:
+            return self._part_state[name]
+        state: dict[str, Any] = self._optimizer.state[self._parameters[name]]  # made where there is none
+        return state
 
     def _all_pieces(self) -> Iterable[tuple[_Piece, torch.optim.Optimizer]]:
         for worker, (shard, _) in self._shards.items():
@@ -345,6 +368,22 @@ class OptimizerShards:
         if part.data_ptr() != value.data_ptr():
             part.copy_(value)
         return part
+
+
+def _has_shape(value: object, parameter: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
+
+
+def paste_state(whole: dict[str, Any], parameter: torch.Tensor, box: Box, part: Mapping[str, Any]) -> None:
+    """Writes the state of one box of a parameter into the state of the whole parameter."""
+    for name, value in part.items():
+        if not isinstance(value, torch.Tensor) or value.shape != box.lengths:
+            whole[name] = value.clone() if isinstance(value, torch.Tensor) else value
+            continue
+        target = whole.get(name)
+        if not isinstance(target, torch.Tensor) or not _has_shape(target, parameter) or target.dtype != value.dtype:
+            whole[name] = target = torch.zeros(parameter.shape, dtype=value.dtype, device=value.device)
+        box.of(target).copy_(value)
 
 
 def _fusible(parameter: torch.Tensor) -> bool:

@@ -104,6 +104,13 @@ class GraphRunner:
         self.kind: Kind = kind_of(optimizer)
         self.programs: ProgramSet = lower(graph, plan, whole_parameters=self.kind != "element")
         check(self.programs)
+        self.held = dict(self.programs.held.get(process, {}))
+        self._stored = {
+            name: nn.Parameter(self.held[name].of(value.detach()).clone(memory_format=torch.contiguous_format))
+            if name in self.held
+            else value
+            for name, value in self.parameters.items()
+        }
         if transport is not None:  # rules found by search may differ where caches do: never run unequal programs
             Team(transport).require_equal(digest(self.programs), "programs")
         self._check_coupled()
@@ -111,10 +118,16 @@ class GraphRunner:
         self._shards = (
             None
             if self.kind == "coupled"
-            else OptimizerShards(optimizer, self.parameters, layout, whole=self.kind == "parameter")
+            else OptimizerShards(
+                optimizer,
+                self._stored,
+                layout,
+                whole=self.kind == "parameter",
+                parts={name: (self.parameters[name], box) for name, box in self.held.items()},
+            )
         )
         constants = {item.name: graph.constants[item.name] for item in graph.inputs_of(InputKind.CONSTANT)}
-        values = {name: value.detach() for name, value in self.parameters.items()}
+        values = {name: value.detach() for name, value in self._stored.items()}
         self._engine = Engine(
             self.programs,
             plan,
@@ -167,9 +180,18 @@ class GraphRunner:
         return min(holders, default=0)
 
     def collect(self) -> None:
-        """Brings the optimizer's state into the user's optimizer."""
+        """Brings the optimizer's state into the user's optimizer, and parts of weights into the user's model."""
         if self._shards is not None:
             self._shards.collect()
+        with torch.no_grad():
+            for name, box in self.held.items():
+                box.of(self.parameters[name]).copy_(self._stored[name])
+
+    def take_weights(self) -> None:
+        """Takes the parts that this process stores of its own from the user's model."""
+        with torch.no_grad():
+            for name, box in self.held.items():
+                self._stored[name].copy_(box.of(self.parameters[name]))
 
     def load_state(self) -> None:
         """Takes the state from the user's optimizer."""
@@ -188,6 +210,12 @@ class GraphRunner:
             parameter.grad = gradient.view(parameter.shape).clone()
 
     def _check_coupled(self) -> None:
+        if self.kind != "element" and any(self.programs.held.values()):
+            raise InputError(
+                f"{type(self.optimizer).__name__} needs whole parameters, so every process must store them whole, but "
+                "the plan cuts some over processes; keep the tensor axis inside a process, drop fully_sharded, or use "
+                "an element-wise optimizer"
+            )
         processes = {program.process for program in self.programs.programs}
         if self.kind == "coupled" and len(processes) > 1 and self.plan.axes.get("pipeline", 1) > 1:
             raise InputError(
@@ -293,6 +321,9 @@ class BlockRunner:
 
     def load_state(self) -> None:
         """The user's optimizer holds its own state."""
+
+    def take_weights(self) -> None:
+        """The user's model holds the weights."""
 
     def close(self) -> None:
         """Nothing runs between steps."""

@@ -22,6 +22,7 @@ from partita.program.timeline import Timeline
 from partita.runtime.transport import Transport
 from partita.training.arguments import check_sync_target
 from partita.training.checkpoint import read_checkpoint, write_checkpoint
+from partita.training.collecting import collect_all
 from partita.training.diagnose import first_non_finite
 from partita.training.events import Checkpointed, StepFinished, WarningRaised, emit
 from partita.training.inputs import BatchKey, BatchLeaves, check_structure, take_apart
@@ -29,7 +30,7 @@ from partita.training.job import Team
 from partita.training.loading import ShardedBatch, whole_shape
 from partita.training.optimizers import check_optimizer
 from partita.training.planning import block_plan
-from partita.training.runners import BlockRunner, GraphRunner, LossFn, named_state, owners_of
+from partita.training.runners import BlockRunner, GraphRunner, LossFn, owners_of
 from partita.training.watch import Watch
 from partita.units import split_evenly
 
@@ -249,6 +250,8 @@ class Step:
             own = self._setup.model.state_dict()
             for name, value in found.weights.items():
                 own[name].copy_(value)
+        for runner in self._runners.values():
+            runner.take_weights()
         self._setup.optimizer.load_state_dict(found.optimizer_state)
         torch.set_rng_state(found.extra["random_state"])
         self._num_steps = found.step
@@ -341,6 +344,7 @@ class Step:
         moves = owners_differ(old, new)
         if moves and not self._setup.team.is_alone:  # another process computes from now on: it needs what others have
             self._collect()
+        new.take_weights()
         new.load_state()
 
     def _adapt(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
@@ -384,6 +388,8 @@ class Step:
             return
         found = ""
         if isinstance(runner, GraphRunner):
+            if runner.held:  # the op is looked for with whole weights
+                self._collect()
             found = first_non_finite(runner.graph, runner.parameters, runner.buffers, batch)
             torch.set_rng_state(random_state)
         raise NonFiniteLossError(
@@ -405,29 +411,7 @@ class Step:
             self._current.collect()
         if team.is_alone:
             return
-        parameters, buffers = named_state(self._setup.model)
-        if not isinstance(self._current, GraphRunner):
-            team.spread([*parameters.values(), *buffers.values()])
-            self._setup.optimizer.load_state_dict(team.from_first(self._setup.optimizer.state_dict()))
-            return
-        owners = owners_of(self._current.programs)
-        for name, value in parameters.items():
-            team.spread([value], source=owners.get(name, (0,))[0])
-        for name, buffer in buffers.items():
-            team.spread([buffer], source=self._current.buffer_owner(name))
-        self._collect_optimizer(parameters, owners)
-
-    def _collect_optimizer(self, parameters: dict[str, nn.Parameter], owners: Any) -> None:
-        team, state = self._setup.team, self._setup.optimizer.state
-        for source in range(team.num_processes):
-            mine = [name for name, found in owners.items() if found[0] == source]
-            theirs = {name: state.get(parameters[name], {}) for name in mine} if team.rank == source else None
-            if team.num_processes > 1 and mine:
-                found_state = team.from_first(theirs, "collecting the optimizer's state", source=source)
-                if team.rank != source and found_state is not None and isinstance(self._current, GraphRunner):
-                    for name, value in found_state.items():
-                        if team.rank not in owners[name]:
-                            state[parameters[name]] = value
+        collect_all(team, self._setup.model, self._setup.optimizer, self._current)
 
 
 class TooFewRowsError(PlanError):
@@ -436,7 +420,7 @@ class TooFewRowsError(PlanError):
 
 def owners_differ(old: GraphRunner | BlockRunner, new: GraphRunner | BlockRunner) -> bool:
     """Whether parameters live on other processes under the new programs."""
-    if isinstance(old, GraphRunner) and isinstance(new, GraphRunner):
+    if isinstance(old, GraphRunner) and isinstance(new, GraphRunner) and not (old.held or new.held):
         return owners_of(old.programs) != owners_of(new.programs)
     return True
 

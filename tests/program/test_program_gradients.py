@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from partita.program.exchange import cut_slices
+from partita.program.gradients import cut_slices
 from partita.program.instructions import Slice
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8).map(

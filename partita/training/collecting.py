@@ -1,0 +1,93 @@
+"""Brings weights, buffers and optimizer state together on every process, after which each has all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from partita.program.instructions import Box
+from partita.training.job import Team
+from partita.training.optimizers import paste_state
+from partita.training.runners import GraphRunner, named_state, owners_of
+
+
+def collect_all(team: Team, model: nn.Module, optimizer: torch.optim.Optimizer, runner: object) -> None:
+    """Makes `model` and `optimizer` of every process current; `runner` has brought in what this process has."""
+    parameters, buffers = named_state(model)
+    if not isinstance(runner, GraphRunner):
+        team.spread([*parameters.values(), *buffers.values()])
+        optimizer.load_state_dict(team.from_first(optimizer.state_dict()))
+        return
+    owners = owners_of(runner.programs)
+    parts = _parts(runner)
+    for name, value in parameters.items():
+        if name in parts:
+            for source, box in parts[name].items():
+                team.spread([box.of(value.detach())], source=source)
+        else:
+            team.spread([value], source=owners.get(name, (0,))[0])
+    for name, buffer in buffers.items():
+        team.spread([buffer], source=runner.buffer_owner(name))
+    whole = {name: found for name, found in owners.items() if name not in parts}
+    _collect_state(team, optimizer, parameters, whole)
+    _collect_parts_of_state(team, optimizer, parameters, parts)
+
+
+def _parts(runner: GraphRunner) -> dict[str, dict[int, Box]]:
+    """Parameter -> process -> the box that it brings, each box once, of the parameters that no process has whole."""
+    found: dict[str, dict[int, Box]] = {}
+    for process, held in sorted(runner.programs.held.items()):
+        for name, box in held.items():
+            by_process = found.setdefault(name, {})
+            if box not in by_process.values():
+                by_process[process] = box
+    return found
+
+
+def _collect_state(
+    team: Team,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    owners: Mapping[str, tuple[int, ...]],
+) -> None:
+    state = optimizer.state
+    for source in range(team.num_processes):
+        mine = [name for name, found in owners.items() if found[0] == source]
+        theirs = {name: state.get(parameters[name], {}) for name in mine} if team.rank == source else None
+        if mine:
+            found_state = team.from_first(theirs, "collecting the optimizer's state", source=source)
+            if team.rank != source and found_state is not None:
+                for name, value in found_state.items():
+                    if team.rank not in owners[name]:
+                        state[parameters[name]] = value
+
+
+def _collect_parts_of_state(
+    team: Team,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    parts: Mapping[str, Mapping[int, Box]],
+) -> None:
+    for source in sorted({process for by_process in parts.values() for process in by_process}):
+        mine = {name: by_process[source] for name, by_process in parts.items() if source in by_process}
+        theirs: dict[str, dict[str, Any]] | None = None
+        if team.rank == source:
+            theirs = {name: _part(optimizer.state.get(parameters[name], {}), parameters[name], box)
+                      for name, box in mine.items()}  # fmt: skip
+        found = team.from_first(theirs, "collecting parts of the optimizer's state", source=source)
+        if team.rank != source:
+            for name, part in found.items():
+                if part:
+                    paste_state(optimizer.state[parameters[name]], parameters[name], mine[name], part)
+
+
+def _part(state: Mapping[str, Any], parameter: torch.Tensor, box: Box) -> dict[str, Any]:
+    return {
+        key: box.of(value).contiguous().clone()
+        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        else value
+        for key, value in state.items()
+    }
