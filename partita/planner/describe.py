@@ -16,9 +16,12 @@ def title(plan: Plan) -> str:
     threads = f"{plan.threads_per_worker} thread{'s' if plan.threads_per_worker > 1 else ''} each"
     if plan.mode == "block":
         return f"plain PyTorch ({'torch.compile' if plan.compiled else 'eager'}), {threads}"
-    data, pipeline = plan.axes.get("data", 1), plan.axes.get("pipeline", 1)
+    data, pipeline, tensor = (plan.axes.get(axis, 1) for axis in ("data", "pipeline", "tensor"))
+    mesh = f"data {data} x pipeline {pipeline}" + (f" x tensor {tensor}" if tensor > 1 else "")
     workers = f"{plan.num_workers} worker{'s' if plan.num_workers > 1 else ''}"
-    text = f"{workers}: data {data} x pipeline {pipeline}, {threads}, {how}"
+    text = f"{workers}: {mesh}, {threads}, {how}"
+    if any("data" in by_axis for by_axis in plan.inputs.values()):
+        text += ", fully sharded"
     if plan.num_microbatches > 1:
         text += f", {plan.num_microbatches} microbatches, {plan.schedule}"
     return text
@@ -52,7 +55,9 @@ def table(plan: Plan) -> str:
         rows.append(
             (
                 f"worker {worker.index}",
-                f"stage {worker.stage}, data {worker.data}: process {worker.process}, machine {worker.machine}, "
+                f"stage {worker.stage}, data {worker.data}"
+                + (f", tensor {worker.tensor}" if plan.axes.get("tensor", 1) > 1 else "")
+                + f": process {worker.process}, machine {worker.machine}, "
                 f"{device}",
             )
         )

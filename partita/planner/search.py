@@ -133,7 +133,8 @@ def _graph_plan(
         mode="graph",
         graph_fingerprint=graph.fingerprint,
         cluster_fingerprint=cluster_fingerprint(cluster),
-        axes={"pipeline": corner.pipeline, "data": corner.data, "tensor": corner.tensor},
+        axes={"pipeline": corner.pipeline, "data": corner.data}
+        | ({"tensor": corner.tensor} if corner.tensor > 1 else {}),
         inputs=placed_inputs(graph, corner.data, corner.tensor, constraints),
         workers=corner.workers,
         threads_per_worker=corner.threads_per_worker,
