@@ -27,7 +27,7 @@ from benchmarks.families import Family, Task
 from benchmarks.processes import Child, ChildError, Group, Message, serve
 from partita.errors import CaptureError, InfeasibleError
 from partita.graph import capture
-from partita.graph.graph import Phase
+from partita.graph.graph import Graph, InputKind, Phase
 
 NUM_STEPS = 10
 LOSS_LIMIT, WEIGHT_LIMIT = 1e-4, 1e-3
@@ -39,20 +39,27 @@ COLUMNS = ("family", "case", "optimizer", "verdict", "loss_difference", "weight_
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A forced plan. `crosses` demands that stages lie in different processes."""
+    """A forced plan. `crosses` demands that stages lie in different processes; `cut` says which inputs of the step are
+    cut over the tensor axis (see `cut_inputs`; "" leaves that to the planner)."""
 
     name: str
     num_processes: int
-    data: int
-    pipeline: int
+    data: int = 1
+    pipeline: int = 1
+    tensor: int = 1
+    cut: str = ""
+    fully_sharded: bool = False
     num_microbatches: int = 1
     crosses: bool = False
 
-    def constraints(self, compiled: bool, middle: str) -> partita.Constraints:
+    def constraints(self, compiled: bool, middle: str, graph: Graph | None) -> partita.Constraints:
         return partita.Constraints(
             data=self.data,
             pipeline=self.pipeline,
-            num_workers=self.data * self.pipeline,
+            tensor=self.tensor,
+            num_workers=self.data * self.pipeline * self.tensor,
+            inputs=cut_inputs(graph, self.cut, self.tensor) if self.cut and graph is not None else None,
+            fully_sharded=self.fully_sharded,
             num_microbatches=self.num_microbatches,
             threads_per_worker=1,
             compiled=compiled,
@@ -69,7 +76,44 @@ CASES: tuple[Case, ...] = (
     Case(name="data 2 x pipeline 2", num_processes=1, data=2, pipeline=2),
     Case(name="2 processes, data 2", num_processes=2, data=2, pipeline=1),
     Case(name="2 processes x 2 workers", num_processes=2, data=2, pipeline=2, crosses=True),
-)
+    Case(name="tensor 2", num_processes=1, tensor=2),
+    Case(name="tensor 2, rows of weights", num_processes=1, tensor=2, cut="rows"),
+    Case(name="tensor 2, columns of weights", num_processes=1, tensor=2, cut="columns"),
+    Case(name="tensor 2, sequence", num_processes=1, tensor=2, cut="sequence"),
+    Case(name="tensor 4, experts or rows", num_processes=1, tensor=4, cut="experts"),
+    Case(name="data 2, fully sharded", num_processes=1, data=2, fully_sharded=True),
+    Case(name="data 2 x tensor 2, fully sharded", num_processes=1, data=2, tensor=2, cut="rows", fully_sharded=True),
+    Case(name="tensor 2 x pipeline 2", num_processes=1, pipeline=2, tensor=2, cut="columns"),
+    Case(name="2 processes, tensor 2", num_processes=2, tensor=2, cut="rows"),
+    Case(name="2 processes, fully sharded", num_processes=2, data=2, fully_sharded=True),
+    Case(name="2 processes x 2 workers, data 2 x tensor 2", num_processes=2, data=2, tensor=2, cut="columns"),
+    Case(name="2 processes x 2 workers, tensor 2 x pipeline 2", num_processes=2, pipeline=2, tensor=2, cut="rows",
+         crosses=True),
+)  # fmt: skip
+
+
+def cut_inputs(graph: Graph, cut: str, size: int) -> dict[str, dict[str, str]]:
+    """Which inputs are cut over the tensor axis: "rows" (dim 0 of every parameter), "columns" (dim 1 of every one that
+    has it), "sequence" (dim 1 of the batch) or "experts" (dim 0 of weights of rank 3 and of those named after experts;
+    rows where there are none). Wise or not, the result must be the same."""
+    parameters, leaves = graph.inputs_of(InputKind.PARAMETER), graph.inputs_of(InputKind.BATCH)
+    experts = [item for item in parameters if "expert" in item.name and len(item.shape) >= 2]
+    chosen, dim = {
+        "rows": (parameters, 0),
+        "columns": (parameters, 1),
+        "sequence": (leaves, 1),
+        "experts": (experts or parameters, 0),
+    }[cut]
+    return {
+        fnmatch_name(item.name): {"tensor": f"S({dim})"}
+        for item in chosen
+        if len(item.shape) > dim and item.shape[dim] >= size
+    }
+
+
+def fnmatch_name(name: str) -> str:
+    """A pattern that fits this name only."""
+    return name.replace("[", "[[]")
 
 
 @dataclass(frozen=True)
@@ -90,7 +134,7 @@ class Examiner:
     def __init__(self) -> None:
         self._key: tuple[str, str] | None = None
         self._plain: Course | None = None
-        self._middles: dict[str, str] = {}
+        self._graphs: dict[str, Graph | None] = {}
 
     def __call__(self, message: Message) -> Row:
         import torch
@@ -102,29 +146,34 @@ class Examiner:
         if self._key != (family.name, optimizer_name):
             self._plain, self._key = plain_course(family, optimizer_name), (family.name, optimizer_name)
         assert self._plain is not None
-        middle = self._middle(family) if case.pipeline > 1 else ""
+        graph = self._graph(family)
+        middle = middle_of(graph) if case.pipeline > 1 and graph is not None else ""
         try:
-            course, plan = partita_course(family, optimizer_name, case.constraints(message["compiled"], middle))
+            course, plan = partita_course(family, optimizer_name, case.constraints(message["compiled"], middle, graph))
         except InfeasibleError as error:
             if case.num_microbatches > 1 and "must give the same result as the whole batch" in str(error):
                 return {"verdict": "refused", "reason": first_line(error)}
             raise
         return judge(case, plan, self._plain, course)
 
-    def _middle(self, family: Family) -> str:
-        """The forward op in the middle of the graph; "" if it cannot be captured, which the plan will then refuse.
-
-        Left alone, the planner gives one stage nearly all ops: without microbatches, stages only wait.
-        """
-        if family.name not in self._middles:
+    def _graph(self, family: Family) -> Graph | None:
+        """The captured step; None if it cannot be captured, which the plan will then refuse."""
+        if family.name not in self._graphs:
             task = family.task()
             try:
-                graph = capture(task.model, task.loss_fn, task.batches(0))
+                self._graphs = {family.name: capture(task.model, task.loss_fn, task.batches(0))}
             except CaptureError:
-                return ""
-            forward = [node.name for node, info in graph.ops() if info.phase is Phase.FORWARD]
-            self._middles[family.name] = forward[len(forward) // 2]
-        return self._middles[family.name]
+                self._graphs = {family.name: None}
+        return self._graphs[family.name]
+
+
+def middle_of(graph: Graph) -> str:
+    """The forward op in the middle of the graph.
+
+    Left alone, the planner gives one stage nearly all ops: without microbatches, stages only wait.
+    """
+    forward = [node.name for node, info in graph.ops() if info.phase is Phase.FORWARD]
+    return forward[len(forward) // 2]
 
 
 def plain_course(family: Family, optimizer_name: str) -> Course:
@@ -178,8 +227,8 @@ def judge(case: Case, plan: partita.Plan, plain: Course, course: Course) -> Row:
     if plan.mode == "block":
         captured = not any("could not be captured" in reason for reason in plan.reasons)
         return {**row, "verdict": "block" if captured else "fallback"}
-    extents = (plan.axes.get("data", 1), plan.axes.get("pipeline", 1))
-    if extents != (case.data, case.pipeline):
+    extents = tuple(plan.axes.get(axis, 1) for axis in ("data", "pipeline", "tensor"))
+    if extents != (case.data, case.pipeline, case.tensor):
         return {**row, "verdict": "another plan"}
     if case.crosses and any((1 - stage, process) in crossing for stage, process in crossing):
         return {**row, "verdict": "another plan", "reason": "the stages do not lie in different processes"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from partita.errors import PlanError
 from partita.graph.graph import Graph, OutputKind
 from partita.plan import Plan, Worker
 from partita.program.boxes import Boxes
@@ -127,31 +126,27 @@ class StepEnd:
         return self.plan.workers[worker].process == process
 
     def _spread_parameters(self) -> None:
-        """Processes that read a parameter but do not update it receive the new value."""
+        """Processes that read a parameter but do not update it receive the new value, or the parts that they read, from
+        the workers at the same coordinates of the stage that updates it."""
         by_process = self._by_process(self.plan.workers)
-        moves: list[tuple[str, Worker, int]] = []
+        moves: list[tuple[str, Worker, Worker]] = []
         for item in self.results:
             if item.kind is not OutputKind.GRADIENT:
                 continue
-            owners = self._updated_by(item.target)
-            have = {worker.process for worker in owners}
+            owners = {(worker.data, worker.tensor): worker for worker in self._updated_by(item.target)}
+            have = {worker.process for worker in owners.values()}
             for process in by_process:
-                if process not in have and any(self._is_in(w, process) for w in self._reading(item.target)):
-                    if self.boxes.is_cut(item.target):
-                        raise PlanError(
-                            f"a parameter that stages on several processes read must be whole on each, but "
-                            f'{item.target!r} is cut; place it as "R", or use pipeline=1'
-                        )
-                    moves.append((item.target, owners[0], process))
-        for process in dict.fromkeys([m[1].process for m in moves] + [m[2] for m in moves]):
+                readers = [w for w in by_process[process] if w.index in self._reading(item.target)]
+                if process not in have and readers:
+                    boxes = {self.boxes.box(worker, item.target): worker for worker in reversed(readers)}
+                    moves += [(item.target, owners[w.data, w.tensor], w) for w in reversed(boxes.values())]
+        for process in dict.fromkeys([m[1].process for m in moves] + [m[2].process for m in moves]):
             self._barrier(process, by_process[process], "before_spread")
-        for name, owner, process in moves:
-            known = self._shape[name]
-            spec = TensorSpec(known.shape, known.dtype)
-            receiver = by_process[process][0].index
-            key = f"p:{name}:{process}"
-            self.programs[owner.index].append(Send(f"p:{name}", receiver, key, spec))
-            self.programs[receiver].append(Recv(f"p:{name}", owner.index, key, spec))
+        for name, owner, reader in moves:
+            spec = TensorSpec(self.boxes.box(reader, name).lengths, self._shape[name].dtype)
+            key = f"p:{name}:{reader.index}"
+            self.programs[owner.index].append(Send(f"p:{name}", reader.index, key, spec))
+            self.programs[reader.index].append(Recv(f"p:{name}", owner.index, key, spec))
 
     def _spread_loss(self) -> None:
         """Every worker has the loss before it updates anything: one that is not finite must not spoil the weights."""

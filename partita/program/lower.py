@@ -148,12 +148,13 @@ class _Lowering:
         return result
 
     def _local(self, worker: Worker, microbatch: int) -> tuple[Local, LocalTasks]:
-        local = self.split.locals[microbatch, worker.data, worker.tensor]
-        key = id(local.module)
-        if key not in self.tasks:
+        if not self.tasks:
             merged = [len(schedule[0].phases) == 2 for schedule in self.schedules]
-            self.tasks[key] = build_tasks(self.graph, local.module, self.cuts, merged, self.store)
-        return local, self.tasks[key]
+            modules = list({id(local.module): local.module for local in self.split.locals.values()}.values())
+            built = build_tasks(self.graph, modules, self.cuts, merged, self.store)
+            self.tasks = {id(module): tasks for module, tasks in zip(modules, built, strict=True)}
+        local = self.split.locals[microbatch, worker.data, worker.tensor]
+        return local, self.tasks[id(local.module)]
 
     def _results(self) -> list[Result]:
         _, tasks = self._local(self.plan.workers[0], 0)

@@ -98,24 +98,56 @@ def _segment(
     )
 
 
+def levels_of(nodes: Sequence[fx.Node], least: Mapping[str, int]) -> dict[fx.Node, int]:
+    """The level of every node of one task; `least` gives, by name, what exchanges wait for at least."""
+    inside = set(nodes)
+    level: dict[fx.Node, int] = {}
+    for node in nodes:
+        level[node] = max((level[i] + is_exchange(i) for i in node.all_input_nodes if i in inside), default=0)
+        if is_exchange(node):
+            level[node] = max(level[node], least.get(node.name, 0))
+    return level
+
+
+def common_levels(tasks: Sequence[Sequence[fx.Node]]) -> dict[str, int]:
+    """Levels of the exchanges of one task of several workers, by name, such that all workers come to them in the same
+    order, although some of them wait for less before (zeros in place of a summand need no waiting).
+
+    The least fixed point: an exchange is at the highest level that any worker gives it.
+    """
+    found: dict[str, int] = {}
+    while True:
+        before = dict(found)
+        for nodes in tasks:
+            for node, level in levels_of(nodes, found).items():
+                if is_exchange(node):
+                    found[node.name] = max(found.get(node.name, 0), level)
+        if found == before:
+            return found
+
+
 def cut_task(
-    nodes: Sequence[fx.Node], is_needed_later: Mapping[str, bool], results: Iterable[fx.Node], store: SegmentStore
+    nodes: Sequence[fx.Node],
+    is_needed_later: Mapping[str, bool],
+    results: Iterable[fx.Node],
+    store: SegmentStore,
+    least: Mapping[str, int] | None = None,
 ) -> tuple[Level, ...]:
     """Cuts the nodes of one task (in order) into levels.
 
     `is_needed_later[name]` says that a node is read by another task or another stage; `results` are nodes of the task
     whose values are results of the step (gradients, loss, buffers): they come after the other outputs, in order.
+    `least` are the levels that exchanges have on other workers (`common_levels`).
     """
     inside = set(nodes)
-    level: dict[fx.Node, int] = {}
-    for node in nodes:
-        level[node] = max((level[i] + is_exchange(i) for i in node.all_input_nodes if i in inside), default=0)
+    level = levels_of(nodes, least or {})
     results = [node for node in results if node in inside]
     num_levels = max(level.values(), default=-1) + 1
     made: list[Level] = []
     for index in range(num_levels):
         here = [node for node in nodes if level[node] == index and not is_exchange(node)]
-        exchanges = tuple(node for node in nodes if level[node] == index and is_exchange(node))
+        waiting = [node for node in nodes if level[node] == index and is_exchange(node)]
+        exchanges = tuple(sorted(waiting, key=lambda node: node.name) if least else waiting)
         own = set(here)
         outputs = [
             node

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from partita.graph.graph import Graph, OutputKind, Phase
-from partita.program.segments import Level, SegmentStore, cut_task, is_exchange
+from partita.program.segments import Level, SegmentStore, common_levels, cut_task, is_exchange
 from partita.program.stages import StageCuts, Staging, assign_stages
 
 Phases = tuple[Phase, ...]
@@ -46,28 +46,71 @@ class LocalTasks:
     result_stage: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Staged:
+    """A local graph whose ops have found their stages."""
+
+    module: fx.GraphModule
+    staging: Staging
+    members: Mapping[tuple[int, Phase], set[fx.Node]]
+    results: tuple[fx.Node, ...]
+
+    def nodes_of(self, stage: int, phases: Phases) -> list[fx.Node]:
+        """The ops of one task, in order."""
+        groups = [self.members[stage, phase] for phase in phases]
+        return [node for node in self.module.graph.nodes if any(node in group for group in groups)]
+
+
 def build_tasks(
-    graph: Graph, module: fx.GraphModule, cuts: StageCuts, merged: Sequence[bool], store: SegmentStore
-) -> LocalTasks:
-    """Builds the tasks of a local graph. `merged[stage]`: forward and backward of the stage run as one task."""
+    graph: Graph,
+    modules: Sequence[fx.GraphModule],
+    cuts: StageCuts,
+    merged: Sequence[bool],
+    store: SegmentStore,
+) -> list[LocalTasks]:
+    """Builds the tasks of the local graphs of one job, whose exchanges all come in one order. `merged[stage]`: forward
+    and backward of the stage run as one task."""
+    staged = [_stage(graph, module, cuts) for module in modules]
+    common: dict[tuple[int, Phases], dict[str, int]] = {}
+    if len(staged) > 1:
+        for stage in range(cuts.num_stages):
+            for phases in _task_phases(merged[stage]):
+                common[stage, phases] = common_levels([item.nodes_of(stage, phases) for item in staged])
+    return [_local_tasks(item, cuts.num_stages, merged, common, store) for item in staged]
+
+
+def _task_phases(merged: bool) -> list[Phases]:
+    return [BOTH] if merged else [(Phase.FORWARD,), (Phase.BACKWARD,)]
+
+
+def _stage(graph: Graph, module: fx.GraphModule, cuts: StageCuts) -> _Staged:
     module = with_plain_results(module)
     inputs = {item.node: item for item in graph.inputs}
     staging = assign_stages(module, cuts, inputs, _gradient_homes(graph, module))
     results: tuple[fx.Node, ...] = tuple(module.graph.output_node().args[0])  # type: ignore[arg-type]
-    members = _members(module, staging, results)
+    return _Staged(module, staging, _members(module, staging, results), results)
+
+
+def _local_tasks(
+    staged: _Staged,
+    num_stages: int,
+    merged: Sequence[bool],
+    common: Mapping[tuple[int, Phases], Mapping[str, int]],
+    store: SegmentStore,
+) -> LocalTasks:
+    module, staging, members, results = staged.module, staged.staging, staged.members, staged.results
     transfers = _transfers(members, staging)
     levels: dict[tuple[int, Phases], tuple[Level, ...]] = {}
     receives: dict[tuple[int, Phases], list[Transfer]] = defaultdict(list)
     sends: dict[tuple[int, Phases], list[Transfer]] = defaultdict(list)
-    for stage in range(cuts.num_stages):
-        groups: list[Phases] = [BOTH] if merged[stage] else [(Phase.FORWARD,), (Phase.BACKWARD,)]
-        for phases in groups:
-            nodes = [node for node in module.graph.nodes if any(node in members[stage, phase] for phase in phases)]
+    for stage in range(num_stages):
+        for phases in _task_phases(merged[stage]):
+            nodes = staged.nodes_of(stage, phases)
             inside = set(nodes)
             sent = {transfer.node for transfer in transfers if transfer.source == stage}
             later = {node.name: node in sent or _read_outside(node, inside, members, stage) for node in nodes}
             own_results = [node for node in results if _stage_of_result(node, staging) == stage]
-            levels[stage, phases] = cut_task(nodes, later, own_results, store)
+            levels[stage, phases] = cut_task(nodes, later, own_results, store, common.get((stage, phases)))
             receives[stage, phases] += [t for t in transfers if t.target == stage and t.phase in phases]
             sends[stage, phases] += [t for t in transfers if t.source == stage and t.node in inside]
     return LocalTasks(
