@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from partita.errors import PlanError
 from partita.plan import Plan, Worker
@@ -12,13 +12,13 @@ from partita.program.instructions import Box
 class Boxes:
     """The parts of parameters under a plan.
 
-    A process stores the least box that holds what its workers read: the whole parameter where they are all parts of it
-    (its workers then have views of one storage), or only a part, where other processes have the rest.
+    A process stores the least box that holds what its workers read or update: the whole parameter where they are all
+    parts of it (its workers then have views of one storage), or only a part, where other processes have the rest.
 
     Args:
         shapes: of all parameters.
         cut: parameter -> worker -> the box that it reads; parameters and workers that are not named read all of it.
-        readers: ``p:NAME`` -> workers that read the parameter.
+        users: parameter -> workers that read or update it.
 
     Raises:
         PlanError: the parts of a process leave a gap between them.
@@ -29,13 +29,13 @@ class Boxes:
         plan: Plan,
         shapes: Mapping[str, tuple[int, ...]],
         cut: Mapping[str, Mapping[int, Box]],
-        readers: Mapping[str, Sequence[int]],
+        users: Mapping[str, Collection[int]],
     ) -> None:
         self._shapes, self._cut = shapes, cut
         self._storages: dict[tuple[int, str], Box] = {}
         for name in cut:
             here: dict[int, list[int]] = {}
-            for index in readers.get(f"p:{name}", ()):
+            for index in sorted(users.get(name, ())):
                 here.setdefault(plan.workers[index].process, []).append(index)
             for process, workers in here.items():
                 self._storages[process, name] = self._hull(name, workers, process)

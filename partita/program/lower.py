@@ -122,10 +122,9 @@ class _Lowering:
             self._prologue(worker)
             for task in self.schedules[worker.stage]:
                 self._task(worker, task)
-        boxes = self._boxes()
-        end = StepEnd(
-            self.graph, self.plan, self._results(), self.readers, boxes, whole_parameters=self.whole_parameters
-        )
+        results = self._results()
+        boxes = self._boxes(results)
+        end = StepEnd(self.graph, self.plan, results, self.readers, boxes, whole_parameters=self.whole_parameters)
         end.build()
         programs = []
         for worker in self.plan.workers:
@@ -177,8 +176,8 @@ class _Lowering:
             )
         return found
 
-    def _boxes(self) -> Boxes:
-        """Which part of each parameter a worker reads."""
+    def _boxes(self, results: Sequence[Result]) -> Boxes:
+        """Which part of each parameter a worker reads and updates."""
         parameters = {item.node: item for item in self.graph.inputs_of(InputKind.PARAMETER)}
         found: dict[str, dict[int, Box]] = {}
         for worker in self.plan.workers:
@@ -187,7 +186,11 @@ class _Lowering:
                 if node in parameters:
                     found.setdefault(parameters[node].name, {})[worker.index] = box
         shapes = {item.name: item.shape for item in parameters.values()}
-        return Boxes(self.plan, shapes, found, self.readers)
+        users = {name: set(self.readers[f"p:{name}"]) for name in found}
+        for result in results:
+            if result.kind is OutputKind.GRADIENT and result.target in users:
+                users[result.target] |= {w.index for w in self.plan.workers if w.stage == result.stage}
+        return Boxes(self.plan, shapes, found, users)
 
     # Registers -------------------------------------------------------------------------------------------------
 

@@ -73,6 +73,7 @@ def build_tasks(
     staged = [_stage(graph, module, cuts) for module in modules]
     common: dict[tuple[int, Phases], dict[str, int]] = {}
     if len(staged) > 1:
+        _share_exchanges(staged)
         for stage in range(cuts.num_stages):
             for phases in _task_phases(merged[stage]):
                 common[stage, phases] = common_levels([item.nodes_of(stage, phases) for item in staged])
@@ -166,6 +167,29 @@ def _stage_of_result(node: fx.Node, staging: Staging) -> int:
     return staging.stage.get(node.name, staging.num_stages - 1)
 
 
+def _share_exchanges(staged: Sequence[_Staged]) -> None:
+    """An exchange of free values (a norm of weights, say) runs on the stages that need what comes of it, on all workers
+    of its axis: also where a worker has zeros in its place and does not read it."""
+    wanted: dict[tuple[int, Phase], set[str]] = defaultdict(set)
+    for item in staged:
+        for key, group in item.members.items():
+            wanted[key] |= {node.name for node in group if is_exchange(node) and node.name in item.staging.free}
+    for item in staged:
+        for (stage, phase), names in wanted.items():
+            for node in [node for node in item.module.graph.nodes if node.name in names]:
+                _add_with_sources(node, item.members[stage, phase], item.staging)
+
+
+def _add_with_sources(node: fx.Node, group: set[fx.Node], staging: Staging) -> None:
+    """Adds a node and the free ones that it needs."""
+    if node.op != "call_function" or node in group:
+        return
+    group.add(node)
+    for source in node.all_input_nodes:
+        if source.name in staging.free:
+            _add_with_sources(source, group, staging)
+
+
 def _members(
     module: fx.GraphModule, staging: Staging, results: Sequence[fx.Node]
 ) -> dict[tuple[int, Phase], set[fx.Node]]:
@@ -175,10 +199,9 @@ def _members(
     }
 
     def add(node: fx.Node, stage: int) -> None:
-        group = members[stage, staging.phase[node.name]]
-        if node.op != "call_function" or node in group:
+        if node.op != "call_function" or node in members[stage, staging.phase[node.name]]:
             return
-        group.add(node)
+        members[stage, staging.phase[node.name]].add(node)
         for item in node.all_input_nodes:
             if item.name in staging.free:
                 add(item, stage)

@@ -16,6 +16,7 @@ from partita.sharding import communication
 from partita.sharding.calls import Slot, TensorSpec, Value, fill_slots
 from partita.sharding.placement import Placement, Shard
 from partita.sharding.propagate import Call, Conversion, Step
+from partita.sharding.rules_exchanges import is_exchange_call
 
 aten = torch.ops.aten
 LOCAL_KINDS = frozenset({"slice", "keep", "pad"})
@@ -32,7 +33,8 @@ class Layout:
 
 
 def live_steps(steps: Sequence[Step], outputs: Sequence[tuple[Value, Placement] | Any]) -> list[Step]:
-    """The steps that an output needs. Decided once for all workers, so that all take part in the same exchanges."""
+    """The steps that an output needs. Decided once for all workers, so that all take part in the same exchanges; those
+    along an axis that was split before stay, since other workers of it may need what comes of them."""
     wanted = {item for item in outputs if isinstance(item, tuple)}
     kept: list[Step] = []
     for step in reversed(steps):
@@ -42,7 +44,8 @@ def live_steps(steps: Sequence[Step], outputs: Sequence[tuple[Value, Placement] 
                 wanted.add((step.value, step.source))
             continue
         results = zip(step.op.outputs, step.output_placements, strict=True)
-        if step.op.call.is_random or any((value, placement) in wanted for value, placement in results):
+        kept_anyway = step.op.call.is_random or is_exchange_call(step.op.call)
+        if kept_anyway or any((value, placement) in wanted for value, placement in results):
             kept.append(step)
             pairs = zip(step.inputs, step.input_placements, strict=True)
             wanted.update((value, placement) for value, placement in pairs if placement is not None)

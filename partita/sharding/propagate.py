@@ -186,6 +186,8 @@ class Propagation:
             # Draws happen in the order of the program, whole, on every worker alike.
             return self._apply(op, inputs, Choice(replicate_rule(op.call), Blocks(), 0.0, False))
         if not varied:
+            if is_exchange_call(op.call) and op.outputs[0] is not None:
+                self._pull_whole(op.outputs[0])  # wanted or not: the other workers of its axis take part in it as well
             return 0.0
         wanted = self._wanted.get(op.name)
         choice = self._choose(op, inputs, wanted)

@@ -171,6 +171,8 @@ def make_plan(
     *,
     data: int = 1,
     pipeline: int = 1,
+    tensor: int = 1,
+    inputs: dict[str, dict[str, str]] | None = None,
     microbatches: int = 1,
     schedule: str = "1f1b",
     processes: Sequence[int] | None = None,
@@ -178,17 +180,27 @@ def make_plan(
     starts: tuple[str, ...] | None = None,
     local_statistics: bool = False,
 ) -> Plan:
-    """A plan whose worker ``stage * data + d`` is on process ``processes[worker]`` (default: all on process 0)."""
-    where = tuple(processes) if processes is not None else (0,) * (data * pipeline)
+    """A plan whose worker ``(stage * data + d) * tensor + t`` is on process ``processes[worker]`` (default: all on
+    process 0)."""
+    where = tuple(processes) if processes is not None else (0,) * (data * pipeline * tensor)
     workers = tuple(
-        Worker(index=i, process=where[i], machine=where[i], cores=(i,), stage=i // data, data=i % data)
-        for i in range(data * pipeline)
+        Worker(
+            index=i,
+            process=where[i],
+            machine=where[i],
+            cores=(i,),
+            stage=i // tensor // data,
+            data=i // tensor % data,
+            tensor=i % tensor,
+        )
+        for i in range(data * pipeline * tensor)
     )
     return Plan(
         mode="graph",
         graph_fingerprint=graph.fingerprint,
         cluster_fingerprint="made up",
-        axes={"pipeline": pipeline, "data": data},
+        axes={"pipeline": pipeline, "data": data, "tensor": tensor},
+        inputs=inputs or {},
         workers=workers,
         threads_per_worker=1,
         num_microbatches=microbatches,
@@ -216,7 +228,10 @@ class _Turn:
         return None if done else self.program.instructions[self.position]
 
     def __getitem__(self, register: str) -> torch.Tensor:
-        return self.memory[register] if register[:2] in ("p:", "b:", "c:") else self.registers[register]
+        if register[:2] not in ("p:", "b:", "c:"):
+            return self.registers[register]
+        view = self.program.views.get(register[2:])
+        return self.memory[register] if view is None else view.of(self.memory[register])
 
 
 class Job:
@@ -233,6 +248,8 @@ class Job:
             values = {f"p:{name}": value.detach().clone() for name, value in model.named_parameters()}
             values |= {f"b:{name}": value.detach().clone() for name, value in model.named_buffers()}
             values |= {f"c:{name}": value.detach().clone() for name, value in graph.constants.items()}
+            for name, box in programs.held.get(process, {}).items():
+                values[f"p:{name}"] = box.of(values[f"p:{name}"]).clone(memory_format=torch.contiguous_format)
             self.memory[process] = values
 
     def step(self, batch: Any, learning_rate: float) -> dict[int, torch.Tensor]:
@@ -245,6 +262,8 @@ class Job:
             for feed in turn.program.feeds:
                 value = leaves[feed.leaf] if feed.leaf >= 0 else drawn[feed.draw]
                 piece = value if feed.dim < 0 else value.narrow(feed.dim, feed.start, feed.length)
+                for dim, start, length in feed.also:
+                    piece = piece.narrow(dim, start, length)
                 turn.registers[feed.register] = piece
         waiting = list(self.turns.values())
         while waiting:
@@ -310,7 +329,7 @@ class Job:
             self.mail[turn.program.worker, instruction.peer, instruction.key] = value if same else value.clone()
         elif isinstance(instruction, Update):
             for index, part in enumerate(instruction.slices):
-                weight = turn[f"p:{part.parameter}"].view(-1)[part.start : part.end]
+                weight = turn.memory[f"p:{part.parameter}"].view(-1)[part.start : part.end]
                 weight.sub_(turn[f"g:{index}"].reshape(-1), alpha=learning_rate)
         elif isinstance(instruction, Free):
             for register in instruction.registers:
@@ -324,6 +343,9 @@ class Job:
                 for member, found in zip(members, results, strict=True):
                     names = member.current.outputs or member.current.registers
                     found[names[place]] = total.clone()
+        elif isinstance(first, ReduceScatter) and first.parts:
+            for member, found in zip(members, results, strict=True):
+                found.update(_reduced(member, members))
         elif isinstance(first, ReduceScatter) and first.slices:
             for place, name in enumerate(first.parameters):
                 values = [m[m.current.registers[place]].reshape(-1) for m in members]
@@ -350,6 +372,22 @@ class Job:
             assert member.current.group == first.group
             member.registers.update(found)
             member.position += 1
+
+
+def _reduced(reader: _Turn, members: Sequence[_Turn]) -> dict[str, torch.Tensor]:
+    """The slices of one worker, from what every member has of each gradient."""
+    mine = reader.current
+    assert isinstance(mine, ReduceScatter)
+    sums: dict[str, torch.Tensor] = {}
+    for place, name in enumerate(mine.parameters):
+        total = torch.zeros(mine.storages[place], dtype=mine.specs[place].dtype)
+        for member, box in zip(members, mine.parts[place], strict=True):
+            if box is not None:
+                assert isinstance(member.current, ReduceScatter)
+                box.of(total).add_(member[member.current.registers[place]])
+        sums[name] = total.reshape(-1)
+    own = mine.slices[mine.group.index(reader.program.worker)]
+    return {f"g:{index}": sums[part.parameter][part.start : part.end].clone() for index, part in enumerate(own)}
 
 
 def _total(values: Sequence[torch.Tensor]) -> torch.Tensor:
