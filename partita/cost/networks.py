@@ -28,6 +28,8 @@ from partita.cost.calibration import Calibration, Constants
 from partita.cost.model import CollectiveKind
 from partita.errors import ClusterError
 
+ADAPTER_BYTES_PER_S = 25e9  # one 200 Gbit/s adapter
+
 
 @dataclass(frozen=True, kw_only=True)
 class NodeGroup:
@@ -79,6 +81,16 @@ class Fabric:
                 found.append(group)
             start += group.num_gpus
         return found
+
+    def place_of(self, rank: int) -> tuple[NodeGroup, int]:
+        """The group that `rank` lives in and the number of its machine, counted over all groups."""
+        machines = 0
+        for group in self.groups:
+            if rank < group.num_gpus:
+                return group, machines + rank // group.gpus_per_machine
+            rank -= group.num_gpus
+            machines += group.num_machines
+        raise ClusterError(f"ranks must be below {self.num_gpus}, but got one {rank} above the last.")
 
     @staticmethod
     def of_cluster(cluster: Cluster) -> Fabric:
@@ -195,3 +207,22 @@ def _on(group: NodeGroup, constants: Constants, num_ranks: int, stride: int) -> 
         inside_latency_s=group.link.latency_s * constants.latency,
         across_latency_s=group.network.latency_s * constants.latency,
     )
+
+
+def edge_s(
+    fabric: Fabric, calibration: Calibration, source: int, target: int, num_senders: int, num_bytes: float
+) -> float:
+    """Seconds until each of `num_senders` ranks from `source` on has sent `num_bytes` to its partner from `target` on."""
+    (here, machine), (there, other) = fabric.place_of(source), fabric.place_of(target)
+    constants = [calibration.of(group.kind.generation) for group in (here, there)]
+    if machine == other:
+        rate = here.link.bytes_per_s * constants[0].link
+        return here.link.latency_s * constants[0].latency + num_bytes / rate
+    rates = []
+    for group, known in zip((here, there), constants, strict=True):
+        total = group.network.bytes_per_s
+        at_once = min(num_senders, group.gpus_per_machine)
+        # One rank drives one adapter of a machine that has several.
+        rates.append(min(total / at_once, max(total / group.gpus_per_machine, ADAPTER_BYTES_PER_S)) * known.network)
+    latency_s = max(g.network.latency_s * c.latency for g, c in zip((here, there), constants, strict=True))
+    return latency_s + num_bytes / min(rates)
