@@ -286,12 +286,15 @@ def chunks_of(
 
     Args:
         cuts: first layer of each chunk but the first, counting the embedding as layer 0 and the head as the last one
-            (``layers + 2`` in all). None: equal numbers of blocks; a remainder goes to the middle chunks.
+            (``layers + 2`` in all). None: equal numbers of blocks; where only ``layers + 2`` divides evenly, embedding
+            and head count as layers (Megatron-LM's account of them); else a remainder goes to the middle chunks.
 
     Raises:
         InputError: there are fewer blocks than chunks, or the cuts are not increasing layer numbers.
     """
     total = model.layers + 2
+    if cuts is None and model.layers % num_chunks and total % num_chunks == 0:
+        cuts = tuple(range(total // num_chunks, total, total // num_chunks))
     if cuts is None:
         if num_chunks > model.layers:
             raise InputError(f"there must be a block for each chunk, but {model.layers} are cut into {num_chunks}.")
