@@ -24,6 +24,7 @@ class Constants:
         attention: share of the peak arithmetic that fused ("flash") attention reaches.
         launch_s: host seconds to start one kernel from Python without a compiler.
         kernel_s: device seconds that a kernel takes at least.
+        exchange_s: device seconds that a collective takes beside its transfer (streams wait for each other).
         link, network: share of the published bandwidth that collectives reach in a machine and between machines.
         latency: factor on the latencies of links.
         overlap: share of an overlapped exchange that does hide behind compute, while there is compute to hide it.
@@ -36,6 +37,7 @@ class Constants:
     attention: float = 0.45
     launch_s: float = 12e-6
     kernel_s: float = 3e-6
+    exchange_s: float = 15e-6
     link: float = 0.75
     network: float = 0.75
     latency: float = 1.0
@@ -57,6 +59,25 @@ NEAREST: Mapping[str, str] = {
     "unknown": "ampere",
 }
 CONSTANT_NAMES = tuple(field.name for field in fields(Constants))
+# Relative uncertainty of each constant before anything was measured (what vendors' and others' benchmarks leave open).
+PRIOR_SPREADS: Mapping[str, float] = {
+    "matmul": 0.1,
+    "matmul_low": 0.2,
+    "depth": 0.5,
+    "memory": 0.15,
+    "attention": 0.3,
+    "launch_s": 0.7,
+    "kernel_s": 0.4,
+    "exchange_s": 0.7,
+    "link": 0.15,
+    "network": 0.2,
+    "latency": 0.6,
+    "overlap": 0.2,
+}
+LIMITS: Mapping[str, tuple[float, float]] = {
+    **{name: (0.05, 0.95) for name in ("matmul", "matmul_low", "memory", "attention", "link", "network")},
+    "overlap": (0.0, 1.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +97,11 @@ class Calibration:
 
     def of(self, generation: str) -> Constants:
         """The constants of `generation`, or of the one nearest to it."""
-        found = self.generations.get(generation)
-        return found if found is not None else self.generations[NEAREST.get(generation, NEAREST["unknown"])]
+        return self.generations[self.name_of(generation)]
+
+    def name_of(self, generation: str) -> str:
+        """The generation whose constants `generation` takes."""
+        return generation if generation in self.generations else NEAREST.get(generation, NEAREST["unknown"])
 
     def with_constants(self, generation: str, **values: float) -> Calibration:
         """The same with some constants of one generation replaced."""

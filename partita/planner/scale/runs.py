@@ -274,7 +274,7 @@ def _model(row: Row, modern: bool, notes: str, assumed: list[str]) -> Transforme
         layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab, seq=seq, gated=gated,
         bias=family.bias if family else not gated, rotary=family.rotary if family else gated,
         tied=family.tied if family else not gated, dropout=bool(family and family.dropout and not fused),
-        fused_attention=fused, dtype=dtype,
+        fused_attention=fused, fused_loss=fused, dtype=dtype,
     )  # fmt: skip
     billions = row.get("params_b")
     if billions and not 1 - TOLERANCE < model.num_parameters / (float(billions) * 1e9) < 1 + TOLERANCE:

@@ -283,7 +283,8 @@ def _price(items: tuple[Item, ...], place: _Place, compiled: bool) -> _Pass:
     launch_s = 0.0 if compiled else place.speed.constants.launch_s
     for item in items:
         if isinstance(item, Exchange):
-            time_s = item.count * place.channels[item.axis].collective_s(item.kind, item.num_bytes)
+            time_s = place.channels[item.axis].collective_s(item.kind, item.num_bytes)
+            time_s = item.count * (time_s + place.speed.constants.exchange_s)
             if item.overlapped:
                 result.hidden_s += time_s
             else:

@@ -49,6 +49,7 @@ class Transformer:
     dropout: bool = False
     rotary: bool = False  # positions by rotation; otherwise a learned table
     fused_attention: bool = True
+    fused_loss: bool = True  # cross-entropy in few kernels; otherwise each operation writes its four-byte result
     causal: bool = True
     tied: bool = True  # the head shares the embedding's matrix
     dtype: str = "bfloat16"  # of the linear layers; attention computes in two bytes
@@ -260,13 +261,15 @@ def head_work(model: Transformer, split: Split, *, alone: bool = True) -> LayerW
     gradient = tuple(part.sum_over_tensor())
     norm = _memory(4.0 * ELEMENT_BYTES * part.outer * model.hidden)
     own = columns * model.hidden if alone or not model.tied else 0
+    # Unfused (Megatron-LM's vocab-parallel cross-entropy): to four bytes 6, transposed copy 8, maximum 4, subtraction 8,
+    # exponential 8, sum 4, quotient 8, choice; backward: copy 8, product 8, transposed 8, to two bytes 6.
+    loss_bytes = (22.0, 12.0) if model.fused_loss else (70.0, 45.0)
     return LayerWork(
         name="head",
-        # To four bytes, maximum, subtraction, exponential, sum, choice.
-        forward=(norm, *product, _memory(22.0 * logits, launches=8), *sums),
+        forward=(norm, *product, _memory(loss_bytes[0] * logits, launches=8), *sums),
         backward=(
             norm,
-            _memory(12.0 * logits, launches=4),
+            _memory(loss_bytes[1] * logits, launches=4),
             _matmul(part.tokens, model.hidden, columns, model.attention_dtype),
             _matmul(model.hidden, columns, part.tokens, model.attention_dtype, out_bytes=8),
             *gradient,
