@@ -143,13 +143,13 @@ GPU_KINDS: dict[str, GpuKind] = {
     "B300": _kind("B300", memory_gib=267, memory_gb_per_s=8000, link_gb_per_s=900, network_gbit_per_s=6400,
                   tflops={"float32": 75, "float16": 2250, "bfloat16": 2250, "float8_e4m3fn": 4500,
                           "float4_e2m1fn": 13500},
-                  cores=16, host_gib=256, generation="blackwell", processors=148, power_w=1100),
+                  cores=16, host_gib=256, generation="blackwell_ultra", processors=148, power_w=1100),
     # NVIDIA GB300 NVL72 datasheet (72 GPUs: 20 TB at 576 TB/s, 180 PF BF16 and 360 PF FP8 dense, 1080 PF FP4 dense); one
     # tray: 4 GPUs and 4 x 800 Gbit/s.
     "GB300": _kind("GB300", memory_gib=277, memory_gb_per_s=8000, link_gb_per_s=900, network_gbit_per_s=3200,
                    tflops={"float32": 80, "float16": 2500, "bfloat16": 2500, "float8_e4m3fn": 5000,
                            "float4_e2m1fn": 15000},
-                   cores=36, host_gib=223, generation="blackwell", processors=152, per_machine=72, per_network=4, power_w=1400),
+                   cores=36, host_gib=223, generation="blackwell_ultra", processors=152, per_machine=72, per_network=4, power_w=1400),
     # NVIDIA Tesla P100 datasheet (SXM2): 10.6 TF FP32, 21.2 FP16 (no tensor cores), 16 GB at 732 GB/s, NVLink 1: 160
     # GB/s.
     "P100": _kind("P100", memory_gib=15, tflops={"float64": 5.3, "float32": 10.6, "float16": 21.2},

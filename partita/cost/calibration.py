@@ -8,8 +8,12 @@ nearest generation (`NEAREST`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from partita.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +26,8 @@ class Constants:
         depth: the depth k at which a product reaches half of that (filling and draining a tile).
         memory: share of the memory bandwidth that element-wise kernels reach.
         attention: share of the peak arithmetic that fused ("flash") attention reaches.
-        launch_s: host seconds to start one kernel from Python without a compiler.
+        launch_s: host seconds to start one kernel from Python without a compiler (the processors that hosts of the
+            generation have).
         kernel_s: device seconds that a kernel takes at least.
         exchange_s: device seconds that a collective takes beside its transfer (streams wait for each other).
         link, network: share of the published bandwidth that collectives reach in a machine and between machines.
@@ -30,11 +35,11 @@ class Constants:
         overlap: share of an overlapped exchange that does hide behind compute, while there is compute to hide it.
     """
 
-    matmul: float = 0.80
-    matmul_low: float = 0.65
+    matmul: float = 0.78
+    matmul_low: float = 0.70
     depth: float = 150.0
     memory: float = 0.75
-    attention: float = 0.45
+    attention: float = 0.50
     launch_s: float = 12e-6
     kernel_s: float = 3e-6
     exchange_s: float = 15e-6
@@ -45,20 +50,40 @@ class Constants:
 
 
 GENERATIONS: Mapping[str, Constants] = {
-    "volta": Constants(),
-    "ampere": Constants(),
-    "hopper": Constants(),
-    "blackwell": Constants(),
+    # T4: the board's 70 W hold long products well below the peak (Jia et al., "Dissecting the NVidia Turing T4 GPU via
+    # Microbenchmarking", 2019: 41 of 65 TF in the best case). Not fitted: no published run.
+    "turing": Constants(matmul=0.55, launch_s=4e-5),
+    # Set by hand to Megatron-LM's published V100 rates (72 TF on one GPU, recomputation counted): no complete row.
+    "volta": Constants(matmul=0.85, memory=0.8, launch_s=4e-5),
+    "ampere": Constants(
+        matmul=0.802, matmul_low=0.7, depth=131.0, memory=0.845, attention=0.575,
+        launch_s=5.11e-05, kernel_s=2.67e-06, exchange_s=1.39e-05, link=0.748, network=0.726,
+        latency=1.26, overlap=0.677,
+    ),  # fmt: skip
+    "hopper": Constants(
+        matmul=0.713, matmul_low=0.909, depth=172.0, memory=0.642, attention=0.331,
+        launch_s=1.2e-05, kernel_s=3.22e-06, exchange_s=1.17e-05, link=0.903, network=0.868,
+        latency=1.18, overlap=0.584,
+    ),  # fmt: skip
+    "blackwell": Constants(
+        matmul=0.761, matmul_low=0.76, depth=154.0, memory=0.68, attention=0.244,
+        launch_s=1.21e-05, kernel_s=3.25e-06, exchange_s=1.86e-05, link=0.762, network=0.931,
+        latency=0.937, overlap=0.718,
+    ),  # fmt: skip
+    "blackwell_ultra": Constants(
+        matmul=0.776, matmul_low=0.918, depth=146.0, memory=0.699, attention=0.349,
+        launch_s=1.2e-05, kernel_s=3.04e-06, exchange_s=1.68e-05, link=0.773, network=0.729,
+        latency=1.12, overlap=0.818,
+    ),  # fmt: skip
 }
 NEAREST: Mapping[str, str] = {
     "pascal": "volta",
-    "turing": "volta",
     "ada": "ampere",
     "cdna2": "ampere",
     "cdna3": "hopper",
     "unknown": "ampere",
 }
-CONSTANT_NAMES = tuple(field.name for field in fields(Constants))
+CONSTANT_NAMES = tuple(one.name for one in fields(Constants))
 # Relative uncertainty of each constant before anything was measured (what vendors' and others' benchmarks leave open).
 PRIOR_SPREADS: Mapping[str, float] = {
     "matmul": 0.1,
@@ -89,11 +114,13 @@ class Calibration:
         True
     """
 
-    generations: Mapping[str, Constants] = None  # type: ignore[assignment]
+    generations: Mapping[str, Constants] = field(default_factory=lambda: GENERATIONS)
 
-    def __post_init__(self) -> None:
-        if self.generations is None:
-            object.__setattr__(self, "generations", GENERATIONS)
+    @staticmethod
+    def prior() -> Calibration:
+        """What was believed before any run was looked at: where cross-validation starts."""
+        kept = {name: GENERATIONS[name] for name in ("turing", "volta")}
+        return Calibration(generations={**{name: Constants() for name in GENERATIONS}, **kept})
 
     def of(self, generation: str) -> Constants:
         """The constants of `generation`, or of the one nearest to it."""
@@ -107,3 +134,33 @@ class Calibration:
         """The same with some constants of one generation replaced."""
         changed = replace(self.of(generation), **values)
         return Calibration(generations={**self.generations, generation: changed})
+
+    def save(self, path: Path) -> None:
+        """Write the constants as JSON: generation to constant to value."""
+        values = {name: asdict(constants) for name, constants in self.generations.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=1) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> Calibration:
+        """The constants of a file that `save` wrote, over the shipped ones.
+
+        Raises:
+            InputError: the file cannot be read, or holds something else.
+        """
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise InputError(f"{path} must be a readable JSON file, but: {error}.") from error
+        found = Calibration()
+        if not isinstance(values, dict):
+            raise InputError(f"{path} must hold generations of GPUs with their constants, but holds {values!r:.80}.")
+        for generation, constants in values.items():
+            known = isinstance(constants, dict) and set(constants) <= set(CONSTANT_NAMES)
+            if not known or not all(isinstance(v, (int, float)) and v > 0 for v in constants.values()):
+                raise InputError(
+                    f"{path}: {generation!r} must hold positive numbers called {', '.join(CONSTANT_NAMES)}, but holds "
+                    f"{constants!r:.200}."
+                )
+            found = found.with_constants(generation, **{name: float(value) for name, value in constants.items()})
+        return found

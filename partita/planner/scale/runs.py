@@ -17,9 +17,11 @@ adapters, offloading, no sequence length, no number of microbatches, contradicto
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from partita.cluster.model import Link
@@ -65,7 +67,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(pattern=r"gpt[-_ ]?3", vocab=51200),
     Family(pattern=r"gpt|megatron|bert|opt\b", vocab=51200, dropout=True),
 )
-MODERN = ("hopper", "blackwell", "ada", "cdna3")
+MODERN = ("hopper", "blackwell", "blackwell_ultra", "ada", "cdna3")
 LOW = {"fp8": "float8_e4m3fn", "float8": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn",
        "fp4": "float4_e2m1fn"}  # fmt: skip
 
@@ -133,8 +135,10 @@ def read_run(row: Row) -> Run:
     assumed: list[str] = []
     notes = _text(row, "notes").lower()
     for word, why in (("lora", "only adapters are trained, and their sizes are absent"),
-                      ("offload", "what is offloaded, and to which memory, is absent")):  # fmt: skip
-        if word in f"{_text(row, 'model')} {_text(row, 'zero_fsdp')} {_text(row, 'remat')}".lower():
+                      ("offload", "what is offloaded, and to which memory, is absent"),
+                      ("packed sequence", "the lengths of the packed sequences are absent"),
+                      ("misconfigured", "the source says itself that the sizes it gives are not those it ran")):  # fmt: skip
+        if word in f"{_text(row, 'model')} {_text(row, 'zero_fsdp')} {_text(row, 'remat')} {notes}":
             raise Refusal(f"{word}: {why}")
     fabric = _fabric(row)
     generations = {group.kind.generation for group in fabric.groups}
@@ -268,13 +272,19 @@ def _model(row: Row, modern: bool, notes: str, assumed: list[str]) -> Transforme
     gated = family.gated if family is not None else ffn != 4 * hidden
     dtype = _dtype(row, assumed)
     fused = "flash" in notes or modern or dtype == "bfloat16"
+    # Fully sharded PyTorch modules ("fsdp2 full", "fsdp FULL_SHARD ..."; Megatron's own is plain "fsdp") run eagerly unless
+    # the row says that they are compiled (torchtitan's float8 always is); Megatron's and NeMo's have fused kernels.
+    sharding = _text(row, "zero_fsdp")
+    pytorch = "fsdp" in sharding and sharding != "fsdp"
+    eager = "eager" in notes or (pytorch and "compile" not in notes and "float8" not in _text(row, "dtype"))
     if hidden % heads:
         raise Refusal(f"heads must divide hidden, but {heads} does not divide {hidden}")
     model = Transformer(
         layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab, seq=seq, gated=gated,
         bias=family.bias if family else not gated, rotary=family.rotary if family else gated,
         tied=family.tied if family else not gated, dropout=bool(family and family.dropout and not fused),
-        fused_attention=fused, fused_loss=fused, dtype=dtype,
+        fused_attention=fused, fused=not eager,
+        tuned_attention=not pytorch, fused_loss=fused and not (pytorch and gated), dtype=dtype,
     )  # fmt: skip
     billions = row.get("params_b")
     if billions and not 1 - TOLERANCE < model.num_parameters / (float(billions) * 1e9) < 1 + TOLERANCE:
@@ -389,3 +399,18 @@ def _cuts(cuts: Any, degrees: Degrees) -> tuple[int, ...]:
     if len(numbers) != expected:
         raise Refusal(f"pipeline_cuts must name the {expected} layers where later stages begin, but are {list(cuts)}")
     return tuple(numbers)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of measured runs.
+
+    Raises:
+        InputError: the file cannot be read, or is not a JSON list of objects.
+    """
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} must be a readable JSON file, but: {error}.") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path} must hold a JSON list of objects, one for each run.")
+    return rows

@@ -15,6 +15,10 @@ Kept activations, bytes for each token (Korthikanti et al., "Reducing Activation
 Models", 2022, table 2, in these letters): ``(4h + 4h + 2h dropout) / (t if sequence parallel) + (2 (a + 2g) d + 2h
 [attention's output] + (3 if gated else 2) 2f) / t + scores``, with scores = 5 a s / t without fused attention (4 without
 dropout), 0 with it.
+
+Selective recomputation drops the scores where attention is not fused (Korthikanti et al.); where it is, there are none
+to drop, and the name means op-level recomputation (torchtitan, "selective: op"): element-wise kernels and every second
+product run again, about half of the activations are kept.
 """
 
 from __future__ import annotations
@@ -26,6 +30,15 @@ from partita.cost.model import CollectiveKind
 from partita.errors import InputError
 
 ELEMENT_BYTES = 2
+# Bytes of element-wise kernels of eager PyTorch against fused ones. Llama-like blocks (norms and rotations in four
+# bytes, gates) gain more: torchtitan's 8B on 8 H100s takes 2.84 s a step eagerly and 2.46 s compiled, which is 12 ms a
+# layer and this many times what fused kernels move; blocks of GPT's kind have about half as many unfused ops.
+EAGER_GATED, EAGER_PLAIN = 3.0, 1.8
+# Attention kernels of PyTorch against those of Transformer Engine and cuDNN: on H100 FlashAttention-2 runs at 0.35
+# of the peak, FlashAttention-3 and cuDNN at about 0.6 (Shah et al. 2024, figure 5).
+PLAIN_ATTENTION = 0.55
+# Share of the activations that op-level selective recomputation keeps (torchtitan: every second product, attention).
+OP_LEVEL_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +62,8 @@ class Transformer:
     dropout: bool = False
     rotary: bool = False  # positions by rotation; otherwise a learned table
     fused_attention: bool = True
+    fused: bool = True  # element-wise kernels joined (a compiler, Megatron's or Transformer Engine's); False: eager
+    tuned_attention: bool = True  # the vendor's newest attention kernels; False: those that come with PyTorch
     fused_loss: bool = True  # cross-entropy in few kernels; otherwise each operation writes its four-byte result
     causal: bool = True
     tied: bool = True  # the head shares the embedding's matrix
@@ -150,6 +165,7 @@ class _Block:
             ring = [Exchange(kind="all_gather", num_bytes=kept, axis="context", overlapped=True)]
         if model.fused_attention:
             flops = 4.0 * batch * rows * seq * d * (0.5 if model.causal else 1.0)
+            flops /= 1.0 if model.tuned_attention else PLAIN_ATTENTION
             num_bytes = 4.0 * ELEMENT_BYTES * batch * rows * d
             forward: list[Item] = [Kernel(kind="attention", flops=flops, num_bytes=num_bytes, dtype=dtype)]
             # The scores are computed again: five products for the forward's two (Dao et al. 2022, appendix B).
@@ -177,14 +193,25 @@ class _Block:
         reshapes = [_memory(2.0 * e * self.tokens * self.qkv, launches=3)]
         rotations = [_memory(2.0 * e * self.tokens * self.qkv, launches=2)] if model.rotary else []
         activation = [_memory((3.0 if model.gated else 2.0) * e * self.tokens * self.ffn)]
-        forward: list[Item] = [*norms, *residuals, *reshapes, *rotations, *activation]
+        forward: list[Item] = self._eager([*norms, *residuals, *reshapes, *rotations, *activation])
         gated_bytes = (5.0 if model.gated else 3.0) * e * self.tokens * self.ffn
         biases = [_memory(float(e) * self.tokens * (self.qkv + self.ffn), launches=4)] if model.bias else []
-        backward: list[Item] = [
-            *[_memory(5.0 * e * self.outer * self.h, launches=2)] * 2, *residuals, *reshapes, *rotations,
-            _memory(gated_bytes), *biases,
-        ]  # fmt: skip
+        backward = self._eager(
+            [
+                *[_memory(5.0 * e * self.outer * self.h, launches=2)] * 2, *residuals, *reshapes, *rotations,
+                _memory(gated_bytes), *biases,
+            ]
+        )  # fmt: skip
         return forward, backward
+
+    def _eager(self, kernels: list[Kernel]) -> list[Item]:
+        if self.model.fused:
+            return list(kernels)
+        factor = EAGER_GATED if self.model.gated else EAGER_PLAIN
+        return [
+            Kernel(kind="memory", num_bytes=factor * one.num_bytes, num_launches=round(factor * one.num_launches))
+            for one in kernels
+        ]
 
     def saved_bytes(self) -> tuple[float, float]:
         """Kept without recomputation, and with selective recomputation."""
@@ -196,15 +223,17 @@ class _Block:
         kept = outer + inner * (0.75 if low else 1.0)  # eight-bit copies stand in for the two-byte inputs of products
         scores = float(self.split.micro_batch * self.local_heads) * model.seq * (model.seq / self.split.context)
         score_bytes = 0.0 if model.fused_attention else (5.0 if model.dropout else 4.0) * scores
-        return kept + score_bytes, kept
+        return kept + score_bytes, kept * (OP_LEVEL_SHARE if model.fused_attention else 1.0)
 
     def work(self) -> LayerWork:
         model = self.model
         forward: list[Item] = []
         backward: list[Item] = []
         gate = 2 if model.gated else 1
+        linears: list[list[Item]] = []
         for n, k in ((self.qkv, self.h), (self.h, max(1, self.h // self.t)), (gate * self.ffn, self.h), (self.h, self.ffn)):
             ahead, back = self.linear(n, k)
+            linears.append(ahead)
             forward += ahead
             backward += back
         attention_forward, attention_backward = self.attention()
@@ -212,6 +241,9 @@ class _Block:
         forward += attention_forward + ahead + 2 * self.sum_over_tensor()
         backward += attention_backward + back + 2 * self.sum_over_tensor()
         saved, selective = self.saved_bytes()
+        again = [item for item in attention_forward if isinstance(item, Kernel)]
+        if model.fused_attention:
+            again = [item for item in (*ahead, *linears[1], *linears[3]) if isinstance(item, Kernel)]
         return LayerWork(
             name="block",
             forward=tuple(forward),
@@ -220,7 +252,7 @@ class _Block:
             saved_bytes=saved,
             selective_bytes=selective,
             boundary_bytes=ELEMENT_BYTES * self.outer * self.h,
-            selective=tuple(item for item in attention_forward if isinstance(item, Kernel)),
+            selective=tuple(again),
             temporary_bytes=saved,
         )
 
@@ -263,6 +295,7 @@ def head_work(model: Transformer, split: Split, *, alone: bool = True) -> LayerW
     own = columns * model.hidden if alone or not model.tied else 0
     # Unfused (Megatron-LM's vocab-parallel cross-entropy): to four bytes 6, transposed copy 8, maximum 4, subtraction 8,
     # exponential 8, sum 4, quotient 8, choice; backward: copy 8, product 8, transposed 8, to two bytes 6.
+    kept_bytes = 2.0 if model.fused_loss else 4.0
     loss_bytes = (22.0, 12.0) if model.fused_loss else (70.0, 45.0)
     return LayerWork(
         name="head",
@@ -275,10 +308,10 @@ def head_work(model: Transformer, split: Split, *, alone: bool = True) -> LayerW
             *gradient,
         ),
         parameter_elements=own + 2.0 * model.hidden,
-        saved_bytes=ELEMENT_BYTES * part.outer * model.hidden + 4.0 * logits,
-        selective_bytes=ELEMENT_BYTES * part.outer * model.hidden + 4.0 * logits,
+        saved_bytes=ELEMENT_BYTES * part.outer * model.hidden + kept_bytes * logits,
+        selective_bytes=ELEMENT_BYTES * part.outer * model.hidden + kept_bytes * logits,
         boundary_bytes=ELEMENT_BYTES * part.outer * model.hidden,
-        temporary_bytes=8.0 * logits,
+        temporary_bytes=(4.0 if model.fused_loss else 8.0) * logits,
     )
 
 
