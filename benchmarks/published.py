@@ -31,15 +31,16 @@ from benchmarks.common import Report, Row, option_parser, show
 from partita.cost.calibration import Calibration
 from partita.errors import InputError, PartitaError
 from partita.planner.scale.fit import Measured, fit
-from partita.planner.scale.runs import Refusal, Run, measured_step_time_s, read_rows, read_run
+from partita.planner.scale.rows import Refusal, measured_step_time_s, read_rows
+from partita.planner.scale.runs import Run, read_run
 
 DATA = Path(__file__).parent / "data" / "published"
 COLUMNS = ("source", "used", "refused", "error", "median", "scaled", "pairs", "num_pairs", "regret", "worst_regret",
            "memory_error", "fits_right")  # fmt: skip
 # Goals on vTrain's single-node runs; the regret's is what Calculon leaves there.
 GOALS = {"error": 0.12, "pairs": 0.88, "regret": 0.108}
-GROUPS = ("vTrain", "Megatron-LM SC21", "Korthikanti", "torchtitan", "Megatron-Bridge", "NeMo", "MosaicML llm-foundry A100",
-          "MosaicML llm-foundry H100")  # fmt: skip
+GROUPS = ("vTrain", "Megatron-LM SC21", "Korthikanti", "torchtitan", "Megatron-Bridge", "NeMo",
+          "MosaicML llm-foundry A100", "MosaicML llm-foundry H100")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +71,7 @@ def read_entries(paths: Sequence[Path]) -> list[Entry]:
                 measured_s = measured_step_time_s(row)
             except Refusal as error:
                 run, refused = None, str(error)
-            entries.append(
-                Entry(file=str(path), index=index, row=row, run=run, refused=refused, measured_s=measured_s)
-            )
+            entries.append(Entry(file=str(path), index=index, row=row, run=run, refused=refused, measured_s=measured_s))
     return entries
 
 

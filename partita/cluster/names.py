@@ -1,7 +1,7 @@
 """From how people write a GPU ("A100-80GB (Selene)", "h100_80gb", "V100-16GB (p3.16xlarge, 25Gbps)") to its kind.
 
-The text names the GPU, and may say how much memory it has, the machine it sits in, its network and its power limit; what
-it does not say is the kind's published figure. Machines that are known by name:
+The text names the GPU, and may say how much memory it has, the machine it sits in, its network and its power limit;
+what it does not say is the kind's published figure. Machines that are known by name:
 
 | name in the text | per machine | source |
 |---|---|---|

@@ -144,18 +144,19 @@ GPU_KINDS: dict[str, GpuKind] = {
                   tflops={"float32": 75, "float16": 2250, "bfloat16": 2250, "float8_e4m3fn": 4500,
                           "float4_e2m1fn": 13500},
                   cores=16, host_gib=256, generation="blackwell_ultra", processors=148, power_w=1100),
-    # NVIDIA GB300 NVL72 datasheet (72 GPUs: 20 TB at 576 TB/s, 180 PF BF16 and 360 PF FP8 dense, 1080 PF FP4 dense); one
-    # tray: 4 GPUs and 4 x 800 Gbit/s.
+    # NVIDIA GB300 NVL72 datasheet (72 GPUs: 20 TB at 576 TB/s, 180 PF BF16, 360 PF FP8, 1080 PF FP4 dense); one tray:
+    # 4 GPUs and 4 x 800 Gbit/s.
     "GB300": _kind("GB300", memory_gib=277, memory_gb_per_s=8000, link_gb_per_s=900, network_gbit_per_s=3200,
                    tflops={"float32": 80, "float16": 2500, "bfloat16": 2500, "float8_e4m3fn": 5000,
                            "float4_e2m1fn": 15000},
-                   cores=36, host_gib=223, generation="blackwell_ultra", processors=152, per_machine=72, per_network=4, power_w=1400),
+                   cores=36, host_gib=223, generation="blackwell_ultra", processors=152, per_machine=72, per_network=4,
+                   power_w=1400),
     # NVIDIA Tesla P100 datasheet (SXM2): 10.6 TF FP32, 21.2 FP16 (no tensor cores), 16 GB at 732 GB/s, NVLink 1: 160
     # GB/s.
     "P100": _kind("P100", memory_gib=15, tflops={"float64": 5.3, "float32": 10.6, "float16": 21.2},
                   memory_gb_per_s=732, link_gb_per_s=80, network_gbit_per_s=100, cores=5, host_gib=64,
                   generation="pascal", processors=56, power_w=300),
-    # NVIDIA TITAN X (Pascal, 2016): 11 TF FP32, 12 GB at 480 GB/s, PCIe 3.0 x16; FP16 runs at the rate of FP32 products.
+    # NVIDIA TITAN X (Pascal, 2016): 11 TF FP32, 12 GB at 480 GB/s, PCIe 3.0 x16; products in FP16 run at FP32's rate.
     "TITAN-X": _kind("TITAN-X", memory_gib=11, tflops={"float32": 10.97, "float16": 10.97}, memory_gb_per_s=480,
                      link_gb_per_s=15.75, network_gbit_per_s=40, cores=8, host_gib=64, generation="pascal",
                      processors=28, per_machine=1, power_w=250),
@@ -164,7 +165,8 @@ GPU_KINDS: dict[str, GpuKind] = {
                        link_gb_per_s=15.75, network_gbit_per_s=25, cores=8, host_gib=32, generation="turing",
                        processors=68, power_w=250),
     # NVIDIA Ampere GA102 whitepaper: RTX 3090: 35.6 TF FP32, 71 FP16/BF16 with FP32 sums, 24 GB at 936 GB/s, PCIe 4.0.
-    "RTX3090": _kind("RTX3090", memory_gib=23, tflops={"float32": 35.6, "tfloat32": 35.6, "float16": 71, "bfloat16": 71},
+    "RTX3090": _kind("RTX3090", memory_gib=23,
+                     tflops={"float32": 35.6, "tfloat32": 35.6, "float16": 71, "bfloat16": 71},
                      memory_gb_per_s=936, link_gb_per_s=31.5, network_gbit_per_s=25, cores=8, host_gib=64,
                      generation="ampere", processors=82, power_w=350),
     # NVIDIA RTX A6000 datasheet: 38.7 TF FP32, 154.8 FP16/BF16 tensor, 48 GB at 768 GB/s, PCIe 4.0.

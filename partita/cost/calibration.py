@@ -49,6 +49,7 @@ class Constants:
     overlap: float = 0.8
 
 
+# fmt: off
 GENERATIONS: Mapping[str, Constants] = {
     # T4: the board's 70 W hold long products well below the peak (Jia et al., "Dissecting the NVidia Turing T4 GPU via
     # Microbenchmarking", 2019: 41 of 65 TF in the best case). Not fitted: no published run.
@@ -59,23 +60,24 @@ GENERATIONS: Mapping[str, Constants] = {
         matmul=0.802, matmul_low=0.7, depth=131.0, memory=0.845, attention=0.575,
         launch_s=5.11e-05, kernel_s=2.67e-06, exchange_s=1.39e-05, link=0.748, network=0.726,
         latency=1.26, overlap=0.677,
-    ),  # fmt: skip
+    ),
     "hopper": Constants(
         matmul=0.713, matmul_low=0.909, depth=172.0, memory=0.642, attention=0.331,
         launch_s=1.2e-05, kernel_s=3.22e-06, exchange_s=1.17e-05, link=0.903, network=0.868,
         latency=1.18, overlap=0.584,
-    ),  # fmt: skip
+    ),
     "blackwell": Constants(
         matmul=0.761, matmul_low=0.76, depth=154.0, memory=0.68, attention=0.244,
         launch_s=1.21e-05, kernel_s=3.25e-06, exchange_s=1.86e-05, link=0.762, network=0.931,
         latency=0.937, overlap=0.718,
-    ),  # fmt: skip
+    ),
     "blackwell_ultra": Constants(
         matmul=0.776, matmul_low=0.918, depth=146.0, memory=0.699, attention=0.349,
         launch_s=1.2e-05, kernel_s=3.04e-06, exchange_s=1.68e-05, link=0.773, network=0.729,
         latency=1.12, overlap=0.818,
-    ),  # fmt: skip
+    ),
 }
+# fmt: on
 NEAREST: Mapping[str, str] = {
     "pascal": "volta",
     "ada": "ampere",

@@ -13,8 +13,8 @@ latencies in and between machines, and B the bytes of the whole tensor:
     send              B / min(link L or network N / g) + a
 
 An all-reduce takes the better of ring and tree. Where kinds of machines are mixed, the slowest link on the way decides.
-Sources: Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH", 2005, section 3;
-Sanders, Speck and Träff, "Two-tree algorithms for full bandwidth broadcast, reduction and scan", 2009.
+Sources: Thakur, Rabenseifner and Gropp, "Optimization of Collective Communication Operations in MPICH", 2005,
+section 3; Sanders, Speck and Träff, "Two-tree algorithms for full bandwidth broadcast, reduction and scan", 2009.
 """
 
 from __future__ import annotations
@@ -212,7 +212,8 @@ def _on(group: NodeGroup, constants: Constants, num_ranks: int, stride: int) -> 
 def edge_s(
     fabric: Fabric, calibration: Calibration, source: int, target: int, num_senders: int, num_bytes: float
 ) -> float:
-    """Seconds until each of `num_senders` ranks from `source` on has sent `num_bytes` to its partner from `target` on."""
+    """Seconds until each of `num_senders` ranks from `source` on has sent `num_bytes` to its partner, from `target`
+    on."""
     (here, machine), (there, other) = fabric.place_of(source), fabric.place_of(target)
     constants = [calibration.of(group.kind.generation) for group in (here, there)]
     if machine == other:

@@ -69,8 +69,9 @@ class Degrees:
 class State:
     """Bytes that training keeps for one parameter, and what the gradients' exchange and the update move.
 
-    Defaults: mixed precision with Adam (two-byte weights, four-byte gradients, master copy and two moments: Megatron-LM,
-    18 bytes). `update_bytes`: gradients read (and scaled and clipped: three passes), the state read and written.
+    Defaults: mixed precision with Adam (two-byte weights, four-byte gradients, master copy and two moments:
+    Megatron-LM, 18 bytes). `update_bytes`: gradients read (and scaled and clipped: three passes), the state read and
+    written.
     """
 
     weight_bytes: float = 2.0
@@ -227,9 +228,7 @@ def _places(fabric: Fabric, degrees: Degrees, stage: int, calibration: Calibrati
         for axis, (ranks, stride) in axes.items()
     }
     kinds = {group.kind.gpu.name: group.kind for group in fabric.groups_of(first, first + span - 1)}
-    return [
-        _Place(speed=Speed.of(kind, calibration.of(kind.generation)), channels=channels) for kind in kinds.values()
-    ]
+    return [_Place(speed=Speed.of(kind, calibration.of(kind.generation)), channels=channels) for kind in kinds.values()]
 
 
 def _slowest(
@@ -380,17 +379,15 @@ def _memory_bytes(
     else:
         in_flight = min(num_microbatches, p - stage)
     # A head's logits exist once: its backward pass follows its forward pass.
-    heads = sum(_kept_bytes(work, "saved_bytes") for work, _ in works if work.name == "head")
-    temporary = heads + max(
-        max(work.temporary_bytes for work, _ in works if remat == "full" or work.name == "head" or len(works) == 1)
-        if any(remat == "full" or work.name == "head" or len(works) == 1 for work, _ in works)
-        else 0.0,
-        0.0,
-    )
+    temporary = 0.0
+    for work, _ in works:
+        if work.name == "head":
+            temporary = max(temporary, work.saved_bytes + work.temporary_bytes)
+        elif remat == "full":
+            temporary = max(temporary, work.temporary_bytes)
     return ROUNDING * (state_bytes + one * in_flight + temporary) + RESERVE_BYTES
 
 
 def _kept_bytes(work: LayerWork, name: str) -> float:
-    if work.name == "head" and name != "saved_bytes":
-        return work.boundary_bytes
-    return float(getattr(work, name)) if work.name != "head" else work.saved_bytes
+    """What a layer keeps of a microbatch until its backward pass; a head's own tensors count as temporary."""
+    return work.boundary_bytes if work.name == "head" else float(getattr(work, name))

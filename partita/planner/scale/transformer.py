@@ -1,7 +1,8 @@
 """Work of a described transformer: `LayerWork`s for a microbatch on one device.
 
-Letters: b sequences of a microbatch, s their length, h hidden, a heads, d = h / a, g key-value heads, f ffn, V vocabulary,
-t tensor ways, c context ways, T = b s / c local tokens, e bytes of an activation's element (2). One block, forward:
+Letters: b sequences of a microbatch, s their length, h hidden, a heads, d = h / a, g key-value heads, f ffn, V
+vocabulary, t tensor ways, c context ways, T = b s / c local tokens, e bytes of an activation's element (2). One block,
+forward:
 
     norm; qkv [T, h] x [h, (a + 2g) d / t]; attention; projection [T, h/t] x [h/t, h]; sum over t of [T, h]
     norm; [T, h] x [h, f/t] (twice if gated); activation; [T, f/t] x [f/t, h]; sum over t of [T, h]
@@ -13,8 +14,8 @@ softmax and the dropout. Context parallelism passes keys and values around (Liu 
 
 Kept activations, bytes for each token (Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
 Models", 2022, table 2, in these letters): ``(4h + 4h + 2h dropout) / (t if sequence parallel) + (2 (a + 2g) d + 2h
-[attention's output] + (3 if gated else 2) 2f) / t + scores``, with scores = 5 a s / t without fused attention (4 without
-dropout), 0 with it.
+[attention's output] + (3 if gated else 2) 2f) / t + scores``, with scores = 5 a s / t without fused attention (4
+without dropout), 0 with it.
 
 Selective recomputation drops the scores where attention is not fused (Korthikanti et al.); where it is, there are none
 to drop, and the name means op-level recomputation (torchtitan, "selective: op"): element-wise kernels and every second
@@ -23,6 +24,7 @@ product run again, about half of the activations are kept.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from partita.cost.kernels import Exchange, Item, Kernel, LayerWork
@@ -231,7 +233,8 @@ class _Block:
         backward: list[Item] = []
         gate = 2 if model.gated else 1
         linears: list[list[Item]] = []
-        for n, k in ((self.qkv, self.h), (self.h, max(1, self.h // self.t)), (gate * self.ffn, self.h), (self.h, self.ffn)):
+        own = max(1, self.h // self.t)
+        for n, k in ((self.qkv, self.h), (self.h, own), (gate * self.ffn, self.h), (self.h, self.ffn)):
             ahead, back = self.linear(n, k)
             linears.append(ahead)
             forward += ahead
@@ -293,8 +296,9 @@ def head_work(model: Transformer, split: Split, *, alone: bool = True) -> LayerW
     gradient = tuple(part.sum_over_tensor())
     norm = _memory(4.0 * ELEMENT_BYTES * part.outer * model.hidden)
     own = columns * model.hidden if alone or not model.tied else 0
-    # Unfused (Megatron-LM's vocab-parallel cross-entropy): to four bytes 6, transposed copy 8, maximum 4, subtraction 8,
-    # exponential 8, sum 4, quotient 8, choice; backward: copy 8, product 8, transposed 8, to two bytes 6.
+    # Unfused (Megatron-LM's vocab-parallel cross-entropy) counts 54 and 30 bytes: to four bytes 6, transposed copy 8,
+    # maximum 4, subtraction 8, exponential 8, sum 4, quotient 8, choice 8; backward: copy 8, product 8, transposed 8,
+    # to two bytes 6. Its strided kernels reach about two thirds of what others do (fitted with the constants).
     kept_bytes = 2.0 if model.fused_loss else 4.0
     loss_bytes = (22.0, 12.0) if model.fused_loss else (70.0, 45.0)
     return LayerWork(
@@ -311,7 +315,7 @@ def head_work(model: Transformer, split: Split, *, alone: bool = True) -> LayerW
         saved_bytes=ELEMENT_BYTES * part.outer * model.hidden + kept_bytes * logits,
         selective_bytes=ELEMENT_BYTES * part.outer * model.hidden + kept_bytes * logits,
         boundary_bytes=ELEMENT_BYTES * part.outer * model.hidden,
-        temporary_bytes=(4.0 if model.fused_loss else 8.0) * logits,
+        temporary_bytes=(2.0 if model.fused_loss else 8.0) * logits,
     )
 
 
@@ -344,11 +348,11 @@ def chunks_of(
             bounds.append(bounds[-1] + size)
         cuts = tuple(bound + 1 for bound in bounds[1:-1])
     edges = [0, *cuts, total]
-    if len(cuts) != num_chunks - 1 or any(after <= before for before, after in zip(edges, edges[1:], strict=False)):
+    if len(cuts) != num_chunks - 1 or any(after <= before for before, after in itertools.pairwise(edges)):
         raise InputError(f"{num_chunks - 1} increasing cuts in 1 to {total - 1} must be given, but got {list(cuts)}.")
     block = block_work(model, split)
     found: list[list[tuple[LayerWork, int]]] = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         chunk: list[tuple[LayerWork, int]] = []
         if start == 0:
             chunk.append((embedding_work(model, split), 1))
