@@ -30,9 +30,9 @@ from typing import Any
 from benchmarks.common import Report, Row, option_parser, show
 from partita.cost.calibration import Calibration
 from partita.errors import InputError, PartitaError
-from partita.planner.scale.fit import Measured, fit
+from partita.planner.scale.fit import fit
 from partita.planner.scale.rows import Refusal, measured_step_time_s, read_rows
-from partita.planner.scale.runs import Run, read_run
+from partita.planner.scale.runs import Measured, Run, read_run
 
 DATA = Path(__file__).parent / "data" / "published"
 COLUMNS = ("source", "used", "refused", "error", "median", "scaled", "pairs", "num_pairs", "regret", "worst_regret",

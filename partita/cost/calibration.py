@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from partita.cache import cache_dir
 from partita.errors import InputError
+
+CACHE_NAME = "calibration.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +140,19 @@ class Calibration:
         changed = replace(self.of(generation), **values)
         return Calibration(generations={**self.generations, generation: changed})
 
-    def save(self, path: Path) -> None:
-        """Write the constants as JSON: generation to constant to value."""
+    def save(self, path: Path | None = None) -> Path:
+        """Write the constants as JSON (generation to constant to value) to `path`, or to the cache; tells where."""
+        path = path or cache_dir() / CACHE_NAME
         values = {name: asdict(constants) for name, constants in self.generations.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values, indent=1) + "\n")
+        return path
+
+    @staticmethod
+    def cached() -> Calibration:
+        """The constants that `partita profile --from-runs` left in the cache, or the shipped ones."""
+        path = cache_dir() / CACHE_NAME
+        return Calibration.load(path) if path.exists() else Calibration()
 
     @staticmethod
     def load(path: Path) -> Calibration:

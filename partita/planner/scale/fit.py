@@ -21,21 +21,13 @@ import numpy as np
 
 from partita.cost.calibration import LIMITS, PRIOR_SPREADS, Calibration
 from partita.errors import InputError
-from partita.planner.scale.runs import Run
+from partita.planner.scale.runs import Measured
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
 HUBER = 0.15
 SOURCE_RUNS = 30  # a source's runs count fully up to about this many
 MAX_ROUNDS = 25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A run, its measured step time and where it comes from."""
-
-    run: Run
-    step_time_s: float
-    source: str = ""
+SCALE = 0.1  # the error of a run that weighs as much as one spread of a constant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +81,6 @@ def _fit_generation(measured: list[Measured], start: Calibration, generation: st
         return np.concatenate([weights * huber, SCALE * (point - origin) / spreads])
 
     return _at(start, generation, names, _minimise(residuals, origin))
-
-
-SCALE = 0.1  # the error of a run that weighs as much as one spread of a constant
 
 
 def mean_error(measured: Sequence[Measured], calibration: Calibration) -> float:

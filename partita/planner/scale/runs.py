@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from partita.cluster.model import Link
@@ -26,7 +27,16 @@ from partita.cluster.names import gpu_from_text
 from partita.cost.calibration import Calibration
 from partita.cost.networks import Fabric, NodeGroup
 from partita.errors import ClusterError, InputError
-from partita.planner.scale.rows import Refusal, Row, integer_of, needed, read_model, text_of
+from partita.planner.scale.rows import (
+    Refusal,
+    Row,
+    integer_of,
+    measured_step_time_s,
+    needed,
+    read_model,
+    read_rows,
+    text_of,
+)
 from partita.planner.scale.schedules import Schedule
 from partita.planner.scale.step import Degrees, Remat, State, StepPrediction, predict_step
 from partita.planner.scale.transformer import Split, Transformer, chunks_of
@@ -92,6 +102,37 @@ class Run:
             compiled=self.compiled,
             calibration=calibration,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A run, its measured step time and where it comes from."""
+
+    run: Run
+    step_time_s: float
+    source: str = ""
+
+
+def measured_runs(path: Path) -> tuple[list[Measured], list[str]]:
+    """The runs of a file that have a measured time and can be predicted, and why the other rows are not among them.
+
+    Raises:
+        InputError: the file is not a JSON list of objects.
+    """
+    found, refused = [], []
+    for index, row in enumerate(read_rows(path)):
+        try:
+            run = read_run(row)
+            run.predict()
+            time_s = measured_step_time_s(row)
+        except Refusal as error:
+            refused.append(f"row {index}: {error}")
+            continue
+        if time_s is None:
+            refused.append(f"row {index}: no measured time")
+        else:
+            found.append(Measured(run=run, step_time_s=time_s, source=str(row.get("source") or "")))
+    return found, refused
 
 
 def read_run(row: Row) -> Run:
