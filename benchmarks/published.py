@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import sys
 from collections import Counter, defaultdict
@@ -227,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="constants instead of the shipped ones")
     parser.add_argument("--cross-validate", action="store_true", help="also predict what the constants have not seen")
     options = parser.parse_args(arguments)
-    paths = options.files or sorted(DATA.glob("*.json"))
+    paths = options.files or [Path(os.path.relpath(path)) for path in sorted(DATA.glob("*.json"))]
     try:
         calibration = Calibration.load(options.calibration) if options.calibration else None
         entries = read_entries(paths)

@@ -24,6 +24,11 @@ class Refusal(InputError):
     """A row that lacks what a prediction needs, or contradicts itself."""
 
 
+# Names of models with experts, and of models that are no stack of equal decoder (or encoder) blocks.
+EXPERTS = r"moe\b|mixtral|deepseek|dbrx|kimi|gpt[-_ ]?oss|\dx\d+b|[-_]a\d+b|nemotron[-_]3[-_]"
+OTHER = r"\bt5|\bbart|\bvit\b|swin|resnet|unet|\bdit\b|diffusion|\bmamba|whisper|clip"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """What models of one name share. Sources: the models' published configurations."""
@@ -108,8 +113,10 @@ def read_model(row: Row, modern: bool, notes: str, assumed: list[str]) -> Transf
     """The model of a row; `modern`: its GPUs are of a generation whose software fuses attention. Adds to `assumed`."""
     name = text_of(row, "model")
     family = next((one for one in FAMILIES if re.search(one.pattern, name)), None)
-    if (integer_of(row, "ep") or 1) > 1:
+    if (integer_of(row, "ep") or 1) > 1 or re.search(EXPERTS, name):
         raise Refusal("the model has experts, but their number, sizes and how many a token takes are absent")
+    if found := re.search(OTHER, name):
+        raise Refusal(f"{found[0]} is not a stack of equal transformer blocks, and how its parts differ is absent")
     layers, hidden, heads, seq = (needed(row, field) for field in ("layers", "hidden", "heads", "seq"))
     plain = family is not None and not family.gated
     ffn = integer_of(row, "ffn")

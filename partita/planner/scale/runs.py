@@ -205,7 +205,11 @@ def _group(entry: Row) -> NodeGroup:
 
 
 def _degrees(row: Row, assumed: list[str]) -> Degrees:
-    gpus = needed(row, "n_gpus")
+    gpus = integer_of(row, "n_gpus")
+    if gpus is None and row.get("cluster"):
+        gpus = sum(needed(entry, "machines") * needed(entry, "gpus") for entry in row["cluster"])
+        assumed.append(f"n_gpus = {gpus}")
+    gpus = gpus or needed(row, "n_gpus")
     given = {name: integer_of(row, name) for name in ("tp", "pp", "cp", "dp")}
     absent = [name for name in ("tp", "pp", "dp") if given[name] is None]
     known = 1
@@ -239,10 +243,10 @@ def _microbatches(row: Row, degrees: Degrees) -> tuple[int, int]:
 def _sharding(row: Row, modern: bool, assumed: list[str]) -> tuple[int, State]:
     text = text_of(row, "zero_fsdp")
     zero = 0
+    if "hsdp" in text or "hybrid" in text:
+        raise Refusal("how many GPUs share the parameters in hybrid sharding is absent")
     if "fsdp" in text:
         zero = 2 if "shard_grad_op" in text else 3
-    elif "hsdp" in text or "hybrid" in text:
-        raise Refusal("how many GPUs share the parameters in hybrid sharding is absent")
     elif match := re.search(r"zero[-_ ]?(\d)", text):
         zero = int(match[1])
         if zero > 3:
