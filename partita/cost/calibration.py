@@ -115,7 +115,7 @@ class Calibration:
     """The constants of all generations.
 
     Example:
-        >>> Calibration().of("turing") == Calibration().of("volta")
+        >>> Calibration().of("pascal") == Calibration().of("volta")
         True
     """
 

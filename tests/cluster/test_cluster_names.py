@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from partita.cluster import Cluster
 from partita.cluster.names import gpu_from_text
 from partita.cluster.presets import GPU_KINDS
 from partita.errors import ClusterError
@@ -54,3 +55,11 @@ def test_memory_and_power_of_the_text() -> None:
 def test_unknown(text: str) -> None:
     with pytest.raises(ClusterError, match="must be one of"):
         gpu_from_text(text)
+
+
+def test_processors_by_name() -> None:
+    cluster = Cluster.preset("2x1xEPYC-7763")
+    assert cluster.num_cores == 128 and cluster.machines[0].memory_bytes_per_s == 204.8e9
+    assert cluster.machines[0].flops_per_s_per_core == pytest.approx(78.4e9)
+    with pytest.raises(ClusterError, match="every process must have a core"):
+        Cluster.preset("1x100xGRACE")
