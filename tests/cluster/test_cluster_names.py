@@ -26,7 +26,7 @@ from partita.errors import ClusterError
         ("H100-80GB 700W RoCE 400Gb/s", "H100", 8, 400),
         ("DGX-GB200", "GB200", 72, 200),
         ("DGX-B300", "B300", 8, 800),
-        ("Titan X (1 per node, 40Gbps InfiniBand)", "TITAN-X", 1, 5),
+        ("Titan X (1 per node, 40Gbps InfiniBand)", "TITANX", 1, 5),
         ("A10G", "A10G", 8, 12.5),
         ("A10", "A10", 8, 12.5),
         ("T4", "T4", 8, 3.125),
