@@ -38,8 +38,9 @@ from partita.planner.scale.runs import Measured, Run, read_run
 DATA = Path(__file__).parent / "data" / "published"
 COLUMNS = ("source", "used", "refused", "error", "median", "scaled", "pairs", "num_pairs", "regret", "worst_regret",
            "memory_error", "fits_right")  # fmt: skip
-# Goals on vTrain's single-node runs; the regret's is what Calculon leaves there.
-GOALS = {"error": 0.12, "pairs": 0.88, "regret": 0.108}
+# Goals for runs that were not looked at, checked on vTrain's single-node ones. Calculon on the same rows: error 0.389,
+# pairs 0.715, regret 0.108.
+GOALS = {"error": 0.12, "pairs": 0.88, "regret": 0.02}
 GROUPS = ("vTrain", "Megatron-LM SC21", "Korthikanti", "torchtitan", "Megatron-Bridge", "NeMo",
           "MosaicML llm-foundry A100", "MosaicML llm-foundry H100")  # fmt: skip
 

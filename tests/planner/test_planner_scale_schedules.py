@@ -83,3 +83,5 @@ def test_what_does_not_fit() -> None:
         makespan_s((1.0,), (1.0,), num_stages=2, num_microbatches=1, schedule="1f1b")
     with pytest.raises(InputError, match="only the interleaved and gpipe"):
         makespan_s((1.0,) * 4, (1.0,) * 4, num_stages=2, num_microbatches=1, schedule="zero_bubble")
+    with pytest.raises(InputError, match="multiple of the 2 stages, but there are 3"):
+        makespan_s((1.0,) * 4, (1.0,) * 4, num_stages=2, num_microbatches=3, schedule="interleaved")
