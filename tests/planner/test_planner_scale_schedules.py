@@ -67,8 +67,8 @@ def test_unequal_stages_against_waiting(data: st.DataObject, p: int, v: int, m: 
     backward = data.draw(st.lists(TIMES, min_size=p * v, max_size=p * v))
     exact = _by_waiting(forward, backward, p, m, schedule)
     found = makespan_s(tuple(forward), tuple(backward), num_stages=p, num_microbatches=m, schedule=schedule)
-    # Long runs are extrapolated: the start-up of very unequal stages may reach a little beyond where that begins.
-    assert found == pytest.approx(exact, rel=1e-9 if m <= (schedules.SETTLED + 1) * p else 0.02)
+    # Runs beyond 3 p are extrapolated where they look settled; a longer period can hide in that.
+    assert found == pytest.approx(exact, rel=1e-9 if m <= schedules.FIRST * p else 0.01)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])

@@ -9,7 +9,8 @@ starts when the op before it on its stage has ended and what it reads is there:
 Zero-bubble splits B into the gradient of the input, which the previous stage waits for, and the gradient of the
 weights, which fills gaps. f and b hold the sending of their results. Every such recurrence is linear in max-plus
 algebra, so its makespan becomes linear in m after a start-up of a few p microbatches (Baccelli, Cohen, Olsder and
-Quadrat, "Synchronization and Linearity", 1992, theorem 3.109): long runs are extrapolated from `SETTLED` p on.
+Quadrat, "Synchronization and Linearity", 1992, theorem 3.109): long runs are extrapolated once p microbatches more have
+taken the same time twice in a row; very unequal stages settle late.
 
 Orders: GPipe (Huang et al. 2019); 1F1B (Narayanan et al., PipeDream-flush, 2019); interleaved (Narayanan et al. 2021,
 section 2.2, Megatron-LM's order); zero-bubble ZB-H1 (Qi et al. 2023, section 3).
@@ -24,7 +25,7 @@ from partita.errors import InputError
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zero_bubble"]
 Op = tuple[str, int, int]  # "F", "B" or "W"; chunk; microbatch
-SETTLED = 2  # the makespan is taken as linear from this many times p microbatches on
+FIRST = 3  # times p microbatches: the shortest run that is extrapolated
 
 
 def makespan_s(
@@ -53,13 +54,22 @@ def makespan_s(
     _validate(chunks, len(backward_s), num_stages, num_microbatches, schedule)
     if num_stages == 1:
         return num_microbatches * (sum(forward_s) + sum(backward_s))
+
+    def run(count: int) -> float:
+        return _run(forward_s, backward_s, num_stages, count, schedule, weight_share)
+
+    pairs = [ahead + back for ahead, back in zip(forward_s, backward_s, strict=True)]
+    busiest = max(sum(pairs[stage::num_stages]) for stage in range(num_stages))
     unit = num_stages  # interleaved runs need whole groups
-    last = (SETTLED + 1) * unit + num_microbatches % unit
-    if num_microbatches <= last:
-        return _run(forward_s, backward_s, num_stages, num_microbatches, schedule, weight_share)
-    shorter = _run(forward_s, backward_s, num_stages, last - unit, schedule, weight_share)
-    longer = _run(forward_s, backward_s, num_stages, last, schedule, weight_share)
-    return longer + (longer - shorter) * (num_microbatches - last) / unit
+    last = FIRST * unit + num_microbatches % unit
+    while last < num_microbatches:
+        ends = [run(last - back * unit) for back in (2, 1, 0)]
+        gained, before = ends[2] - ends[1], ends[1] - ends[0]
+        # Once settled, no stage may have more to do for a microbatch than the run gains by it.
+        if abs(gained - before) <= 1e-9 * ends[2] and gained >= unit * busiest - 1e-9 * ends[2]:
+            return ends[2] + gained * (num_microbatches - last) / unit
+        last = min(2 * last - num_microbatches % unit, num_microbatches)
+    return run(num_microbatches)
 
 
 def _validate(num_chunks: int, num_backwards: int, num_stages: int, num_microbatches: int, schedule: str) -> None:
