@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -21,6 +22,8 @@ def profile(
     *,
     again: bool = False,
     budget_s: float = 60.0,
+    from_runs: Path | None = None,
+    out: Path | None = None,
     json: bool = False,
 ) -> int:
     """Measure this machine: arithmetic, memory, threads, links. Kept in the cache; under ten seconds. Under torchrun,
@@ -30,8 +33,14 @@ def profile(
         target: also measure the ops of this model (file.py:function).
         again: measure even if the cache has it.
         budget_s: limit for measuring the target's ops, in seconds.
+        from_runs: measure nothing; fit the constants of described GPUs to the measured training runs in this JSON file.
+        out: write those constants here instead of the cache.
         json: print the figures as JSON.
     """
+    if from_runs is not None:
+        from partita.cli.from_runs import calibrate
+
+        return calibrate(from_runs, out, json=json)
     from partita.cluster.measure import profile as measure
 
     found = measure(again=again)

@@ -235,3 +235,20 @@ def test_python_m_partita() -> None:
     assert done.returncode == 0
     for verb in ("doctor", "profile", "plan", "show", "run", "simulate"):
         assert verb in done.stdout
+
+
+def test_profile_from_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"model": "GPT-1B", "layers": 16, "hidden": 2048, "heads": 16, "seq": 1024, "gpu": "A100", "n_gpus": 8,
+           "tp": 1, "pp": 1, "dp": 8, "micro_batch": 4, "global_batch": 64, "remat": "full", "dtype": "fp16",
+           "step_time_s": 0.9}  # fmt: skip
+    path, out = tmp_path / "runs.json", tmp_path / "constants.json"
+    path.write_text(json.dumps([row, row | {"seq": None}]))
+    assert main(["profile", "--from-runs", str(path), "--out", str(out), "--json"]) == 0
+    captured = capsys.readouterr()
+    found: dict[str, Any] = json.loads(captured.out)
+    assert found["num_runs"] == 1 and found["error_after"] < found["error_before"]
+    assert "row 1: seq is absent" in captured.err and json.loads(out.read_text()) == found["generations"]
+    assert main(["profile", "--from-runs", str(path), "--out", str(out)]) == 0
+    assert "ampere matmul" in capsys.readouterr().out
+    path.write_text("[]")
+    assert main(["profile", "--from-runs", str(path)]) == 1
