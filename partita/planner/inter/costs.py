@@ -145,7 +145,9 @@ class AdditiveCosts:
         times = self.times[kind]
         return float(times.forward_row_s.sum() + times.backward_row_s.sum())
 
-    def _table(self, problem: InterProblem, sums: _Sums, devices: tuple[int, ...], share: tuple[int, ...]) -> StageTable:
+    def _table(
+        self, problem: InterProblem, sums: _Sums, devices: tuple[int, ...], share: tuple[int, ...]
+    ) -> StageTable:
         pairs = sorted({(problem.devices[g].kind, r) for g, r in zip(devices, share, strict=True) if r > 0})
         forward, backward, weight = [], [], []
         for kind, r in pairs:

@@ -1,13 +1,13 @@
 """The inter-stage problem: which ops form a stage, on which devices, how many microbatches, which schedule.
 
-Space        An order pi of devices (one of `orders`), its first L devices (the others stay idle), S stages. Stage s holds
-             the ops I_{s+1} \\ I_s of a chain of down-sets {} = I_0 < I_1 < ... < I_S = all ops, and the devices
-             pi(p_s) .. pi(p_s + d_s - 1) with p_0 = 0, p_{s+1} = p_s + d_s, p_S = L and d_s in `stage_sizes`; one of the
-             options that the stage costs offer for (ops, devices); m in `microbatch_counts`; a schedule of `schedules`.
-             Interleaved with v chunks: a chain of v S down-sets, stage q on the devices of q mod S.
-Transfers    A value made in I_s and read outside crosses the boundary, whatever stage reads it: it is handed on from stage
-             to stage. Boundary bytes go over min(d, d') lanes in parallel, each with its part of the bytes, at the
-             latency and bandwidth of the slowest link between the two sub-meshes; they overlap with compute.
+Space        An order pi of devices (one of `orders`), its first L devices (the others stay idle), S stages. Stage s
+             holds the ops I_{s+1} \\ I_s of a chain of down-sets {} = I_0 < I_1 < ... < I_S = all ops, and the devices
+             pi(p_s) .. pi(p_s + d_s - 1) with p_0 = 0, p_{s+1} = p_s + d_s, p_S = L and d_s in `stage_sizes`; one of
+             the options that the stage costs offer for (ops, devices); m in `microbatch_counts`; a schedule of
+             `schedules`. Interleaved with v chunks: a chain of v S down-sets, stage q on the devices of q mod S.
+Transfers    A value made in I_s and read outside crosses the boundary, whatever stage reads it: it is handed on from
+             stage to stage. Boundary bytes go over min(d, d') lanes in parallel, each with its part of the bytes, at
+             the latency and bandwidth of the slowest link between the two sub-meshes; they overlap with compute.
 Objective    the makespan of the schedule's task order (`schedule_time`), that is
              max over s of (end of the last task of stage s + end_s of stage s) + fixed_s.
 Memory       of each device of stage s: static + saved x (microbatches in flight) at most its `memory_bytes`.

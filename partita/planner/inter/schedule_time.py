@@ -38,7 +38,9 @@ class PipelineTimes:
     backward_transfer_s: Sequence[float]
 
 
-def passes_of_group(schedule: str, group: int, num_groups: int, num_microbatches: int, num_chunks: int = 1) -> list[Pass]:
+def passes_of_group(
+    schedule: str, group: int, num_groups: int, num_microbatches: int, num_chunks: int = 1
+) -> list[Pass]:
     """The task order of one device group.
 
     Example:
