@@ -8,7 +8,7 @@
   holds at most S microbatches and the last stages do not wait at the end.
 * Interleaved (Narayanan et al., 2021, section 2.2): every device has v chunks, chunk c of device s being stage c S + s
   of v S. Forward tasks come in rounds: S microbatches through chunk 0, the same S through chunk 1, .., then the next S;
-  backward tasks likewise from the last chunk on; 2 (S - s - 1) + (v - 1) S forward tasks go ahead. m is a multiple of S.
+  backward tasks likewise from the last chunk on; 2 (S - s - 1) + (v - 1) S forward tasks go ahead. S divides m.
 """
 
 from __future__ import annotations
