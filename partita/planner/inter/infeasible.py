@@ -37,8 +37,8 @@ def explain_infeasible(tables: Tables, *, proven: bool) -> InfeasibleError:
     said = "No pipeline fits" if proven else "No pipeline was found that fits"
     least = "The smallest change" if exact else "A change that would help"
     return InfeasibleError(
-        f"{said} the memory of the devices: even the thriftiest ({many}, on {setting.num_devices} devices) needs "
-        f"{format_bytes(factor * limit)} on {problem.devices[device].name}, which has {format_bytes(limit)}. "
+        f"{said} the memory of the devices: even the thriftiest ({many}, on at most {setting.num_devices} devices) "
+        f"needs {format_bytes(factor * limit)} on {problem.devices[device].name}, which has {format_bytes(limit)}. "
         f"{least}: {factor:.3g} times the memory on every device ({format_bytes((factor - 1) * limit)} more there), "
         "or more devices, options with recomputation, or a smaller batch."
     )

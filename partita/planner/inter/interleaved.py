@@ -16,18 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
-from itertools import pairwise
+from functools import cached_property
 
 import numpy as np
 
+from partita.planner.inter.incumbent import even_pipelines, fits_memory
 from partita.planner.inter.labels import Array
 from partita.planner.inter.pipeline import Choice, Setting
-from partita.planner.inter.schedule_time import chunk_peaks
-from partita.planner.inter.search import ROUNDING, Search, devices_of, times_of
+from partita.planner.inter.search import ROUNDING, Search, times_of
 from partita.planner.inter.tables import Tables
-
-_peaks = cache(chunk_peaks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +46,8 @@ class ChunkNode:
     def expand(self, search: Search) -> None:
         tables, m = search.tables, self.setting.num_microbatches
         if not self.choices:
-            for choices in even_chunks(tables, self.setting):
+            assert self.setting.num_stages is not None
+            for choices in even_pipelines(tables, self.setting, self.setting.num_stages):
                 search.offer(self.setting, choices)
         low = self.choices[-1].high if self.choices else 0
         for place, d in self._next_devices(tables):
@@ -112,78 +110,6 @@ class ChunkNode:
                 back += times.backward_s[s] + times.backward_transfer_s[s]
         mean = m * (spent + float(self.rest.device_s[choices[-1].high])) / self.setting.num_devices
         return max(bound_s, mean)
-
-
-def fits_memory(tables: Tables, setting: Setting, choices: tuple[Choice, ...]) -> bool:
-    """Whether the chunks so far fit every group's devices."""
-    groups, m = setting.num_stages, setting.num_microbatches
-    assert groups is not None
-    for s in range(min(groups, len(choices))):
-        own = choices[s::groups]
-        devices = devices_of(setting, own[0])
-        options = tables.of(devices, m)
-        for g, device in enumerate(devices):
-            limit = tables.problem.devices[device].memory_bytes
-            static = sum(float(options[c.option].static_bytes[g][c.low, c.high]) for c in own)
-            saved = [float(options[c.option].saved_bytes[g][c.low, c.high]) for c in own]
-            peak = max(
-                sum(n * size for n, size in zip(held, saved, strict=False))
-                for held in _peaks(s, groups, m, setting.num_chunks)
-            )
-            if static + peak > limit * (1 + 1e-9):
-                return False
-    return True
-
-
-def even_chunks(tables: Tables, setting: Setting) -> Iterator[tuple[Choice, ...]]:
-    """Pipelines with stages of equal size whose largest chunk is as short as can be, then the shortest in sum: a first
-    incumbent. Memory is split evenly over the chunks of a group to find them, and tested as a whole."""
-    groups, m, chunks = setting.num_stages, setting.num_microbatches, setting.num_chunks
-    assert groups is not None
-    d, odd = divmod(setting.num_devices, groups)
-    if odd or d not in tables.problem.stage_sizes:
-        return
-    meshes = [setting.order[s * d : (s + 1) * d] for s in range(groups)]
-    for share in (1, chunks):
-        costs = []
-        for s, mesh in enumerate(meshes):
-            most = max(sum(held) for held in _peaks(s, groups, m, chunks))
-            fits = tables.fits(mesh, m, -(-most * share // chunks))
-            options = zip(tables.of(mesh, m), fits, strict=True)
-            costs.append(np.stack([np.where(ok, t.forward_s + t.backward_s, np.inf) for t, ok in options]))
-        cuts = _bottleneck([cost.min(axis=0) for cost in costs], groups * chunks)
-        if cuts is None:
-            continue
-        choices = tuple(
-            Choice(low, high, (q % groups) * d, d, int(costs[q % groups][:, low, high].argmin()))
-            for q, (low, high) in enumerate(pairwise(cuts))
-        )
-        if fits_memory(tables, setting, choices):
-            yield choices
-            return
-
-
-def _bottleneck(costs: list[Array], num_chunks: int) -> list[int] | None:
-    """Down-sets of the chain that minimises (largest, sum) in this order; None where there is none."""
-    size = len(costs[0])
-    largest = np.full(size, np.inf)
-    largest[-1] = 0.0
-    for q in reversed(range(num_chunks)):
-        largest = np.maximum(costs[q % len(costs)], largest[None, :]).min(axis=1)
-    bound = largest[0] * (1 + 1e-9)
-    if not np.isfinite(bound):
-        return None
-    total = np.full(size, np.inf)
-    total[-1] = 0.0
-    following = []
-    for q in reversed(range(num_chunks)):
-        sums = np.where(costs[q % len(costs)] <= bound, costs[q % len(costs)], np.inf) + total[None, :]
-        following.append(sums.argmin(axis=1))
-        total = sums.min(axis=1)
-    cuts = [0]
-    for step in reversed(following):
-        cuts.append(int(step[cuts[-1]]))
-    return cuts
 
 
 def rest_of(tables: Tables, order: tuple[int, ...], num_microbatches: int) -> Rest:

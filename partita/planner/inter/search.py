@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from partita.planner.inter.incumbent import even_pipelines
 from partita.planner.inter.labels import Array, StageTimes, put_in_front
 from partita.planner.inter.pipeline import Choice, Pipelines, Setting, setting_bound_s
 from partita.planner.inter.schedule_time import PipelineTimes, makespan_s
@@ -26,7 +27,7 @@ from partita.planner.inter.tables import Tables
 
 ROUNDING = 1e-10  # sums in another order differ by rounding
 _LARGE_CELLS = 2e9  # (stages x places x sizes x down-sets^2) up to which the cells of a setting are computed
-_FIRST_PASS = 2e6  # and from which a pass with one label for each state finds a first pipeline
+_FIRST_PASS = 2e6  # and from which even stages give a first pipeline
 
 
 class Node(Protocol):
@@ -51,6 +52,7 @@ class Search:
     tables: Tables
     max_nodes: int
     deadline: float
+    gap: float = 0.0  # relative: ends where it is proven
     keep: int = 4
     best: list[Found] = field(default_factory=list)
     num_nodes: int = 0
@@ -89,7 +91,8 @@ class Search:
     def run(self) -> float:
         """Search; returns the proven lower bound of the makespan (infinite where nothing fits)."""
         while self._heap and self._heap[0][0] < self.cutoff_s:
-            if self.num_nodes >= self.max_nodes or time.monotonic() > self.deadline:
+            near = self._heap[0][0] >= self.best_s * (1 - self.gap)
+            if near or self.num_nodes >= self.max_nodes or time.monotonic() > self.deadline:
                 self.give_up(self._heap[0][0])
                 break
             self.num_nodes += 1
@@ -143,8 +146,10 @@ class SettingNode:
         work = self._work(tables, sizes)
         if work > _FIRST_PASS:
             for d in sizes:
-                if self.setting.num_devices % d == 0:
-                    self._offer_best(search, Pipelines(tables, self.setting, search.cutoff_s, 1, (d,)))
+                groups = self.setting.num_devices // d
+                if self.setting.num_stages in (None, groups):
+                    for choices in even_pipelines(tables, self.setting, groups):
+                        search.offer(self.setting, choices)
         if work > _LARGE_CELLS:
             search.give_up(self.bound_s)
             return

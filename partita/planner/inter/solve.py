@@ -68,14 +68,18 @@ class InterSolution:
         return len(self.stages) // self.num_chunks
 
 
-def solve_inter(problem: InterProblem, *, max_nodes: int = 20_000, time_limit_s: float = 60.0) -> InterSolution:
-    """The best pipeline. Raises `InfeasibleError` where none fits, naming the limit and the smallest change.
+def solve_inter(
+    problem: InterProblem, *, gap: float = 0.0, max_nodes: int = 20_000, time_limit_s: float = 10.0
+) -> InterSolution:
+    """The best pipeline, searched until the relative gap is proven to be at most `gap`, or to one of the limits.
+
+    Raises `InfeasibleError` where no pipeline fits, naming the limit and the smallest change.
 
     Example: see `tests/planner/test_planner_inter_solve.py`.
     """
     begin = time.monotonic()
     tables = Tables(problem, family_of(problem))
-    search = Search(tables, max_nodes, begin + time_limit_s)
+    search = Search(tables, max_nodes, begin + time_limit_s, gap)
     for bound_s, setting in settings_of(tables):
         search.push(bound_s, 0, SettingNode(setting, bound_s))
     if "interleaved" in problem.schedules:

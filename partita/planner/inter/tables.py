@@ -39,6 +39,7 @@ class Tables:
         self.problem, self.family = problem, family
         self._tables: dict[tuple[Hashable, int], list[StageTable]] = {}
         self._fits: dict[tuple[Hashable, int, int], list[Mask]] = {}
+        self._passes: dict[tuple[Hashable, int, int], tuple[Array, npt.NDArray[np.int64]]] = {}
         self._least: dict[tuple[object, ...], tuple[Array, ...]] = {}
         self._first: dict[tuple[object, ...], FirstStages] = {}
         self._keys: dict[tuple[int, ...], Hashable] = {}
@@ -133,6 +134,21 @@ class Tables:
             limits = tuple(self.problem.devices[g].memory_bytes for g in devices)
             self._keys[devices] = (self.problem.costs.key(self.problem, devices), limits)
         return self._keys[devices]
+
+    def passes(self, devices: tuple[int, ...], m: int, in_flight: int) -> tuple[Array, npt.NDArray[np.int64]]:
+        """The least f + b of every pair of down-sets that fits with so many microbatches in flight, and the option."""
+        key = (*self._key(devices, m), in_flight)
+        if key not in self._passes:
+            shape = self.family.inside.shape
+            least, which = np.full(shape, np.inf), np.zeros(shape, dtype=np.int64)
+            for option, (table, fits) in enumerate(
+                zip(self.of(devices, m), self.fits(devices, m, in_flight), strict=True)
+            ):
+                one = np.where(fits, table.forward_s + table.backward_s, np.inf)
+                which[one < least] = option
+                np.minimum(least, one, out=least)
+            self._passes[key] = least, which
+        return self._passes[key]
 
     def _key(self, devices: tuple[int, ...], num_microbatches: int) -> tuple[Hashable, int]:
         return self.key(devices), num_microbatches
