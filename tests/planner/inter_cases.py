@@ -7,6 +7,7 @@ over its tasks, stage figures from the formulas in the docstring of `partita.pla
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import chain, permutations, product
 
@@ -23,6 +24,7 @@ from partita.planner.inter import (
     StageOption,
     Value,
 )
+from partita.planner.inter.problem import SCHEDULES
 from partita.program.schedule import Task, tasks_of_stage
 
 Ops = tuple[int, ...]
@@ -39,9 +41,7 @@ def problems(draw: st.DrawFn, max_ops: int = 5, max_devices: int = 4) -> InterPr
     seed = draw(st.integers(0, 2**32 - 1))  # the figures; structure is drawn, so that it shrinks
     rng = np.random.default_rng(seed)
     tight = draw(st.sampled_from([0.5, 1.0, 1.6, np.inf]))
-    schedules = draw(
-        st.lists(st.sampled_from(["gpipe", "1f1b", "zero_bubble", "interleaved"]), min_size=1, unique=True)
-    )
+    schedules = draw(st.lists(st.sampled_from(SCHEDULES), min_size=1, unique=True))
     batch_rows = draw(st.sampled_from([2, 4, 6]))
     divisors = [m for m in (1, 2, 3, 4, 6) if batch_rows % m == 0]
     counts = draw(st.lists(st.sampled_from(divisors), min_size=1, max_size=2, unique=True))
@@ -359,3 +359,77 @@ def _makespan(
             ends[kind, q, k] = now[s]
             place[s] += 1
     return max(now[s] + sum(o.end_s for o in options[s::groups]) for s in range(groups))
+
+
+# ------------------------------------------------------------------------------------------------- where pipelines pay
+
+
+def chain_problem(
+    num_ops: int,
+    kinds: tuple[str, ...],
+    *,
+    num_microbatches: int,
+    batch_rows: int,
+    row_s: dict[str, float],
+    saved: float = 0.0,
+    weight: float = 1.0,
+    crossing: float = 0.0,
+) -> InterProblem:
+    """A chain of equal ops: forward 1, backward 2 times `row_s` of the device's kind for every row, `weight` of it for
+    weight gradients; links of one byte a second."""
+
+    def times(one: float) -> OpTimes:
+        zero, row = np.zeros(num_ops), np.full(num_ops, one)
+        return OpTimes(
+            forward_fixed_s=zero,
+            forward_row_s=row,
+            backward_fixed_s=zero,
+            backward_row_s=2 * row,
+            weight_fixed_s=zero,
+            weight_row_s=weight * row,
+            update_s=zero,
+        )
+
+    zero = np.zeros(num_ops)
+    return InterProblem(
+        num_ops=num_ops,
+        devices=tuple(InterDevice(name=f"{kind}{g}", kind=kind) for g, kind in enumerate(kinds)),
+        links=Links.uniform(len(kinds), 0.0, 1.0),
+        costs=AdditiveCosts(
+            times={kind: times(one) for kind, one in row_s.items()},
+            static_bytes=zero,
+            saved_bytes_per_row=zero + saved,
+            gradient_bytes=zero,
+        ),
+        batch_rows=batch_rows,
+        microbatch_counts=(num_microbatches,),
+        values=tuple(
+            Value(producer=i, consumers=(i + 1,), forward_bytes_per_row=crossing, backward_bytes_per_row=crossing)
+            for i in range(num_ops - 1)
+        ),
+    )
+
+
+@st.composite
+def long_pipelines(draw: st.DrawFn) -> InterProblem:
+    """Chains of unequal ops with cheap transfers and many microbatches, one schedule at a time."""
+    num_ops, num_devices = draw(st.integers(4, 7)), draw(st.integers(2, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    schedule = draw(st.sampled_from(SCHEDULES))
+    problem = chain_problem(num_ops, KINDS[:1] * num_devices, num_microbatches=4, batch_rows=12, row_s={"fast": 1.0})
+    tight = draw(st.sampled_from([1.0, 1.5, np.inf]))
+    return replace(
+        problem,
+        devices=tuple(
+            InterDevice(name=f"d{g}", kind=str(rng.choice(KINDS)), memory_bytes=float(tight * rng.integers(30, 90)))
+            for g in range(num_devices)
+        ),
+        costs=_additive(rng, num_ops, False),
+        links=Links(
+            latency_s=0.5 * rng.integers(0, 3, (num_devices, num_devices)),
+            bytes_per_s=10.0 + rng.integers(0, 40, (num_devices, num_devices)),
+        ),
+        values=tuple(_values(rng, num_ops, "chain", draw(st.sampled_from([0.0, 1.0, 10.0])))),
+        schedules=(schedule,),
+        microbatch_counts=draw(st.sampled_from([(4,), (6, 12), (3, 12)])),
+    )

@@ -1,8 +1,8 @@
 """What a solution costs, computed again from the problem alone.
 
-Nothing of the solver's tables is used: the ops, devices and options of the solution are checked against the problem, the
-costs are asked anew for just the stages' down-sets, transfers are summed over values, memory is counted along
-the task orders, and the makespan is the longest path over the graph of all tasks (an edge for each thing that a task
+Nothing of the solver's tables is used: the ops, devices and options of the solution are checked against the problem,
+the costs are asked anew for just the stages' down-sets, transfers are summed over values, memory is counted along the
+task orders, and the makespan is the longest path over the graph of all tasks (an edge for each thing that a task
 waits for), visited in topological order.
 """
 
@@ -77,15 +77,12 @@ def _broken_options(problem: InterProblem, solution: InterSolution) -> Iterator[
     rows = problem.rows(solution.num_microbatches)
     for s, stage in enumerate(solution.stages):
         family = _stage_family(problem, done, stage)
-        low, high = [
-            i for i, row in enumerate(family.sets) if set(np.flatnonzero(row)) in (done, done | set(stage.ops))
-        ]
+        ends = [set(np.flatnonzero(row).tolist()) for row in family.sets]
+        low, high = ends.index(done), ends.index(done | set(stage.ops))
         tables = problem.costs.tables(problem, family, stage.devices, rows)
         offered = [table.option(low, high) for table in tables if np.isfinite(table.forward_s[low, high])]
         if not any(_same(stage, offer) for offer in offered):
             yield f"stage {s} has an option that the costs do not offer: {stage.option}"
-        if stage.option.rows and sum(stage.option.rows) != rows and len(stage.option.rows) == 1:
-            yield f"stage {s} must have {rows} rows of a microbatch"
         done |= set(stage.ops)
 
 

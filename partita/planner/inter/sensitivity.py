@@ -79,8 +79,8 @@ def _changes(problem: InterProblem, memory_factor: float, bandwidth_factor: floa
 
 
 def _with_twin(problem: InterProblem, twin: int) -> InterProblem:
-    """One more device, like `twin` and linked as it is (to `twin` itself by `twin`'s best link), put behind it or at the
-    end of every order."""
+    """One more device, like `twin` and linked as it is (to `twin` itself by `twin`'s best link), put behind it or at
+    the end of every order."""
     count = len(problem.devices)
     latency_s, bytes_per_s = problem.links.latency_s, problem.links.bytes_per_s
     others = [g for g in range(count) if g != twin]
