@@ -42,7 +42,8 @@ def problems(draw: st.DrawFn, max_ops: int = 5, max_devices: int = 4) -> InterPr
     rng = np.random.default_rng(seed)
     tight = draw(st.sampled_from([0.5, 1.0, 1.6, np.inf]))
     schedules = draw(st.lists(st.sampled_from(SCHEDULES), min_size=1, unique=True))
-    batch_rows = draw(st.sampled_from([2, 4, 6]))
+    stage_sizes = draw(st.sampled_from([(1,), (1, 2), (2,), (1, 3)]))
+    batch_rows = draw(st.sampled_from([2, 3] if 3 in stage_sizes else [2, 4, 6]))  # shares are many
     divisors = [m for m in (1, 2, 3, 4, 6) if batch_rows % m == 0]
     counts = draw(st.lists(st.sampled_from(divisors), min_size=1, max_size=2, unique=True))
     shape = (num_devices, num_devices)
@@ -61,7 +62,7 @@ def problems(draw: st.DrawFn, max_ops: int = 5, max_devices: int = 4) -> InterPr
         values=tuple(_values(rng, num_ops, draw(st.sampled_from(["chain", "sparse", "none"])), scale)),
         schedules=tuple(schedules),
         chunk_counts=(2,) if draw(st.booleans()) else (2, 3),
-        stage_sizes=draw(st.sampled_from([(1,), (1, 2), (2,), (1, 3)])),
+        stage_sizes=stage_sizes,
         orders=_orders(rng, num_devices, draw(st.integers(1, 2))),
         fixed_s=float(rng.integers(0, 3)),
     )
@@ -158,7 +159,7 @@ def best_by_enumeration(problem: InterProblem) -> float | None:
                 moves = _moves(problem, stages, meshes, m)
                 for options in product(*offers):
                     if _fits(problem, schedule, groups, chunks, m, options):
-                        best = min(best, _makespan(schedule, len(groups), chunks, m, options, moves, best))
+                        best = min(best, makespan(schedule, len(groups), chunks, m, options, moves, best))
     return best + problem.fixed_s if np.isfinite(best) else None
 
 
@@ -288,7 +289,7 @@ def _phase(task: Task) -> str:
 
 
 @cache
-def _orders_of(schedule: str, groups: int, m: int, chunks: int) -> list[list[tuple[str, int, int]]]:
+def orders_of(schedule: str, groups: int, m: int, chunks: int) -> list[list[tuple[str, int, int]]]:
     """Per group the passes (F, B or W; stage; microbatch) in order."""
     return [
         [
@@ -314,7 +315,7 @@ def _fits(
         own = options[s :: len(groups)]
         for place, device in enumerate(mesh):
             held = peak = sum(option.static_bytes[place] for option in own)
-            for kind, q, _ in _orders_of(schedule, len(groups), m, chunks)[s]:
+            for kind, q, _ in orders_of(schedule, len(groups), m, chunks)[s]:
                 size = options[q].saved_bytes[place]
                 held += size if kind == "F" else -size if kind == freed_by else 0
                 peak = max(peak, held)
@@ -323,7 +324,7 @@ def _fits(
     return True
 
 
-def _makespan(
+def makespan(
     schedule: str,
     groups: int,
     chunks: int,
@@ -337,7 +338,7 @@ def _makespan(
     if max(work) >= below:
         return np.inf
     split = schedule == "zero_bubble"
-    orders = _orders_of(schedule, groups, m, chunks)
+    orders = orders_of(schedule, groups, m, chunks)
     ends: dict[tuple[str, int, int], float] = {}
     now, place, last = [0.0] * groups, [0] * groups, len(options) - 1
     while any(place[s] < len(orders[s]) for s in range(groups)):

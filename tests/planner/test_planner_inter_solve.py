@@ -22,7 +22,7 @@ def check(problem: InterProblem) -> None:
         with pytest.raises(InfeasibleError, match=r"[Nn]o pipeline"):
             solve_inter(problem)
         return
-    solution = solve_inter(problem)
+    solution = solve_inter(problem, time_limit_s=600)
     assert solution.objective_s == pytest.approx(best, rel=1e-9, abs=1e-9)
     assert solution.lower_bound_s == pytest.approx(best, rel=1e-9, abs=1e-9)
     priced = price_inter(problem, solution)
@@ -32,13 +32,13 @@ def check(problem: InterProblem) -> None:
 
 
 @given(problems())
-@settings(max_examples=300, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=400, deadline=None, suppress_health_check=SLOW)
 def test_equals_enumeration(problem: InterProblem) -> None:
     check(problem)
 
 
 @given(long_pipelines())
-@settings(max_examples=100, deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=200, deadline=None, suppress_health_check=SLOW)
 def test_equals_enumeration_where_pipelines_pay(problem: InterProblem) -> None:
     check(problem)
 
@@ -54,7 +54,7 @@ def test_a_search_that_is_cut_short_still_tells_the_truth(problem: InterProblem)
         try:
             early = solve_inter(problem, max_nodes=max_nodes)
         except InfeasibleError as error:
-            assert "No pipeline was found that fits" in str(error)
+            assert "max_nodes" in str(error)
             continue
         assert early.lower_bound_s <= exact.objective_s * (1 + 1e-9)
         assert early.objective_s >= exact.objective_s * (1 - 1e-9)

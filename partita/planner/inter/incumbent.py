@@ -17,14 +17,18 @@ from partita.planner.inter.pipeline import Choice, Setting
 from partita.planner.inter.schedule_time import chunk_peaks
 from partita.planner.inter.tables import Tables
 
-_peaks = cache(chunk_peaks)
+
+@cache
+def peaks_of(group: int, groups: int, num_microbatches: int, chunks: int) -> list[tuple[int, ...]]:
+    """`chunk_peaks`, counted once."""
+    return chunk_peaks(group, groups, num_microbatches, chunks)
 
 
-def fits_memory(tables: Tables, setting: Setting, choices: tuple[Choice, ...]) -> bool:
-    """Whether the chunks so far fit every group's devices."""
+def fits_memory(tables: Tables, setting: Setting, choices: tuple[Choice, ...], group: int | None = None) -> bool:
+    """Whether the chunks so far fit every group's devices, or those of one group."""
     groups, m = setting.num_stages, setting.num_microbatches
     assert groups is not None
-    for s in range(min(groups, len(choices))):
+    for s in range(min(groups, len(choices))) if group is None else (group,):
         own = choices[s::groups]
         devices = setting.order[own[0].place : own[0].place + own[0].num_devices]
         options = tables.of(devices, m)
@@ -34,7 +38,7 @@ def fits_memory(tables: Tables, setting: Setting, choices: tuple[Choice, ...]) -
             saved = [float(options[c.option].saved_bytes[g][c.low, c.high]) for c in own]
             peak = max(
                 sum(n * size for n, size in zip(held, saved, strict=False))
-                for held in _peaks(s, groups, m, setting.num_chunks)
+                for held in peaks_of(s, groups, m, setting.num_chunks)
             )
             if static + peak > limit * (1 + 1e-9):
                 return False
@@ -67,7 +71,7 @@ def even_pipelines(tables: Tables, setting: Setting, groups: int) -> Iterator[tu
 def _in_flight(setting: Setting, group: int, groups: int, share: int) -> int:
     if setting.num_chunks == 1:
         return setting.group_order(groups - group).in_flight
-    most = max(sum(held) for held in _peaks(group, groups, setting.num_microbatches, setting.num_chunks))
+    most = max(sum(held) for held in peaks_of(group, groups, setting.num_microbatches, setting.num_chunks))
     return -(-most * share // setting.num_chunks)
 
 

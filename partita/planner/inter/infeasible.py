@@ -18,7 +18,7 @@ from partita.units import format_bytes
 _LARGE = 2e9
 
 
-def explain_infeasible(tables: Tables, *, proven: bool) -> InfeasibleError:
+def explain_infeasible(tables: Tables) -> InfeasibleError:
     problem = tables.problem
     if not np.isfinite([device.memory_bytes for device in problem.devices]).any():
         return InfeasibleError(
@@ -34,11 +34,11 @@ def explain_infeasible(tables: Tables, *, proven: bool) -> InfeasibleError:
     factor, device, setting = found
     limit = problem.devices[device].memory_bytes
     many = f"{setting.num_microbatches} microbatches, {setting.schedule}"
-    said = "No pipeline fits" if proven else "No pipeline was found that fits"
     least = "The smallest change" if exact else "A change that would help"
     return InfeasibleError(
-        f"{said} the memory of the devices: even the thriftiest ({many}, on at most {setting.num_devices} devices) "
-        f"needs {format_bytes(factor * limit)} on {problem.devices[device].name}, which has {format_bytes(limit)}. "
+        f"No pipeline fits the memory of the devices: even the thriftiest ({many}, at most {setting.num_devices} "
+        f"devices) needs {format_bytes(factor * limit)} on {problem.devices[device].name}, which has "
+        f"{format_bytes(limit)}. "
         f"{least}: {factor:.3g} times the memory on every device ({format_bytes((factor - 1) * limit)} more there), "
         "or more devices, options with recomputation, or a smaller batch."
     )

@@ -156,7 +156,7 @@ def _moves(problem: InterProblem, solution: InterSolution) -> list[tuple[float, 
 
 
 def _longest_path_s(problem: InterProblem, solution: InterSolution) -> float:
-    """The makespan by Kahn's algorithm over all tasks."""
+    """The makespan by Kahn's algorithm over all tasks; infinite where they wait in a circle."""
     stages, groups = solution.stages, solution.num_groups
     split, moves, last = solution.schedule == "zero_bubble", _moves(problem, solution), len(stages) - 1
     after: dict[Task, list[tuple[Task, float]]] = defaultdict(list)
@@ -189,5 +189,6 @@ def _longest_path_s(problem: InterProblem, solution: InterSolution) -> float:
             missing[other] -= 1
             if missing[other] == 0:
                 ready.append(other)
-    assert not any(missing.values()), "the task orders wait in a circle"
+    if any(missing.values()):
+        return float("inf")  # the task orders wait in a circle
     return max(end + sum(stage.option.end_s for stage in stages[s::groups]) for s, end in enumerate(ends_s))

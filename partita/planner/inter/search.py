@@ -100,13 +100,9 @@ class Search:
         return min(self.best_s, self.unproven_s)
 
 
-def times_of(
-    tables: Tables, setting: Setting, choices: Sequence[Choice], *, num_groups: int | None = None
-) -> PipelineTimes:
-    """The times of the stages, the end of a group being the sum over its chunks. Without `num_groups` they are a whole
-    pipeline."""
-    m = setting.num_microbatches
-    num_groups = len(choices) // setting.num_chunks if num_groups is None else num_groups
+def times_of(tables: Tables, setting: Setting, choices: Sequence[Choice]) -> PipelineTimes:
+    """The times of a pipeline's stages, the end of a group being the sum over its chunks."""
+    m, num_groups = setting.num_microbatches, len(choices) // setting.num_chunks
     picked = [tables.of(devices_of(setting, c), m)[c.option] for c in choices]
     at = [(c.low, c.high) for c in choices]
     ends = [0.0] * num_groups

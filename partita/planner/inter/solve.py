@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from partita.errors import InfeasibleError
 from partita.planner.inter.costs import StageOption
 from partita.planner.inter.family import family_of
 from partita.planner.inter.infeasible import explain_infeasible
@@ -86,7 +87,12 @@ def solve_inter(
         push_interleaved(search)
     lower_bound_s = search.run()
     if not search.best:
-        raise explain_infeasible(tables, proven=np.isinf(search.unproven_s))
+        if np.isfinite(search.unproven_s):
+            raise InfeasibleError(
+                f"No pipeline was found that fits within max_nodes={max_nodes} and time_limit_s={time_limit_s:g}, and "
+                "none was proven not to exist. Raise them, or give fewer orders, sizes or microbatch counts."
+            )
+        raise explain_infeasible(tables)
     solutions = [_solution(tables, found, search, lower_bound_s, begin) for found in reversed(search.best)]
     best = solutions.pop()
     return InterSolution(**{**vars(best), "alternatives": tuple(reversed(solutions))})
