@@ -51,11 +51,7 @@ def test_a_search_that_is_cut_short_still_tells_the_truth(problem: InterProblem)
     except InfeasibleError:
         return
     for max_nodes in (1, 3, 10):
-        try:
-            early = solve_inter(problem, max_nodes=max_nodes)
-        except InfeasibleError as error:
-            assert "max_nodes" in str(error)
-            continue
+        early = solve_inter(problem, max_nodes=max_nodes)
         assert early.lower_bound_s <= exact.objective_s * (1 + 1e-9)
         assert early.objective_s >= exact.objective_s * (1 - 1e-9)
         assert 0 <= early.gap < 1

@@ -92,7 +92,8 @@ class Search:
         """Search; returns the proven lower bound of the makespan (infinite where nothing fits)."""
         while self._heap and self._heap[0][0] < self.cutoff_s:
             near = self._heap[0][0] >= self.best_s * (1 - self.gap)
-            if near or self.num_nodes >= self.max_nodes or time.monotonic() > self.deadline:
+            enough = near or self.num_nodes >= self.max_nodes
+            if (enough and self.best) or time.monotonic() > self.deadline:
                 self.give_up(self._heap[0][0])
                 break
             self.num_nodes += 1
@@ -233,7 +234,8 @@ def settings_of(tables: Tables) -> list[tuple[float, Setting]]:
             for order in prefixes:
                 stages: Sequence[int | None] = (None,)
                 if schedule == "zero_bubble":
-                    stages = range(1, min(len(order) // min(problem.stage_sizes), problem.num_ops) + 1)
+                    least = -(-len(order) // max(problem.stage_sizes))
+                    stages = range(least, min(len(order) // min(problem.stage_sizes), problem.num_ops) + 1)
                 for num_stages in stages:
                     setting = Setting(order=order, schedule=schedule, num_microbatches=m, num_stages=num_stages)
                     bound_s = setting_bound_s(tables, setting)

@@ -72,7 +72,8 @@ class InterSolution:
 def solve_inter(
     problem: InterProblem, *, gap: float = 0.0, max_nodes: int = 20_000, time_limit_s: float = 10.0
 ) -> InterSolution:
-    """The best pipeline, searched until the relative gap is proven to be at most `gap`, or to one of the limits.
+    """The best pipeline, searched until the relative gap is proven to be at most `gap`, or to one of the limits
+    (that of nodes counts once a pipeline is found).
 
     Raises `InfeasibleError` where no pipeline fits, naming the limit and the smallest change.
 
@@ -89,8 +90,8 @@ def solve_inter(
     if not search.best:
         if np.isfinite(search.unproven_s):
             raise InfeasibleError(
-                f"No pipeline was found that fits within max_nodes={max_nodes} and time_limit_s={time_limit_s:g}, and "
-                "none was proven not to exist. Raise them, or give fewer orders, sizes or microbatch counts."
+                f"No pipeline was found that fits within time_limit_s={time_limit_s:g}, and none was proven not to "
+                "exist. Raise it, or give fewer orders, sizes or microbatch counts."
             )
         raise explain_infeasible(tables)
     solutions = [_solution(tables, found, search, lower_bound_s, begin) for found in reversed(search.best)]
