@@ -8,12 +8,14 @@ For the stages s .. S - 1, times since F(s, 0) starts at the earliest:
 A stage (f, b, w, end) with transfers x there, y back put in front (b without w; w = 0 unless zero-bubble) gives
     D' = f + x + D + y + b
     H' = max(k f [+ x + D + y for gpipe], f + x + H + y) + b
-    A' = max(f + x + A + y + b,  H' + (m-1) b + (m-k) f + n w,  (c+1) D' + (m-1-c k) b)
+    A' = max(f + x + A + y + b,  H' + (m-1) b + (m-k) f + n w,  H' + (m-1-c k) (b+f) + v w + c D')
     E' = max(f + x + E,  A' + (m - n) w + end)
 k: forward tasks before B_0 in the group's order, n: weight tasks before B_{m-1}. The second term of A' is all work
-between B_0 and B_{m-1}; the third the chain F_0 B_0 F_k B_k .. with c = floor((m-1)/k) returns, because F_{i+k} comes
-after B_i; in gpipe the last stage turns round only after all forward tasks. For equal stages without
-transfers E is the makespan itself (the closed forms sum + (m - 1) max of Alpa, section 5.2, and of ZB-H1).
+between B_0 and B_{m-1}. The third is a chain from B_0 of m-1-c k steps B_i F_{i+k} B_{i+1} on the group itself (v of
+them with a weight task), then c >= 1 returns B_i F_{i+k} B_{i+k} through the stages behind, because F_{i+k} comes right
+after B_i: being linear in c, it is the largest at c = 1 or at floor((m-1)/k); in gpipe the last stage turns round only
+after all forward tasks. For equal stages without transfers E is the makespan itself (the closed forms
+sum + (m - 1) max of Alpa, section 5.2, and of ZB-H1).
 All of it grows with D, H, A, E: a label that is nowhere smaller than another of the same state can be dropped.
 """
 
@@ -48,6 +50,13 @@ class GroupOrder:
             return 0
         assert self.num_stages is not None
         return max(0, self.num_microbatches - 1 - (self.num_stages - self.from_end))
+
+    def weight_within(self, steps: int) -> int:
+        """v: weight tasks within the first steps from a backward task to the next."""
+        if self.schedule != "zero_bubble":
+            return 0
+        assert self.num_stages is not None
+        return max(0, steps - (self.num_stages - self.from_end))
 
     @property
     def in_flight(self) -> int:
@@ -90,8 +99,9 @@ def put_in_front(order: GroupOrder, stage: StageTimes, behind: tuple[Array, ...]
     path = both + path + b
     cycles = (m - 1) // k
     last = np.maximum(both + last + b, first + (m - 1) * b + (m - k) * f + n * w)
-    if cycles:
-        last = np.maximum(last, (cycles + 1) * path + (m - 1 - cycles * k) * b)
+    for c in {min(1, cycles), cycles} - {0}:
+        steps = m - 1 - c * k
+        last = np.maximum(last, first + steps * (b + f) + order.weight_within(steps) * w + c * path)
     return path, first, last, np.maximum(f + there + end, last + (m - n) * w + e)
 
 
