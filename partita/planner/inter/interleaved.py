@@ -221,8 +221,9 @@ def _to_the_end(costs: Array) -> float:
     return float(rest[0])
 
 
-def push_interleaved(search: Search) -> None:
-    """The root nodes of every interleaved setting."""
+def push_interleaved(search: Search) -> list[Setting]:
+    """Push the root nodes of every interleaved setting; returns the settings."""
+    found = []
     problem, tables = search.tables.problem, search.tables
     prefixes = dict.fromkeys(order[:length] for order in problem.orders for length in range(2, len(order) + 1))
     least, most = min(problem.stage_sizes), max(problem.stage_sizes)
@@ -237,3 +238,5 @@ def push_interleaved(search: Search) -> None:
                             order=order, schedule="interleaved", num_microbatches=m, num_stages=s, num_chunks=chunks
                         )
                         search.push(bound_s, 0, GroupsNode(setting, bound_s))
+                        found.append(setting)
+    return found

@@ -16,8 +16,10 @@ import numpy as np
 from partita.errors import InfeasibleError
 from partita.planner.inter.costs import StageOption
 from partita.planner.inter.family import family_of
+from partita.planner.inter.incumbent import even_pipelines
 from partita.planner.inter.infeasible import explain_infeasible
 from partita.planner.inter.interleaved import push_interleaved
+from partita.planner.inter.pipeline import Setting
 from partita.planner.inter.problem import InterProblem
 from partita.planner.inter.schedule_time import chunk_peaks, in_flight
 from partita.planner.inter.search import Found, Search, SettingNode, devices_of, settings_of
@@ -82,10 +84,13 @@ def solve_inter(
     begin = time.monotonic()
     tables = Tables(problem, family_of(problem))
     search = Search(tables, max_nodes, begin + time_limit_s, gap)
-    for bound_s, setting in settings_of(tables):
+    settings = []
+    for bound_s, setting in sorted(settings_of(tables), key=lambda one: one[0]):
         search.push(bound_s, 0, SettingNode(setting, bound_s))
+        settings.append(setting)
     if "interleaved" in problem.schedules:
-        push_interleaved(search)
+        settings += push_interleaved(search)
+    _offer_even(search, settings, begin + 0.5 * time_limit_s)
     lower_bound_s = search.run()
     if not search.best:
         if np.isfinite(search.unproven_s):
@@ -97,6 +102,21 @@ def solve_inter(
     solutions = [_solution(tables, found, search, lower_bound_s, begin) for found in reversed(search.best)]
     best = solutions.pop()
     return InterSolution(**{**vars(best), "alternatives": tuple(reversed(solutions))})
+
+
+def _offer_even(search: Search, settings: list[Setting], deadline: float) -> None:
+    """A first pipeline of every setting that uses all devices of its order: schedules with weak bounds must not keep
+    the search from finding those of others."""
+    tables = search.tables
+    whole = set(tables.problem.orders)
+    for setting in settings:
+        for d in tables.sizes(setting.num_devices) if setting.order in whole else ():
+            if time.monotonic() > deadline:
+                return
+            groups = setting.num_devices // d
+            if setting.num_stages in (None, groups):
+                for choices in even_pipelines(tables, setting, groups):
+                    search.offer(setting, choices)
 
 
 def _solution(tables: Tables, found: Found, search: Search, lower_bound_s: float, begin: float) -> InterSolution:
