@@ -115,7 +115,7 @@ class _Drawing:
         )
         return _limited(whole, draw)
 
-    def _value(self, name: str, *, overlappable: bool = False) -> int:
+    def _value(self, name: str, *, overlappable: bool = False, alias_of: int | None = None) -> int:
         draw = self.draw
         kinds = draw.sample("RSUP", draw.choice([2, 2, 3]))
         every = list(itertools.product(kinds, repeat=len(self.mesh.sizes)))
@@ -127,7 +127,7 @@ class _Drawing:
             if draw.random() < 0.9:
                 time_s = self.mesh.conversion_s(source, target, size)
                 conversions[(i, j)] = Conversion(time_s, draw.choice([0, 0, draw.randint(0, 20)]))
-        self.values.append(Value(name, tuple(placements), num_bytes, conversions, overlappable))
+        self.values.append(Value(name, tuple(placements), num_bytes, conversions, overlappable, alias_of))
         return len(self.values) - 1
 
     def _op(self, name: str, window: Window, block: int | None) -> None:
@@ -136,7 +136,11 @@ class _Drawing:
         recent = list(known)[-3:]
         inputs = tuple(draw.choice([*known, *recent]) for _ in range(draw.choice([1, 1, 2])))
         outputs = tuple(
-            self._value(f"{name}.{slot}", overlappable=window is Window.BACKWARD and draw.random() < 0.5)
+            self._value(
+                f"{name}.{slot}",
+                overlappable=window is Window.BACKWARD and draw.random() < 0.5,
+                alias_of=draw.choice(inputs) if draw.random() < 0.2 else None,
+            )
             for slot in range(draw.choice([1, 1, 1, 2]))
         )
         work = draw.uniform(0, 10)
@@ -332,6 +336,14 @@ class _Simulation:
                     found.append(place)
         return found
 
+    def _alias_readers(self, value: int, *, forward: bool) -> list[int]:
+        """Points at which an alias of the value, or an alias of that, is read."""
+        found = []
+        for alias, item in enumerate(self.problem.values):
+            if item.alias_of == value and self._reading_points(value, forward=forward):
+                found += self._reading_points(alias, forward=forward) + self._alias_readers(alias, forward=forward)
+        return found
+
     def may_be_saved(self, value: int) -> bool:
         source = self._source(value)
         if source is None or not self._is_forward(source):
@@ -406,13 +418,14 @@ class _Simulation:
                     return True
             else:
                 starts = [self.points.index((source, False))]
-        last = max([*reading, *starts], default=-1)
-        for place in range(starts[0] if starts else 0, last + 1 if starts else 0):
-            memory[place] += item.num_bytes[have]
+        last = max([*reading, *starts, *self._alias_readers(value, forward=forward)], default=-1)
+        if item.alias_of is None:
+            for place in range(starts[0] if starts else 0, last + 1 if starts else 0):
+                memory[place] += item.num_bytes[have]
         wanted = self._wanted(value, reading, decisions)
         if forward and is_kept:
             wanted.add(kept[value])
-            end = max(self._reading_points(value, forward=False))
+            end = max([*self._reading_points(value, forward=False), *self._alias_readers(value, forward=False)])
             for place in range(len(memory)):
                 alive = last < place <= end
                 memory[place] += item.num_bytes[kept[value]] * (alive + self.problem.num_in_flight - 1)

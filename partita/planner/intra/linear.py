@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import highspy
 import numpy as np
 import numpy.typing as npt
+
+from partita.errors import SolverError
 
 Floats = npt.NDArray[np.float64]
 INFINITY = float("inf")
@@ -56,34 +57,64 @@ class LinearModel:
         self.rows.append((low, high, list(summed), list(summed.values())))
 
 
+class _Silent(highspy.Highs):
+    """HiGHS that prints nothing; its constructor would greet on standard output, which belongs to `--json`."""
+
+    def enableCallbacks(self) -> None:
+        self.silent()
+        super().enableCallbacks()
+
+
 class Solver:
     """HiGHS on a `LinearModel`; rows may be added between runs.
 
+    The relaxation keeps its HiGHS instance, and so its basis, between runs. Every integer run gets a new instance: one
+    that solved a relaxation before reports a wrong objective and bound of the integer programme (seen in 1.16.0: below
+    the relaxation's optimum, for a solution that was right).
+
     Args:
+        costs: column -> cost, instead of the model's own.
         scale: the objective is multiplied by it, so that HiGHS' absolute tolerances mean something.
     """
 
     def __init__(self, model: LinearModel, *, costs: Mapping[int, float] | None = None, scale: float = 1.0) -> None:
         self.model = model
         self.scale = scale
-        self._highs = highspy.Highs()
-        self._highs.silent()
+        self._costs = dict(enumerate(model.costs)) if costs is None else dict(costs)
+        self._relaxation: highspy.Highs | None = None
+        self._num_rows = 0  # of the relaxation's instance
+
+    def run(self, *, integer: bool, limit_s: float) -> Outcome:
+        """Solve the programme, or its linear relaxation, within `limit_s` seconds."""
+        highs = self._new(integer=True) if integer else self._kept_relaxation()
+        highs.setOptionValue("time_limit", highs.getRunTime() + max(limit_s, 0.01))
+        highs.run()
+        return self._outcome(highs, integer)
+
+    def _new(self, *, integer: bool) -> highspy.Highs:
+        highs = _Silent()
         for name, value in (
             ("threads", 1), ("mip_rel_gap", 1e-9), ("mip_abs_gap", 1e-7), ("primal_feasibility_tolerance", FEASIBILITY),
             ("mip_feasibility_tolerance", 1e-7), ("random_seed", 1),
         ):  # fmt: skip
-            self._highs.setOptionValue(name, value)
-        self._num_rows = len(model.rows)
-        self._highs.passModel(self._lp(model.costs if costs is None else costs))
+            highs.setOptionValue(name, value)
+        highs.passModel(self._lp(integer))
+        return highs
 
-    def _lp(self, costs: list[float] | Mapping[int, float]) -> highspy.HighsLp:
+    def _kept_relaxation(self) -> highspy.Highs:
+        if self._relaxation is None:
+            self._relaxation = self._new(integer=False)
+        else:
+            for low, high, columns, factors in self.model.rows[self._num_rows :]:
+                self._relaxation.addRow(low, high, len(columns), np.array(columns, dtype=np.int32), np.array(factors))
+        self._num_rows = len(self.model.rows)
+        return self._relaxation
+
+    def _lp(self, integer: bool) -> highspy.HighsLp:
         lp = highspy.HighsLp()
         num_columns = len(self.model.costs)
-        vector = np.zeros(num_columns)
-        for column, cost in costs.items() if isinstance(costs, Mapping) else enumerate(costs):
-            vector[column] = cost * self.scale
         lp.num_col_, lp.num_row_ = num_columns, len(self.model.rows)
-        lp.col_cost_ = vector
+        lp.col_cost_ = np.array([self._costs.get(column, 0.0) * self.scale for column in range(num_columns)])
         lp.col_lower_ = np.zeros(num_columns)
         lp.col_upper_ = np.array(self.model.upper)
         lp.row_lower_ = np.array([row[0] for row in self.model.rows])
@@ -92,36 +123,23 @@ class Solver:
         lp.a_matrix_.start_ = np.cumsum([0, *(len(row[2]) for row in self.model.rows)]).astype(np.int32)
         lp.a_matrix_.index_ = np.array([column for row in self.model.rows for column in row[2]], dtype=np.int32)
         lp.a_matrix_.value_ = np.array([factor for row in self.model.rows for factor in row[3]])
+        if integer:
+            kinds = [highspy.HighsVarType.kContinuous] * num_columns
+            for column in self.model.integral:
+                kinds[column] = highspy.HighsVarType.kInteger
+            lp.integrality_ = kinds
         return lp
 
-    def _take_new_rows(self) -> None:
-        for low, high, columns, factors in self.model.rows[self._num_rows :]:
-            self._highs.addRow(low, high, len(columns), np.array(columns, dtype=np.int32), np.array(factors))
-        self._num_rows = len(self.model.rows)
-
-    def run(self, *, integer: bool, limit_s: float) -> Outcome:
-        """Solve the programme, or its linear relaxation, within `limit_s` seconds."""
-        self._take_new_rows()
-        kind = highspy.HighsVarType.kInteger if integer else highspy.HighsVarType.kContinuous
-        indices = np.array(self.model.integral, dtype=np.int32)
-        if len(indices):
-            self._highs.changeColsIntegrality(len(indices), indices, np.array([kind] * len(indices)))
-        self._highs.setOptionValue("time_limit", self._highs.getRunTime() + max(limit_s, 0.01))
-        started_s = time.monotonic()
-        self._highs.run()
-        return self._outcome(integer, time.monotonic() - started_s)
-
-    def _outcome(self, integer: bool, took_s: float) -> Outcome:
-        status, info = self._highs.getModelStatus(), self._highs.getInfo()
+    def _outcome(self, highs: highspy.Highs, integer: bool) -> Outcome:
+        status, info = highs.getModelStatus(), highs.getInfo()
         known = info.primal_solution_status == int(highspy.SolutionStatus.kSolutionStatusFeasible)
-        values = np.array(self._highs.getSolution().col_value) if known else None
+        values = np.array(highs.getSolution().col_value) if known else None
         objective = info.objective_function_value / self.scale if known else INFINITY
+        bound = info.mip_dual_bound / self.scale if integer else -INFINITY
         if status == highspy.HighsModelStatus.kOptimal:
-            bound = info.mip_dual_bound / self.scale if integer else objective
-            return Outcome("optimal", values, objective, min(bound, objective))
+            return Outcome("optimal", values, objective, min(bound, objective) if integer else objective)
         if status in (highspy.HighsModelStatus.kInfeasible, highspy.HighsModelStatus.kUnboundedOrInfeasible):
             return Outcome("infeasible", None, INFINITY, INFINITY)
         if status != highspy.HighsModelStatus.kTimeLimit:
-            raise AssertionError(f"HiGHS ended with {status} after {took_s:.1f} s")
-        bound = info.mip_dual_bound / self.scale if integer else -INFINITY
-        return Outcome("limit", values if integer else None, objective if integer else INFINITY, bound)
+            raise SolverError(f"HiGHS must end with a solution, a proof or at its time limit, but ended with {status}")
+        return Outcome("limit", values, objective, bound) if integer else Outcome("limit", None, INFINITY, bound)

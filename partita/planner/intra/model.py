@@ -162,8 +162,10 @@ class IntraModel:
         if value not in self.table.saved:
             return
         item = self.problem.values[value]
-        again = self._again(self.table.inner[value])
-        key = ("value", value) if item.tie is None else ("values", item.tie, again)
+        block = self.table.inner[value]
+        again = self._again(block)
+        alike = None if block is None else self.table.block_class[block]
+        key = ("value", value) if item.tie is None else ("values", item.tie, alike)
         if key not in self._tied:
             columns = tuple(self.linear.add_column(upper=1.0, integral=True) for _ in item.placements)
             terms = [(column, 1.0) for column in columns] + ([(again, 1.0)] if again is not None else [])
@@ -255,6 +257,8 @@ class IntraModel:
         return rerun
 
     def _hold(self, value: int, copies: Expression, first: int, last: int) -> None:
+        if self.problem.values[value].alias_of is not None:
+            return
         for placement, columns in copies.items():
             for column in columns:
                 self._spans.add(column, first, last, self.problem.values[value].num_bytes[placement])

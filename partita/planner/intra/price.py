@@ -142,7 +142,7 @@ class _Walk:
         first = reading.first if reading else start
         last = max(reading.last, start)
         num_bytes = self.problem.values[value].num_bytes
-        if source is not None:
+        if source is not None and self.problem.values[value].alias_of is None:
             self._hold(start, last, num_bytes[given])
         self._convert(value, given, wanted | ({saved} - {None}), first, last, Window.FORWARD)
         if saved is not None:
@@ -160,7 +160,8 @@ class _Walk:
             if self.problem.ops[op].window is Window.FORWARD and not again:
                 return
             start = self.table.rerun_position[op] if again else self.table.position[op]
-            self._hold(start, max(reading.last, start), num_bytes[self._given(value)])
+            if self.problem.values[value].alias_of is None:
+                self._hold(start, max(reading.last, start), num_bytes[self._given(value)])
         given = saved if saved is not None else self._given(value)
         if reading:
             self._convert(value, given, self._wanted(reading), reading.first, reading.last, Window.BACKWARD)

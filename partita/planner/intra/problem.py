@@ -26,7 +26,8 @@ however many consumers want it, always from the copy that the window starts with
 Memory at a point in time is the sum of
 
 * ``fixed_bytes`` of every input's choice (parameter, state, batch): always,
-* the copy in which an op gives a value: from the op to the value's last consumer in the window,
+* the copy in which an op gives a value: from the op to the value's last consumer in the window (nothing for an alias,
+  such as a view: but what it is an alias of lives in each window as long as it does),
 * a converted copy: from the value's first to its last consumer in the window; ``temporary_bytes`` of the conversion at
   its first consumer,
 * the saved copy of a value: from after its last forward consumer to its last consumer in the backward window, and as
@@ -77,6 +78,7 @@ class Value:
         conversions: ``(source, target) -> Conversion``; pairs that are missing are impossible. Equal placements need
             none.
         overlappable: whether the conversions may hide behind compute (weights, gradients).
+        alias_of: the value whose memory the given copy is part of.
         tie: values with the same tie are saved in the same placement (those inner to blocks that are recomputed alike).
     """
 
@@ -85,6 +87,7 @@ class Value:
     num_bytes: tuple[int, ...]
     conversions: Mapping[tuple[int, int], Conversion] = field(default_factory=dict)
     overlappable: bool = False
+    alias_of: int | None = None
     tie: Hashable = None
 
 
@@ -224,6 +227,7 @@ def _check_order(problem: IntraProblem) -> None:
         _demand(known.issuperset(op.inputs), f"op {op.name} reads a value before it is there")
         _demand(not known & set(op.outputs), f"op {op.name} gives a value that is there already")
         _demand(len(set(op.outputs)) == len(op.outputs), f"op {op.name} gives one value twice")
+        _demand(all(problem.values[v].alias_of in (None, *op.inputs) for v in op.outputs), f"op {op.name}: alias of what?")
         known.update(op.outputs)
         inside = op.block is not None and 0 <= op.block < problem.num_blocks and not backward
         _demand(op.block is None or inside, f"op {op.name}: block {op.block} must be one of {problem.num_blocks}")

@@ -89,6 +89,7 @@ def make_timetable(problem: IntraProblem) -> Timetable:
     )
     for value, uses in enumerate(readers):
         _note_readers(problem, table, value, uses)
+    _extend_for_aliases(problem, table)
     for value, source in enumerate(producer):
         if source is not None and problem.ops[source[0]].window is Window.FORWARD:
             later = table.backward[value]
@@ -136,6 +137,17 @@ def _note_readers(problem: IntraProblem, table: Timetable, value: int, uses: lis
             reading = forward if problem.ops[source[0]].window is Window.FORWARD else backward
             reading.returned_to.append(index)
             reading.at(table.position[source[0]])
+
+
+def _extend_for_aliases(problem: IntraProblem, table: Timetable) -> None:
+    """What has an alias is alive in each window until the alias' last reader."""
+    for op in reversed(problem.ops):
+        for value in op.outputs:
+            base = problem.values[value].alias_of
+            if base is not None:
+                for readings in (table.forward, table.backward):
+                    if readings[base]:
+                        readings[base].last = max(readings[base].last, readings[value].last)
 
 
 def _block_classes(problem: IntraProblem) -> list[int]:
