@@ -184,7 +184,7 @@ class _Drawing:
             return
         for index, op in enumerate(self.ops):
             if draw.random() < 0.6:
-                tie = (op.window, len(op.choices), op.reruns)
+                tie = len(op.choices) if draw.random() < 0.5 else (op.window, len(op.choices), op.reruns)
                 self.ops[index] = Op(**{**op.__dict__, "tie": tie})
         for index, item in enumerate(self.inputs):
             if draw.random() < 0.6:

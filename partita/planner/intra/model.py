@@ -104,11 +104,11 @@ class IntraModel:
 
     def _choose(self) -> None:
         """Constraints (1) and (2), and what choices cost by themselves."""
-        for index, op in enumerate(self.problem.ops):
-            key = ("op", index) if op.tie is None else ("ops", op.tie)
+        keys = [("op", index) if op.tie is None else ("ops", op.tie) for index, op in enumerate(self.problem.ops)]
+        again = {key: self._again(op.block) for key, op in zip(keys, self.problem.ops, strict=True) if op.reruns}
+        for index, (key, op) in enumerate(zip(keys, self.problem.ops, strict=True)):
             if key not in self._tied:
-                again = self._again(op.block) if op.reruns else None
-                self._tied[key] = self._new_choices(len(op.choices), again)
+                self._tied[key] = self._new_choices(len(op.choices), again.get(key))
             once, twice = self._tied[key]
             self._ops.append((once, twice))
             place, later = self.table.position[index], self.table.rerun_position.get(index)

@@ -109,7 +109,8 @@ class Op:
     Attributes:
         block: index of the block whose inside it belongs to (forward ops only).
         reruns: whether it is run again if the block is recomputed.
-        tie: ops with the same tie choose alike (their choices correspond by index).
+        tie: ops with the same tie choose alike (their choices correspond by index); blocks with tied ops that run
+            again are recomputed alike.
     """
 
     name: str
@@ -262,8 +263,8 @@ def _check_ties(problem: IntraProblem) -> None:
     for op in problem.ops:
         if op.tie is not None:
             other = first.setdefault(op.tie, op)
-            alike = len(other.choices) == len(op.choices) and other.reruns == op.reruns
-            _demand(alike, f"ops {other.name} and {op.name} are tied, but their choices or blocks differ")
+            alike = len(other.choices) == len(op.choices)
+            _demand(alike, f"ops {other.name} and {op.name} are tied, but their numbers of choices differ")
     kinds: dict[Hashable, int] = {}
     for item in problem.inputs:
         if item.tie is not None:
