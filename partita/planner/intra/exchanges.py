@@ -19,6 +19,15 @@ AxisTime = Callable[[Placement, Placement, int, int], float]
 """``(source, target, num_bytes, axis) -> seconds``; ``num_bytes`` of the value as it is without this axis' cut."""
 
 
+def is_considered(source: MeshPlacement, target: MeshPlacement) -> bool:
+    """Whether the planner looks at a conversion: it changes one axis, or it makes whole along all axes that it changes,
+    or it starts from whole or summands along all of them. (Others are two of these.)"""
+    pairs = [(old, new) for old, new in zip(source, target, strict=True) if old != new]
+    if len(pairs) <= 1:
+        return True
+    return all(new == REPLICATE for _, new in pairs) or not any(isinstance(old, Shard) for old, _ in pairs)
+
+
 class Exchanges:
     """Prices conversions; equal ones once."""
 

@@ -20,15 +20,25 @@ from typing import Protocol
 from partita.errors import InputError
 from partita.graph.custom_ops import is_opaque
 from partita.graph.graph import Graph, InputKind, OutputKind
-from partita.planner.intra.exchanges import Exchanges
+from partita.planner.intra.exchanges import Exchanges, is_considered
 from partita.planner.intra.problem import Choice, Conversion, Input, InputChoice, IntraProblem, Op, Value, Window
 from partita.planner.intra.reading import Item, Key, Listing, list_ops
 from partita.planner.intra.repeats import Position, block_of, corresponding
 from partita.planner.intra.solve import IntraSolution
 from partita.planner.intra.storage import Storage, storages
-from partita.planner.intra.ways import MeshPlacement, Way, Ways, seen_cuts, share_of
+from partita.planner.intra.useful import follows, useful_patterns
+from partita.planner.intra.ways import (
+    Allowed,
+    MeshPlacement,
+    Pattern,
+    Way,
+    Ways,
+    plain_placements,
+    seen_cuts,
+    share_of,
+)
 from partita.sharding import calls
-from partita.sharding.placement import Placement, Replicate
+from partita.sharding.placement import Placement, Replicate, Shard
 from partita.sharding.ruleset import NO_SUMS
 from partita.sharding.rules import PARTIAL, REPLICATE
 
@@ -230,11 +240,16 @@ class _Builder:
 
     def _find_ways(self) -> None:
         num_axes = len(self.ways.sizes)
+        useful = self._useful()
         self._ways: dict[Item, tuple[Way, ...]] = {}
         first: dict[calls.Op, tuple[Way, ...]] = {}
+        nothing: Allowed = (frozenset(),) * num_axes
         for item in self.listing.items:
             seen = [seen_cuts(tuple(self.facts[key].given), num_axes) for key in item.inputs]
-            found = first[item.op] if item.again else _complete(self.ways.of(item.op.call, seen), item)
+            limits = None
+            if follows(item.op.call):
+                limits = [useful[key] for key in item.inputs], [useful.get(key, nothing) for key in item.outputs]
+            found = first[item.op] if item.again else _complete(self.ways.of(item.op.call, seen, limits), item)
             first[item.op] = self._ways[item] = found
             for slot, key in enumerate(item.outputs):
                 if key is not None:
@@ -245,6 +260,22 @@ class _Builder:
             for slot, key in enumerate(item.inputs):
                 wanted = (way.inputs[slot] for way in found)
                 self.facts[key].wanted.update(dict.fromkeys(place for place in wanted if place is not None))
+
+    def _useful(self) -> dict[Key | None, Allowed]:
+        """By value and axis: the patterns of cuts that some op with substance, or the batch, proposes."""
+        batch = [self.listing.placeholders[item.node] for item in self.graph.inputs_of(InputKind.BATCH)]
+        by_size: dict[int, dict[Key, frozenset[Pattern]]] = {}
+        for size in set(self.ways.sizes):
+            proposed = {
+                (value, False): [
+                    part for place in plain_placements(value.spec, (size,), self.ways) for part in place
+                    if isinstance(part, Shard) and part.dim == 0
+                ]
+                for value in batch
+            }  # fmt: skip
+            by_size[size] = useful_patterns(self.listing.items, self.ways, size, proposed)
+        keys = {*self.facts, *(key for item in self.listing.items for key in item.outputs if key is not None)}
+        return {key: tuple(by_size[size].get(key, frozenset()) for size in self.ways.sizes) for key in keys}
 
     # -- repeated blocks --------------------------------------------------------------------------------------------
 
@@ -334,7 +365,7 @@ class _Builder:
                 (i, j): self.exchanges.price(spec.num_bytes, source, target)
                 for i, source in enumerate(placements)
                 for j, target in enumerate(placements)
-                if i != j and (sums or PARTIAL not in target)
+                if i != j and (sums or PARTIAL not in target) and is_considered(source, target)
             }
         return self._tables[key]
 

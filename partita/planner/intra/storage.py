@@ -94,7 +94,7 @@ def _cut_further(stored: MeshPlacement, spec: TensorSpec, ways: Ways, axes: Sequ
             if isinstance(item, Shard):
                 shape[item.dim] = max(item.sizes)
         size = ways.sizes[axis]
-        dims = [dim for dim, extent in enumerate(shape) if extent >= size and extent > 1 and dim not in taken]
+        dims = [dim for dim, extent in enumerate(shape) if extent >= size and extent % size == 0 and dim not in taken]
         if not dims:
             return None
         result[axis] = Shard(dims[0], ways.split(shape[dims[0]], size))

@@ -13,14 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from partita.sharding.calls import OpCall, TensorSpec
-from partita.sharding.placement import Placement, Shard
-from partita.sharding.rules import REPLICATE, Blocks, Cut, InputSpec, OutputSpec, Rule, replicate_rule
+from partita.sharding.placement import Placement, Replicate, Shard
+from partita.sharding.rules import PARTIAL, REPLICATE, Blocks, Cut, InputSpec, OutputSpec, Rule, replicate_rule, rule_source
 from partita.sharding.ruleset import rules_of
 from partita.units import split_evenly
 
 MeshPlacement = tuple[Placement, ...]
 Seen = tuple[frozenset[Shard], ...]
 """Per axis: cuts in which a value can be; where they are not the usual ones, rules take their blocks from them."""
+Pattern = tuple[int, bool] | None
+"""What a cut is known by: its dim, and whether it is in runs; None: a sum."""
+Allowed = tuple[frozenset[Pattern], ...]
+"""Per axis: the patterns in which a value is looked at."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,19 @@ class Ways:
         self._rules: dict[Any, list[Rule]] = {}
         self._found: dict[Any, tuple[Way, ...]] = {}
 
-    def of(self, call: OpCall, seen: Sequence[Seen]) -> tuple[Way, ...]:
-        """All ways of `call`, whose inputs can be in the cuts `seen`; of equal placements the least work."""
-        key = (call.key, tuple(seen))
+    def of(
+        self, call: OpCall, seen: Sequence[Seen], allowed: tuple[Sequence[Allowed], Sequence[Allowed]] | None = None
+    ) -> tuple[Way, ...]:
+        """All ways of `call`, whose inputs can be in the cuts `seen`; of equal placements the least work.
+
+        Args:
+            allowed: per input and per output the patterns that are looked at; None: all.
+        """
+        limits = None if allowed is None else (tuple(allowed[0]), tuple(allowed[1]))
+        key = (call.key, tuple(seen), limits)
         if key not in self._found:
             best: dict[Any, Way] = {}
-            for raw in self._expand(call, seen, 0):
+            for raw in self._expand(call, seen, 0, limits):
                 way = Way(
                     raw.rules,
                     tuple(_settled(parts) for parts in raw.inputs),
@@ -101,20 +112,26 @@ class Ways:
 
     def split(self, extent: int, size: int) -> tuple[int, ...]:
         """``extent`` blocks over an axis of ``size`` workers."""
-        if self.batch_size and extent % self.batch_size == 0 and self.batch_size >= size:
+        if self.is_batch(extent, size):
             return tuple(share * (extent // self.batch_size) for share in split_evenly(self.batch_size, size))
         return split_evenly(extent, size)
 
-    def _expand(self, call: OpCall, seen: Sequence[Seen], axis: int) -> Iterator[_Raw]:
+    def _expand(
+        self, call: OpCall, seen: Sequence[Seen], axis: int, limits: tuple[tuple[Allowed, ...], ...] | None
+    ) -> Iterator[_Raw]:
         if axis == len(self.sizes):
             yield _Raw((), ((),) * len(call.inputs), ((),) * len(call.outputs), call, 1.0)
             return
         for rule in self.rules(call):
+            if self._is_pointless(call, rule):
+                continue
             for blocks in self._blocks(rule, [item[axis] for item in seen], self.sizes[axis]):
-                local = localise(call, rule, blocks)
                 inputs, outputs = rule.input_placements(blocks), rule.output_placements(blocks)
+                if limits is not None and not _within(inputs + outputs, limits[0] + limits[1], axis):
+                    continue
+                local = localise(call, rule, blocks)
                 share = max(blocks.counts) / sum(blocks.counts) if rule.extent else 1.0
-                for rest in self._expand(local, seen, axis + 1):
+                for rest in self._expand(local, seen, axis + 1, limits):
                     yield _Raw(
                         (rule.text(), *rest.rules),
                         tuple((one, *more) for one, more in zip(inputs, rest.inputs, strict=True)),
@@ -123,17 +140,33 @@ class Ways:
                         share * rest.share,
                     )
 
+    def usual_blocks(self, rule: Rule, size: int) -> list[Blocks]:
+        """Equal pieces; of what is a multiple of the batch, the batch's pieces, equal or not. Nothing else is cut."""
+        extent = rule.extent
+        fits = extent > 0 and (extent % size == 0 or self.is_batch(extent, size))
+        return [Blocks(self.split(extent, size))] if fits else []
+
+    def is_batch(self, extent: int, size: int) -> bool:
+        return self.batch_size >= size and extent % self.batch_size == 0
+
+    def _is_pointless(self, call: OpCall, rule: Rule) -> bool:
+        """Whether the rule runs a contraction whole on summands although its result is no smaller than these are."""
+        if rule.extent or PARTIAL not in rule.inputs or rule_source(call) != "rules_tables":
+            return False
+        summed = max(spec.num_bytes for spec, part in zip(call.inputs, rule.inputs, strict=True) if part == PARTIAL)
+        return sum(spec.num_bytes for spec in call.outputs if spec is not None) >= summed
+
     def _blocks(self, rule: Rule, seen: Sequence[frozenset[Shard]], size: int) -> list[Blocks]:
         """Where to cut: as the inputs can be cut, else in the usual way."""
         if rule.extent == 0:
             return [Blocks()]
         found: dict[Blocks, None] = {}
         cuts = [(spec, cuts) for spec, cuts in zip(rule.inputs, seen, strict=True) if isinstance(spec, Cut)]
-        if rule.extent >= size and all(spec.outer == 1 for spec, _ in cuts):
-            found[Blocks(self.split(rule.extent, size))] = None
+        if all(spec.outer == 1 for spec, _ in cuts):
+            found.update(dict.fromkeys(self.usual_blocks(rule, size)))
         for spec, placements in cuts:
             for placement in placements:
-                blocks = _blocks_of(placement, spec, rule)
+                blocks = blocks_of(placement, spec, rule)
                 if blocks is not None and len(blocks.counts) == size and sum(blocks.counts) == rule.extent:
                     found[blocks] = None
         return list(found)
@@ -146,7 +179,19 @@ def _settled(parts: tuple[Placement | None, ...], *, absent: bool = False) -> Me
     return tuple(REPLICATE if part is None else part for part in parts)
 
 
-def _blocks_of(placement: Shard, cut: Cut, rule: Rule) -> Blocks | None:
+def pattern(placement: Placement) -> Pattern:
+    """What a cut, or a sum, is known by."""
+    return (placement.dim, placement.outer > 1) if isinstance(placement, Shard) else None
+
+
+def _within(placements: Sequence[Placement | None], limits: Sequence[Allowed], axis: int) -> bool:
+    return all(
+        placement is None or isinstance(placement, Replicate) or pattern(placement) in allowed[axis]
+        for placement, allowed in zip(placements, limits, strict=True)
+    )
+
+
+def blocks_of(placement: Shard, cut: Cut, rule: Rule) -> Blocks | None:
     """The blocks of ``rule`` with which ``cut`` gives ``placement``; None if there are none."""
     if placement.dim != cut.dim or placement.outer % cut.outer:
         return None
@@ -209,7 +254,7 @@ def plain_placements(spec: TensorSpec, sizes: Sequence[int], ways: Ways) -> list
         for placement, shape in found:
             longer.append(((*placement, REPLICATE), shape))
             for dim, extent in enumerate(shape):
-                if extent >= size and extent > 1:
+                if extent >= size > 1 and (extent % size == 0 or ways.is_batch(extent, size)):
                     cut = Shard(dim, ways.split(extent, size))
                     longer.append(((*placement, cut), (*shape[:dim], max(cut.sizes), *shape[dim + 1 :])))
         found = longer
