@@ -1,7 +1,8 @@
 """`solve_intra`: the fastest way to run a stage within its memory, with a proof.
 
-1. Without the limit nothing is recomputed (running ops again never saves time: h <= 1), so the programme without
-   recomputation and memory is solved first. If its answer fits, it is the answer.
+1. Without the limit nothing is recomputed: running ops again never saves time, because h <= 1 and because a value can
+   always be saved as it is given (unless ties of saved values forbid it). So the programme without recomputation and
+   memory is solved first. If its answer fits, it is the answer.
 2. Else the whole programme; memory rows are added for the points in time at which a solution breaks the limit, until
    none does (a cutting plane: each relaxation is a lower bound).
 
@@ -13,6 +14,7 @@ HiGHS' tolerance is cut off.
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +30,7 @@ from partita.units import GIB, format_bytes
 WHOLE = 1e-6  # binaries this near to 0 or 1 are whole
 TOLERANCE = 1e-5  # relative difference between HiGHS' objective and ours that rounding explains
 MAX_NEW_ROWS = 8
+LEAST_PEAK_S = 10.0  # at least so long is the smallest limit looked for
 TYPICAL = 1000.0  # what the objective is scaled to
 
 
@@ -70,24 +73,38 @@ def solve_intra(problem: IntraProblem, *, time_limit_s: float = 60.0) -> IntraSo
     """
     end_s = time.monotonic() + time_limit_s
     table = make_timetable(problem)
-    first = _Search(problem, table, recompute=False, limit=None, end_s=end_s)
-    relaxed = first.relax()
-    if relaxed is None:
-        raise InfeasibleError(
-            "every value must be convertible from a placement that its op gives to one that each reader wants, but no "
-            "choice of placements is; add conversions or choices"
-        )
     limit = problem.memory_bytes
-    if limit is None or first.peak_of(relaxed) <= limit * (1 + WHOLE):
-        solution = first.finish(relaxed)
-        if solution is not None and (limit is None or solution.peak_bytes <= limit):
-            return solution
+    if _can_save_as_given(problem, table):
+        first = _Search(problem, table, recompute=False, limit=None, end_s=end_s)
+        relaxed = first.relax()
+        if relaxed is None:
+            raise first.failure()
+        if limit is None or first.peak_of(relaxed) <= limit * (1 + WHOLE):
+            solution = first.finish(relaxed)
+            if solution is not None and (limit is None or solution.peak_bytes <= limit):
+                return solution
+            if limit is None:
+                raise first.failure()
     second = _Search(problem, table, recompute=True, limit=limit, end_s=end_s)
     relaxed = second.relax()
     solution = second.finish(relaxed) if relaxed is not None else None
     if solution is None:
-        raise _does_not_fit(problem, table, end_s, proven=second.proven_infeasible)
+        raise second.failure()
     return solution
+
+
+def _can_save_as_given(problem: IntraProblem, table: Timetable) -> bool:
+    """Whether inner values that are saved alike are always given alike, so that each can be saved as it is given."""
+    first: dict[Hashable, tuple[Hashable, tuple[int, ...]]] = {}
+    for value in table.saved:
+        tie, block, source = problem.values[value].tie, table.inner[value], table.producer[value]
+        if tie is None or block is None or source is None:
+            continue
+        op = problem.ops[source[0]]
+        given = (op.tie or ("op", source[0]), tuple(choice.outputs[source[1]] for choice in op.choices))
+        if first.setdefault((tie, table.block_class[block]), given) != given:
+            return False
+    return True
 
 
 def smallest_peak(problem: IntraProblem, *, time_limit_s: float = 60.0) -> tuple[int, int]:
@@ -132,6 +149,17 @@ class _Search:
             self._bound = self._relaxation_s = max(self._bound, outcome.bound)
             if not self._add_rows(outcome.values):
                 return outcome.values
+
+    def failure(self) -> InfeasibleError:
+        """Why there is no solution."""
+        if not self.proven_infeasible:
+            return InfeasibleError("an assignment must be found, but the time limit came first; raise it")
+        if self.limit is None:
+            return InfeasibleError(
+                "every value must be convertible from a placement that its op gives to one that each reader wants, but "
+                "no choice of placements is; add conversions or choices"
+            )
+        return _does_not_fit(self.problem, self.table, self.end_s)
 
     def _add_rows(self, values: Floats) -> bool:
         """Add memory rows for the points at which `values` break the limit; whether there are new ones."""
@@ -236,12 +264,10 @@ def _peaks(problem: IntraProblem) -> list[int]:
     return [*sizes, *(max(option.fixed_bytes for option in item.choices) for item in problem.inputs), 1]
 
 
-def _does_not_fit(problem: IntraProblem, table: Timetable, end_s: float, *, proven: bool) -> InfeasibleError:
+def _does_not_fit(problem: IntraProblem, table: Timetable, end_s: float) -> InfeasibleError:
     assert problem.memory_bytes is not None
     limit = format_bytes(problem.memory_bytes)
-    if not proven:
-        return InfeasibleError(f"an assignment within {limit} per worker must be found, but the time limit came first")
-    peak, _ = _smallest_peak(problem, table, max(end_s, time.monotonic() + 10.0))
+    peak, _ = _smallest_peak(problem, table, max(end_s, time.monotonic() + LEAST_PEAK_S))
     return InfeasibleError(
         f"the stage must fit the memory limit of {limit} ({problem.memory_bytes} bytes) per worker, but every "
         f"assignment needs more; the smallest limit that works is {format_bytes(peak)} ({peak} bytes): give the "
