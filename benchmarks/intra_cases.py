@@ -1,7 +1,7 @@
 """Small random problems of the intra-stage solver, and their optimum by exhaustive enumeration.
 
-`best_by_enumeration` follows the definitions in `partita.planner.intra.problem`, but shares no code with the solver, its
-price or its timetable: it asks at every point in time which copies are alive.
+`best_by_enumeration` follows the definitions in `partita.planner.intra.problem`, but shares no code with the solver,
+its price or its timetable: it asks at every point in time which copies are alive.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MOST_ASSIGNMENTS = 4000
 Point = tuple[int, bool]  # op, whether it is run again
 
 
-# -- random problems ----------------------------------------------------------------------------------------------------
+# -- random problems -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -201,12 +201,12 @@ def _limited(problem: IntraProblem, draw: random.Random) -> IntraProblem:
     costs = [cost for cost in map(_Simulation(problem).cost, assignments(problem)) if cost is not None]
     if not costs:
         return problem
-    low, high = min(peak for _, peak in costs), min(costs)[1]
-    limit = draw.choice([high, draw.randint(min(low, high) - 1, high), draw.randint(low, max(peak for _, peak in costs))])
+    low, high, most = min(peak for _, peak in costs), min(costs)[1], max(peak for _, peak in costs)
+    limit = draw.choice([high, draw.randint(low - 1, high), draw.randint(low, most)])
     return IntraProblem(**{**problem.__dict__, "memory_bytes": limit})
 
 
-# -- enumeration ----------------------------------------------------------------------------------------------------------
+# -- enumeration ---------------------------------------------------------------------------------------------------
 
 Decisions = tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...], dict[int, int]]
 
@@ -284,6 +284,11 @@ def best_by_enumeration(problem: IntraProblem) -> float | None:
     return min((time_s for cost in costs if cost is not None for time_s, peak in [cost] if peak <= limit), default=None)
 
 
+def cost_by_enumeration(problem: IntraProblem, decisions: Decisions) -> tuple[float, int] | None:
+    """``(time, peak)`` of one assignment; None if it needs an impossible conversion."""
+    return _Simulation(problem).cost(decisions)
+
+
 def least_peak_by_enumeration(problem: IntraProblem) -> int | None:
     """The least peak of all assignments."""
     costs = map(_Simulation(problem).cost, assignments(problem))
@@ -348,12 +353,12 @@ class _Simulation:
         source = self._source(value)
         if source is None or not self._is_forward(source):
             return False
-        later = [p for p in self._reading_points(value, forward=False) if self.inner(value) is None or not self.points[p][1]]
-        return bool(later)
+        always = self.inner(value) is None
+        return any(always or not self.points[place][1] for place in self._reading_points(value, forward=False))
 
     def cost(self, decisions: Decisions) -> tuple[float, int] | None:
         """``(time, peak)``, or None if a conversion is impossible."""
-        ops, stored, recompute, kept = decisions
+        ops, stored, recompute, _ = decisions
         compute, blocking, hideable = ({window: 0.0 for window in Window} for _ in range(3))
         memory = [0] * len(self.points)
         for place, (index, again) in enumerate(self.points):

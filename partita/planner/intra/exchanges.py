@@ -1,8 +1,8 @@
 """Conversions between placements on a mesh: one axis at a time, in the cheapest order.
 
 A conversion along one axis exchanges what a worker has of the value, so its bytes are those that the other axes leave.
-Cuts of one dim by several axes are nested, the earlier axis outside: before an outer cut is made or undone, cuts inside it
-are gathered, and made again afterwards. The cheapest of all orders of the axes is taken.
+Cuts of one dim by several axes are nested, the earlier axis outside: before an outer cut is made or undone, cuts
+inside it are gathered, and made again afterwards. The cheapest of all orders of the axes is taken.
 """
 
 from __future__ import annotations

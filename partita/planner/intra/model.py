@@ -6,7 +6,7 @@ Variables (binary unless said otherwise; of tied ops, inputs, values and blocks 
     i[p, c]        input p is stored by choice c
     r[b]           block b is recomputed
     k[v, s]        value v is saved in placement s
-    e[w, v, n, s, t] >= 0   in window w reader n of value v has it in t, made from the copy in s that the window starts with
+    e[w, v, n, s, t] >= 0   in window w reader n of value v has it in t, made from the window's first copy, in s
     z[w, v, s, t]  >= 0     that conversion is paid; s != t. With one reader z is e.
     u[w], u1[w]    >= 0     overlappable exchanges that compute does not hide: in every microbatch, in the last or first
 
@@ -18,13 +18,14 @@ Constraints
     (2) sum_c i[p, c] = 1
     (3) sum_s k[v, s] = 1 - r[b] if v is inner to b, else 1
     (4) sum_s e[w, v, n, s, t] = D[n, t]           what reader n wants: the sum of its x, i or k with placement t
-    (5) sum_t e[w, v, n, s, t] <= S[w, v, s]       what there is: the sum of the source's x, i, or k (backward: + x[., ., 1])
+    (5) sum_t e[w, v, n, s, t] <= S[w, v, s]       what there is: the source's x, i, or k (backward: + x[., ., 1])
     (6) z[w, v, s, t] >= e[w, v, n, s, t]          a conversion is paid once for all readers
     (7) u[w] >= O_w - h C_w,  u1[w] >= O_w + once_w - h C_w
     (8) memory(point) <= limit, for the points at which it would be broken otherwise (added when a solution breaks it)
 
-With x, i, r, k whole, e and z are too. (4) and (5) are the marginals of each edge, which makes the relaxation exact where
-the graph of values is a tree (Wainwright and Jordan 2008, section 8.2). `_choose` adds (1) and (2), `_save` (3), `_read`
+With x, i, r, k whole, e and z are too. (4) and (5) are the marginals of each edge, which makes the relaxation exact
+where the graph of values is a tree (Wainwright and Jordan 2008, section 8.2). `_choose` adds (1) and (2), `_save`
+(3), `_read`
 (4)-(6), `_overlap` (7), `memory_row` (8).
 """
 
@@ -237,7 +238,7 @@ class IntraModel:
             self._hold(value, given, start, max(reading.last, start))
         elif source is not None:
             rerun = self._rerun_copy(value, source[0])
-            kept = {place: (column,) for place, column in enumerate(self.kept.get(value, ()))}
+            kept: Expression = {place: (column,) for place, column in enumerate(self.kept.get(value, ()))}
             given = _sum(kept, rerun or {})
         if not reading:
             return

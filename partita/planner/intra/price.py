@@ -13,6 +13,17 @@ from partita.planner.intra.timetable import Reading, Timetable, make_timetable
 
 
 @dataclass(frozen=True)
+class Paid:
+    """One conversion that an assignment pays for in every microbatch: of value ``value``, between placement indices."""
+
+    value: int
+    window: Window
+    source: int
+    target: int
+    time_s: float
+
+
+@dataclass(frozen=True)
 class Priced:
     """What an assignment costs.
 
@@ -22,6 +33,7 @@ class Priced:
             name of the op that runs then.
         compute_s, blocking_s, overlappable_s: by window, of one microbatch.
         once_s: update, gather and reduction of a step, whether hidden or not.
+        conversions: all that are paid for.
     """
 
     time_s: float
@@ -32,6 +44,7 @@ class Priced:
     blocking_s: dict[Window, float]
     overlappable_s: dict[Window, float]
     once_s: float
+    conversions: tuple[Paid, ...]
 
 
 def price(problem: IntraProblem, assignment: Assignment, table: Timetable | None = None) -> Priced:
@@ -54,6 +67,7 @@ class _Walk:
     blocking_s: dict[Window, float] = field(default_factory=lambda: dict.fromkeys(Window, 0.0))
     overlappable_s: dict[Window, float] = field(default_factory=lambda: dict.fromkeys(Window, 0.0))
     memory: list[int] = field(default_factory=list)  # by step
+    paid: list[Paid] = field(default_factory=list)
 
     def run(self) -> None:
         self.memory = [0] * len(self.table.steps)
@@ -77,7 +91,8 @@ class _Walk:
         step = self.memory.index(peak) if self.memory else -1
         name = self.problem.ops[self.table.steps[step][0]].name if self.memory else ""
         once_s = update + gather + reduce
-        return Priced(time_s, peak, step, name, self.compute_s, self.blocking_s, self.overlappable_s, once_s)
+        sums = self.compute_s, self.blocking_s, self.overlappable_s
+        return Priced(time_s, peak, step, name, *sums, once_s, tuple(self.paid))
 
     def _uncovered(self, window: Window, more: float) -> float:
         hidden = self.problem.hidden_share * self.compute_s[window]
@@ -175,6 +190,7 @@ class _Walk:
             conversion = self._conversion(value, given, target)
             sums = self.overlappable_s if self.problem.values[value].overlappable else self.blocking_s
             sums[window] += conversion.time_s
+            self.paid.append(Paid(value, window, given, target, conversion.time_s))
             self._hold(first, last, self.problem.values[value].num_bytes[target])
             self._hold(first, first, conversion.temporary_bytes)
 

@@ -3,7 +3,8 @@
 Words. A *placement* of a value says where its pieces lie on the mesh; here it is an index into ``Value.placements``
 (what it stands for is the caller's). A *choice* is one way of running an op: the placements that it wants and gives,
 its time on the slowest worker. A step has two *windows*: the forward ops in order, then the backward ops in order;
-right before the first backward op that reads an inner value of a recomputed block, the block's forward ops are run again.
+right before the first backward op that reads an inner value of a recomputed block, the block's forward ops are run
+again.
 
 Decisions (an `Assignment`)
 
@@ -228,7 +229,8 @@ def _check_order(problem: IntraProblem) -> None:
         _demand(known.issuperset(op.inputs), f"op {op.name} reads a value before it is there")
         _demand(not known & set(op.outputs), f"op {op.name} gives a value that is there already")
         _demand(len(set(op.outputs)) == len(op.outputs), f"op {op.name} gives one value twice")
-        _demand(all(problem.values[v].alias_of in (None, *op.inputs) for v in op.outputs), f"op {op.name}: alias of what?")
+        aliases = [problem.values[value].alias_of for value in op.outputs]
+        _demand(all(base in (None, *op.inputs) for base in aliases), f"op {op.name}: aliases must be of its inputs")
         known.update(op.outputs)
         inside = op.block is not None and 0 <= op.block < problem.num_blocks and not backward
         _demand(op.block is None or inside, f"op {op.name}: block {op.block} must be one of {problem.num_blocks}")

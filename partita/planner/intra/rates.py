@@ -45,7 +45,8 @@ class StageRates:
     def conversion_time_s(self, source: Placement, target: Placement, num_bytes: int, axis: str) -> float:
         """Ring algorithms: ``rounds (p - 1) a + passes (p - 1) / p B / b``; local work by the bytes that it writes."""
         link, kind = self.links[axis], conversion_kind(source, target)
-        ring_s = (link.size - 1) * link.latency_s + (link.size - 1) / link.size * num_bytes / link.bytes_per_s
+        rounds_s = (link.size - 1) * link.latency_s
+        ring_s = rounds_s + (link.size - 1) / link.size * num_bytes / link.bytes_per_s
         local_s = num_bytes / self.memory_bytes_per_s
         return {
             "none": 0.0,
@@ -55,7 +56,7 @@ class StageRates:
             "all_reduce": 2 * ring_s,
             "reduce_scatter": ring_s,
             "all_gather": ring_s,
-            "all_to_all": (link.size - 1) * link.latency_s + (link.size - 1) / link.size**2 * num_bytes / link.bytes_per_s,
+            "all_to_all": rounds_s + (ring_s - rounds_s) / link.size,
             "gather_slice": ring_s + local_s / link.size,
         }[kind]
 

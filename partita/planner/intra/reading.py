@@ -1,4 +1,5 @@
-"""A captured graph as ops for the planner: taken apart where needed, windows told apart, views in each window their own.
+"""A captured graph as ops for the planner: taken apart where needed, windows told apart, views in each window their
+own.
 
 * An op that no rule runs in parts is replaced by its decomposition, if torch has one.
 * Ops are ordered forward window first.

@@ -1,8 +1,8 @@
 """Which ops of a graph correspond to one another because their modules are repeated blocks.
 
 The ops of a block, forward and backward apart, are aligned with those of the block whose sequence of calls is the most
-common one of its group; ops between which the sequences differ (the first layer has no gradient of its input, the last one
-feeds the head) correspond to none.
+common one of its group; ops between which the sequences differ (the first layer has no gradient of its input, the
+last one feeds the head) correspond to none.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
 2. Else the whole programme; memory rows are added for the points in time at which a solution breaks the limit, until
    none does (a cutting plane: each relaxation is a lower bound).
 
-In both, the linear relaxation comes first; if its solution is whole, it is optimal. Else HiGHS branches and bounds. Every
-answer is priced by `partita.planner.intra.price`: a mismatch is an error, and what breaks the limit by less than
+In both, the linear relaxation comes first; if its solution is whole, it is optimal. Else HiGHS branches and bounds.
+Every answer is priced by `partita.planner.intra.price`: a mismatch is an error, and what breaks the limit by less than
 HiGHS' tolerance is cut off.
 """
 
@@ -208,7 +208,8 @@ class _Search:
         priced = price(self.problem, assignment, self.table)
         if self.limit is not None and priced.peak_bytes > self.limit:
             return False
-        if claimed_s is not None and abs(priced.time_s - claimed_s) > TOLERANCE * max(_typical_s(self.problem), claimed_s):
+        allowed_s = TOLERANCE * max(_typical_s(self.problem), claimed_s or 0.0)
+        if claimed_s is not None and abs(priced.time_s - claimed_s) > allowed_s:
             raise SolverError(
                 f"HiGHS' objective must be our price of its answer, but HiGHS says {claimed_s!r} s and the price is "
                 f"{priced.time_s!r} s; please report this problem"
@@ -228,7 +229,8 @@ def _typical_s(problem: IntraProblem) -> float:
     """A scale of the objective: the least time that ops and inputs take by themselves, or any time at all."""
     least = sum(min(choice.time_s for choice in op.choices) for op in problem.ops)
     least += sum(min(option.update_s for option in item.choices) for item in problem.inputs)
-    most = max((conversion.time_s for value in problem.values for conversion in value.conversions.values()), default=0.0)
+    conversions = (conversion for value in problem.values for conversion in value.conversions.values())
+    most = max((conversion.time_s for conversion in conversions), default=0.0)
     return least * problem.num_microbatches or most or 1.0
 
 

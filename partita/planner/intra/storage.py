@@ -2,13 +2,13 @@
 
 A trained parameter w with gradient g is stored in some placement W, and updated in some placement U at least as cut:
 
-    U = W                       replicated along some axes (plain data parallelism), cut along others (tensor parallelism;
+    U = W                       whole along some axes (plain data parallelism), cut along others (tensor parallelism;
                                 ZeRO-3 and fully sharded data parallelism where the ops gather w)
     U = W, R -> S(d) on axes    ZeRO-1 and 2: every worker updates its piece, then w is gathered
 
 g is wanted in U (ZeRO-2: a reduce-scatter right away), held until the update. With several microbatches g may also be
-summed up as each worker has it (Partial along the axes where W is whole) and reduced once (U = W: plain data parallelism
-with accumulation; U cut: ZeRO-1).
+summed up as each worker has it (Partial along the axes where W is whole) and reduced once (U = W: plain data
+parallelism with accumulation; U cut: ZeRO-1).
 
     fixed bytes    = w in W + optimizer state in U
     returned bytes = g as it is held

@@ -2,9 +2,9 @@
 
 Views, factories and pointwise ops run under any cut, so by themselves they would fill the problem with cuts in which
 nothing else can work (half of every attention head, say). Only ops with substance (contractions, normalisations,
-attention, reductions, look-ups) and the batch propose cuts; the others pass on, forwards and backwards, what is proposed
-to them. Sums (`Partial`) are passed on forwards only. Along one axis, to a fixed point; a cut is known by its dim and by
-whether it is in runs, so that what holds for a whole call holds for what other axes leave of it.
+attention, reductions, look-ups) and the batch propose cuts; the others pass on, forwards and backwards, what is
+proposed to them. Sums (`Partial`) are passed on forwards only. Along one axis, to a fixed point; a cut is known by
+its dim and by whether it is in runs, so that what holds for a whole call holds for what other axes leave of it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class _Walk:
             return
         known = self.known.setdefault(key, {})
         for placement in placements:
-            if placement is not None and (isinstance(placement, Shard) or placement == PARTIAL) and placement not in known:
+            divides = isinstance(placement, Shard) or placement == PARTIAL
+            if placement is not None and divides and placement not in known:
                 known[placement] = None
                 self.num_known += 1
 

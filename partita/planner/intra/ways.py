@@ -14,7 +14,17 @@ from typing import Any
 
 from partita.sharding.calls import OpCall, TensorSpec
 from partita.sharding.placement import Placement, Replicate, Shard
-from partita.sharding.rules import PARTIAL, REPLICATE, Blocks, Cut, InputSpec, OutputSpec, Rule, replicate_rule, rule_source
+from partita.sharding.rules import (
+    PARTIAL,
+    REPLICATE,
+    Blocks,
+    Cut,
+    InputSpec,
+    OutputSpec,
+    Rule,
+    replicate_rule,
+    rule_source,
+)
 from partita.sharding.ruleset import rules_of
 from partita.units import split_evenly
 
@@ -263,5 +273,6 @@ def plain_placements(spec: TensorSpec, sizes: Sequence[int], ways: Ways) -> list
 
 def seen_cuts(placements: Sequence[MeshPlacement], num_axes: int) -> Seen:
     """Per axis the cuts among `placements`."""
-    return tuple(frozenset(p[axis] for p in placements if isinstance(p[axis], Shard)) for axis in range(num_axes))  # type: ignore[misc]
+    parts = [[placement[axis] for placement in placements] for axis in range(num_axes)]
+    return tuple(frozenset(part for part in column if isinstance(part, Shard)) for column in parts)
 
