@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from partita.graph.custom_ops import is_opaque
@@ -43,6 +43,10 @@ class StageCosts(Protocol):
 
     def update_time_s(self, num_elements: int) -> float:
         """Time of the optimizer on so many elements."""
+        ...
+
+    def load_time_s(self, num_bytes: int) -> float:
+        """Time of bringing so much of a batch to a worker."""
         ...
 
 
@@ -114,6 +118,9 @@ class Builder:
                 state_bytes_per_element=state_bytes_per_element, update_time_s=self.costs.update_time_s,
                 num_microbatches=num_microbatches,
             )  # fmt: skip
+            if item.kind is InputKind.BATCH:
+                load_s = [num_microbatches * self.costs.load_time_s(option.fixed_bytes) for option in options]
+                options = [replace(option, update_s=time_s) for option, time_s in zip(options, load_s, strict=True)]
             if item.kind not in (InputKind.PARAMETER, InputKind.BATCH) or (back is not None and not trained):
                 options = [_whole(options, back is not None)]
             self.names.append(item.node)

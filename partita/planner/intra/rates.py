@@ -63,3 +63,7 @@ class StageRates:
     def update_time_s(self, num_elements: int) -> float:
         """The optimizer's traffic."""
         return num_elements * self.update_bytes_per_element / self.memory_bytes_per_s
+
+    def load_time_s(self, num_bytes: int) -> float:
+        """Read once."""
+        return num_bytes / self.memory_bytes_per_s
