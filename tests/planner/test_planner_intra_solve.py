@@ -26,6 +26,7 @@ from partita.planner.intra import (
     Op,
     Value,
     Window,
+    make_timetable,
     memory_price_s_per_gib,
     price,
     smallest_peak,
@@ -200,3 +201,18 @@ def test_an_answer_that_does_not_cost_what_is_claimed_is_an_error(monkeypatch: p
     monkeypatch.setattr(solve_module, "price", dearer)
     with pytest.raises(SolverError, match=r"HiGHS says 2\.99.* s and the price is 6\.0 s"):
         solve_intra(two_placements(GIB + 100))
+
+
+def test_without_time_the_smallest_assignment_is_taken_and_its_gap_told() -> None:
+    problem = inner_blocks(block_problem(None))
+    peak, _ = smallest_peak(problem)
+    table = make_timetable(problem)
+    search = solve_module._Search(replace(problem, memory_bytes=peak), table, recompute=True, limit=peak, end_s=0.0)
+    solution = search.take_smallest()
+    assert solution is not None
+    assert solution.status == "limit"
+    assert solution.peak_bytes == peak
+    assert solution.gap > 0
+    tighter = replace(problem, memory_bytes=peak - 1)
+    less = solve_module._Search(tighter, table, recompute=True, limit=peak - 1, end_s=0.0)
+    assert less.take_smallest() is None

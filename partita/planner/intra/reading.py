@@ -100,7 +100,9 @@ def _take_apart(ops: list[Op], ways: Ways, mode: FakeTensorMode) -> tuple[list[O
     alias: dict[Value, Value] = {}
     apart: list[str] = []
     for op in ops:
-        inner = None if op.call.is_random or ways.has_rules(op.call) else decompose(op.call, mode)
+        small = all(spec.num_elements <= 1 for spec in op.call.inputs)  # nothing to be gathered
+        whole = small or op.call.is_random or ways.has_rules(op.call)
+        inner = None if whole else decompose(op.call, mode)
         if inner is None:
             found.append(op)
             continue

@@ -88,6 +88,8 @@ def solve_intra(problem: IntraProblem, *, time_limit_s: float = 60.0) -> IntraSo
     second = _Search(problem, table, recompute=True, limit=limit, end_s=end_s)
     relaxed = second.relax()
     solution = second.finish(relaxed) if relaxed is not None else None
+    if solution is None and not second.proven_infeasible:
+        solution = second.take_smallest()
     if solution is None:
         raise second.failure()
     return solution
@@ -202,6 +204,18 @@ class _Search:
                 self.model.linear.add_row(low, INFINITY, terms)
         return self._solution("limit", integral) if self._best is not None else None
 
+    def take_smallest(self) -> IntraSolution | None:
+        """When the time is up without any solution: the assignment that takes the least memory, if it is found."""
+        try:
+            assignment, _ = _smallest_assignment(self.problem, self.table, time.monotonic() + LEAST_PEAK_S)
+        except InfeasibleError:
+            return None
+        priced = price(self.problem, assignment, self.table)
+        if self.limit is not None and priced.peak_bytes > self.limit:
+            return None
+        self._best = (assignment, priced)
+        return self._solution("limit", False)
+
     def _take(self, values: Floats, claimed_s: float | None) -> bool:
         """Price a whole solution; whether it fits. Checks HiGHS' claim."""
         assignment = self.model.assignment(values)
@@ -235,6 +249,13 @@ def _typical_s(problem: IntraProblem) -> float:
 
 
 def _smallest_peak(problem: IntraProblem, table: Timetable, end_s: float) -> tuple[int, int]:
+    assignment, least = _smallest_assignment(problem, table, end_s)
+    peak = price(problem, assignment, table).peak_bytes
+    return peak, min(int(least), peak)
+
+
+def _smallest_assignment(problem: IntraProblem, table: Timetable, end_s: float) -> tuple[Assignment, float]:
+    """The assignment that takes the least memory, and a proven lower bound of its peak (memory rows as needed)."""
     model = IntraModel(problem, table, recompute=True)
     peak = model.linear.add_column()
     unit = float(max(1, *_peaks(problem)))
@@ -257,8 +278,7 @@ def _smallest_peak(problem: IntraProblem, table: Timetable, end_s: float) -> tup
         elif not integer and outcome.status == "optimal":
             integer = True
         else:
-            priced = price(problem, model.assignment(outcome.values), table)
-            return priced.peak_bytes, min(int(least * unit), priced.peak_bytes)
+            return model.assignment(outcome.values), least * unit
 
 
 def _peaks(problem: IntraProblem) -> list[int]:
