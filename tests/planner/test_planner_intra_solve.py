@@ -36,6 +36,7 @@ from partita.planner.intra import solve as solve_module
 from partita.units import GIB
 
 
+@pytest.mark.slow
 @settings(max_examples=350, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_optima_are_those_of_enumeration(seed: int) -> None:
