@@ -9,6 +9,7 @@ Each message says what must hold, what was given, and what to change.
      +-- ClusterError          a cluster description is wrong or names what is not there
      +-- PlanError             a plan file is corrupt, or belongs to another model or cluster
      |    +-- InfeasibleError      no plan satisfies the constraints or fits the memory (names the binding limit)
+     |    +-- SolverError          a solver's answer is not what our own price says (a bug of ours or of the solver)
      +-- ProgramError          a set of programs would deadlock, leak or read a value it does not have
      +-- CheckpointError       a checkpoint is incomplete, corrupt or belongs to another model
      +-- StepError             a training step failed while it ran
@@ -56,6 +57,10 @@ class PlanError(PartitaError):
 
 class InfeasibleError(PlanError):
     """No plan satisfies the constraints or fits the memory; names the limit and the smallest change that helps."""
+
+
+class SolverError(PlanError):
+    """A solver claims another objective than our own price of its answer; names both figures. Please report it."""
 
 
 class ProgramError(PartitaError):

@@ -188,6 +188,17 @@ def written_rules(call: OpCall) -> list[Rule] | None:
     return None if function is None else function(call)
 
 
+def rule_source(call: OpCall) -> str:
+    """Name of the file that gives the rules of ``call`` (``"rules_views"``); empty if they are found by experiment."""
+    _load()
+    function = _REGISTRY.get(call.name) or _REGISTRY.get(call.base_name)
+    if function is not None:
+        return function.__module__.rpartition(".")[2]
+    from partita.sharding.rules_pointwise import is_pointwise
+
+    return "rules_pointwise" if is_pointwise(call) else ""
+
+
 @functools.cache
 def _load() -> None:
     """Import the files that register rules (here, because they import this file)."""
