@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from partita.errors import PlanError
@@ -12,14 +13,17 @@ from partita.sharding.placement import dim_of
 MIN_SHARDED_ELEMENTS = 2  # fully sharded: each worker gets at least so many of a parameter
 
 
-def placed_inputs(graph: Graph, data: int, tensor: int, constraints: Constraints) -> dict[str, dict[str, str]]:
-    """Input -> mesh axis -> placement text, for the inputs that are cut.
+def placed_inputs(
+    graph: Graph, data: int, tensor: int, constraints: Constraints, chosen: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
+    """Input -> mesh axis -> placement text, for the inputs that are cut: those in `chosen`, and what the constraints
+    ask for.
 
     Raises:
         PlanError: a pattern fits no input, or asks for a cut that its inputs do not have.
     """
     sizes = {"data": data, "tensor": tensor}
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, str]] = {name: dict(by_axis) for name, by_axis in chosen.items()}
     items = [item for kind in (InputKind.PARAMETER, InputKind.BATCH) for item in graph.inputs_of(kind)]
     for pattern, by_axis in (constraints.inputs or {}).items():
         matching = [item for item in items if fnmatchcase(item.name, pattern)]

@@ -19,6 +19,7 @@ from partita.planner.inputs import placed_inputs
 from partita.planner.layout import oversubscribed
 from partita.planner.price import Price, Pricer
 from partita.planner.space import Corner, corners
+from partita.planner.tensor import TensorPlacement, place_on_tensor_axis
 from partita.planner.work import Work, measure_work
 from partita.units import format_bytes, format_time, split_evenly
 
@@ -69,13 +70,14 @@ def search(
         graph, work, cluster, cost, optimizer=optimizer, state_bytes_per_element=optimizer_state_bytes_per_element
     )
     space = corners(cluster, wanted, batch_size=graph.batch_size, num_ops=len(work.names), microbatches=microbatches)
+    placer = _Placer(graph, cluster, cost, wanted, optimizer_state_bytes_per_element)
     plans: list[Plan] = []
     bounds: list[float] = []
     misses: list[str] = []
     for compiled in (False, True):  # what compiling saves is a guess until it is tried: the two are ranked apart
         corners_of_kind = tuple(corner for corner in space if corner.compiled is compiled)
         ranked, found_bounds, found_misses = _branch_and_bound(pricer, corners_of_kind, wanted.stage_starts, limit)
-        plans += [_graph_plan(graph, cluster, cost, work, candidate, wanted) for candidate in ranked]
+        plans += [_graph_plan(graph, cluster, cost, work, candidate, wanted, placer) for candidate in ranked]
         bounds += found_bounds
         misses += found_misses
     plans += _blocks(graph, cluster, cost, pricer, wanted)
@@ -118,10 +120,51 @@ def _branch_and_bound(
     return found[:limit], [bound_s for bound_s, _ in bounded], misses
 
 
+Places = dict[str, dict[str, str]]
+
+
+class _Placer:
+    """The inputs that plans cut and the rules of their ops: as the constraints ask, and over the tensor axis, where
+    they leave it open, by the intra-stage programme (once per extent)."""
+
+    def __init__(
+        self, graph: Graph, cluster: Cluster, cost: CostModel, constraints: Constraints, state_bytes: float
+    ) -> None:
+        self._graph, self._cluster, self._cost = graph, cluster, cost
+        self._constraints, self._state_bytes = constraints, state_bytes
+        self._found: dict[int, TensorPlacement] = {}
+
+    def place(self, corner: Corner) -> tuple[Places, Places]:
+        """Raises `PlanError` where the constraints name inputs or cuts that there are not."""
+        open_axis = corner.tensor > 1 and not any(
+            "tensor" in by_axis for by_axis in (self._constraints.inputs or {}).values()
+        )
+        if not open_axis:
+            return placed_inputs(self._graph, corner.data, corner.tensor, self._constraints, {}), {}
+        if corner.tensor not in self._found:
+            self._found[corner.tensor] = place_on_tensor_axis(
+                self._graph,
+                tuple(w for w in corner.workers if w.stage == 0 and w.data == 0),
+                self._cluster,
+                self._cost,
+                state_bytes_per_element=self._state_bytes,
+            )
+        chosen = self._found[corner.tensor]
+        inputs = placed_inputs(self._graph, corner.data, corner.tensor, self._constraints, chosen.inputs)
+        return inputs, chosen.rules
+
+
 def _graph_plan(
-    graph: Graph, cluster: Cluster, cost: CostModel, work: Work, candidate: _Candidate, constraints: Constraints
+    graph: Graph,
+    cluster: Cluster,
+    cost: CostModel,
+    work: Work,
+    candidate: _Candidate,
+    constraints: Constraints,
+    placer: _Placer,
 ) -> Plan:
     corner, price = candidate.corner, candidate.price
+    inputs, rules = placer.place(corner)
     reasons = [
         f"stage {stage}: {format_time(time_s)} a microbatch"
         for stage, time_s in enumerate(price.solution.stage_time_s)
@@ -135,7 +178,8 @@ def _graph_plan(
         cluster_fingerprint=cluster_fingerprint(cluster),
         axes={"pipeline": corner.pipeline, "data": corner.data}
         | ({"tensor": corner.tensor} if corner.tensor > 1 else {}),
-        inputs=placed_inputs(graph, corner.data, corner.tensor, constraints),
+        inputs=inputs,
+        rules=rules,
         workers=corner.workers,
         threads_per_worker=corner.threads_per_worker,
         num_microbatches=corner.num_microbatches,

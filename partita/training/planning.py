@@ -14,7 +14,7 @@ from partita.cost.table import CostTable
 from partita.errors import CaptureError, InfeasibleError
 from partita.graph.graph import Graph
 from partita.plan import Constraints, Plan, Worker, cluster_fingerprint
-from partita.planner import search
+from partita.planner.search import search
 from partita.program import ProgramSet, Timeline, check, lower, microbatch_verdict
 from partita.runtime.overheads import measure_overheads
 from partita.simulator import shared_bytes, simulate
