@@ -14,8 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from partita.graph.graph import OpInfo
 from partita.sharding import communication
 from partita.sharding.calls import Slot, TensorSpec, Value, fill_slots
+from partita.sharding.halo import WINDOW_KINDS, write_window_conversion
+from partita.sharding.local_forms import trace_local
 from partita.sharding.placement import Placement, Shard
+from partita.sharding.placement import local_shape as _local
 from partita.sharding.propagate import Call, Conversion, Step
+from partita.sharding.rules import part_of
 
 aten = torch.ops.aten
 LOCAL_KINDS = frozenset({"slice", "keep", "pad"})
@@ -52,12 +56,6 @@ def live_steps(steps: Sequence[Step], outputs: Sequence[tuple[Value, Placement] 
 def local_shape(spec: TensorSpec, placement: Placement, coordinate: int) -> tuple[int, ...]:
     """Shape of the piece that worker ``coordinate`` has."""
     return _local(spec.shape, placement, coordinate)
-
-
-def _local(shape: tuple[int, ...], placement: Placement, coordinate: int) -> tuple[int, ...]:
-    if not isinstance(placement, Shard):
-        return shape
-    return (*shape[: placement.dim], placement.sizes[coordinate], *shape[placement.dim + 1 :])
 
 
 class FakeRunner:
@@ -128,6 +126,9 @@ class Localizer:
             None if placement is None else self.nodes[(value, placement)]
             for value, placement in zip(step.inputs, step.input_placements, strict=True)
         )
+        if step.rule.local is not None:
+            self._call_local(step, inputs)
+            return
         node = self._emit(target, args, kwargs, inputs, step.op.name, _meta_of(step))
         self._give_info(node, step)
         self._take_outputs(step, node, shapes)
@@ -158,6 +159,40 @@ class Localizer:
         node.meta = {**meta, "val": value}
         return node
 
+    def _call_local(self, step: Call, inputs: tuple[fx.Node | None, ...]) -> None:
+        """Write the rule's local form, op by op; the FLOPs are those of the calls of the op itself."""
+        call = step.op.call
+        part = part_of(call, step.rule, step.blocks, self.coordinate)
+        tensors = tuple(None if node is None else node.meta["val"] for node in inputs)
+        module = trace_local(call, step.rule, part, tensors, self.runner.mode)
+        given = iter([node for node in inputs if node is not None])
+        moved: dict[fx.Node, fx.Node] = {}
+        for inner in module.graph.nodes:
+            if inner.op == "placeholder":
+                moved[inner] = next(given)
+            elif inner.op == "call_function":
+                node = self.graph.node_copy(inner, moved.__getitem__)
+                node.name = self.graph._graph_namespace.create_name(f"{step.op.name}_{inner.name}", node)
+                node.meta = {**_meta_of(step), "val": inner.meta["val"]}
+                if inner.target is call.target:
+                    self._give_info(node, step)
+                elif inner.target is not operator.getitem:
+                    self._local_info(node, next(value for value in step.op.outputs if value is not None))
+                moved[inner] = node
+        results = next(iter(reversed(module.graph.nodes))).args[0]
+        for index, (value, placement) in enumerate(zip(step.op.outputs, step.output_placements, strict=True)):
+            if value is not None and placement is not None:
+                self._check_shape(step, index, moved[results[index]], part.output_shapes[index])
+                self.nodes[(value, placement)] = moved[results[index]]
+
+    def _check_shape(self, step: Call, index: int, node: fx.Node, shape: tuple[int, ...] | None) -> None:
+        actual = tuple(node.meta["val"].shape)
+        if actual != shape:
+            raise AssertionError(
+                f"{step.op.name} ({step.op.call.name}) by rule {step.rule.text()}: local output {index} must have "
+                f"shape {shape}, but has {actual}"
+            )
+
     def _take_outputs(self, step: Call, node: fx.Node, shapes: tuple[tuple[int, ...] | None, ...]) -> None:
         for index, (value, placement) in enumerate(zip(step.op.outputs, step.output_placements, strict=True)):
             if value is None or placement is None:
@@ -166,12 +201,7 @@ class Localizer:
             if step.op.call.returns_tuple:
                 item = self.graph.create_node("call_function", operator.getitem, (node, index), {}, value.name)
                 item.meta = {**_meta_of(step), "val": node.meta["val"][index]}
-            actual = tuple(item.meta["val"].shape)
-            if actual != shapes[index]:
-                raise AssertionError(
-                    f"{step.op.name} ({step.op.call.name}) by rule {step.rule.text()}: local output {index} must have "
-                    f"shape {shapes[index]}, but has {actual}"
-                )
+            self._check_shape(step, index, item, shapes[index])
             if index in step.rule.averaged:
                 weight = step.blocks.counts[self.coordinate] / step.rule.extent
                 item = self._emit(
@@ -216,7 +246,9 @@ class Localizer:
             shape = (*shape[:dim], runs, shape[dim] // runs, *shape[dim + 1 :])
             source, target = (p.run if isinstance(p, Shard) else p for p in (source, target))
             node = self._reshape(node, _local(shape, source, self.coordinate), meta, value)
-        if step.kind in LOCAL_KINDS:
+        if step.kind in WINDOW_KINDS:
+            node = write_window_conversion(self, step, node, meta)
+        elif step.kind in LOCAL_KINDS:
             node = self._local_conversion(step, source, target, shape, node, meta)
         else:
             function = getattr(communication, step.kind)
@@ -309,9 +341,10 @@ def coordinate_key(layout: Layout, coordinate: int) -> tuple[Any, ...]:
     placements: list[Placement | None] = [placement for _, _, placement in layout.placeholders]
     for step in layout.steps:
         if isinstance(step, Conversion):
-            depends = depends or step.kind in LOCAL_KINDS
+            depends = depends or step.kind in LOCAL_KINDS | WINDOW_KINDS
             placements += [step.source, step.target]
         else:
+            depends = depends or step.rule.local is not None
             placements += [*step.input_placements, *step.output_placements]
     sizes = {placement.sizes for placement in placements if isinstance(placement, Shard)}
     local = tuple(sorted((s, s[coordinate]) for s in sizes))

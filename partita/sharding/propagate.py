@@ -14,6 +14,7 @@ and casts of weights never force an exchange).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,13 +29,14 @@ from partita.sharding.conversions import (
     FLOPS_PER_S,
     LATENCY_S,
     MEMORY_BYTES_PER_S,
+    STEPPING_STONES,
     conversion_cost_s,
     conversion_kind,
     is_exchange,
 )
 from partita.sharding.decompositions import decompose
-from partita.sharding.placement import Placement, Replicate, Shard
-from partita.sharding.rules import PARTIAL, REPLICATE, Blocks, Cut, Rule, replicate_rule
+from partita.sharding.placement import Placement, Replicate, Shard, WindowSums
+from partita.sharding.rules import PARTIAL, REPLICATE, Blocks, Bounds, Cut, Reach, Rule, replicate_rule
 from partita.sharding.rules_contractions import local_batch_norm_rules
 
 MAX_PULL_DEPTH = 50
@@ -197,14 +199,14 @@ class Propagation:
             return [Blocks()]
         found: dict[Blocks, None] = {}
         for spec, value in zip(rule.inputs, inputs, strict=True):
-            if isinstance(spec, Cut):
+            if isinstance(spec, (Cut, Bounds, Reach)):
                 for placement in self.available.get(value, ()):
                     blocks = _blocks_of(placement, spec, rule)
                     if blocks is not None:
                         found[blocks] = None
         if not found and rule.extent >= self.size:
             found[Blocks(self.split(rule.extent))] = None
-        return list(found)
+        return [blocks for blocks in found if rule.fits(blocks)]
 
     def split(self, extent: int) -> tuple[int, ...]:
         """``extent`` entries over the workers, in proportion to the batch's shares where that is whole."""
@@ -299,9 +301,13 @@ class Propagation:
             if target == REPLICATE:
                 return
             source = REPLICATE
-        if conversion_kind(source, target) == "gather_slice":
-            self.convert(value, REPLICATE)
-            source = REPLICATE
+        kind = conversion_kind(source, target)
+        if kind in STEPPING_STONES:
+            assert kind != "halo_resum" or isinstance(source, WindowSums)
+            stone = source.owned if isinstance(source, WindowSums) else REPLICATE
+            self.convert(value, stone)
+            self.convert(value, target)
+            return
         self.steps.append(Conversion(value, source, target))
         self._note(value, target)
 
@@ -405,8 +411,11 @@ def _is_opaque(value: Value) -> bool:
     return value.producer is not None and is_opaque(value.producer.call.target, value.index)
 
 
-def _blocks_of(placement: Placement, cut: Cut, rule: Rule) -> Blocks | None:
-    """The blocks of ``rule`` with which ``cut`` gives ``placement``; None if there are none."""
+def _blocks_of(placement: Placement, cut: Cut | Bounds | Reach, rule: Rule) -> Blocks | None:
+    """The blocks of ``rule`` with which ``cut`` gives ``placement`` (or what owns its windows); None if there are
+    none."""
+    if not isinstance(cut, Cut):
+        return _blocks_between(placement, cut)
     if not isinstance(placement, Shard) or placement.dim != cut.dim or placement.outer % cut.outer:
         return None
     outer = placement.outer // cut.outer
@@ -416,6 +425,18 @@ def _blocks_of(placement: Placement, cut: Cut, rule: Rule) -> Blocks | None:
     if any(extent % (per_block * outer) for extent in placement.sizes):
         return None
     return Blocks(tuple(extent // per_block for extent in placement.sizes), outer)
+
+
+def _blocks_between(placement: Placement, spec: Bounds | Reach) -> Blocks | None:
+    owned = placement.owned if isinstance(placement, WindowSums) else placement
+    if not isinstance(owned, Shard) or owned.dim != spec.dim or owned.outer > 1:
+        return None
+    ends = list(itertools.accumulate(owned.sizes))
+    if not set(ends) <= set(spec.bounds):
+        return None
+    last = len(spec.bounds) - 1  # blocks that yield no entry of this tensor are dealt to the worker before them
+    places = [0, *(last - spec.bounds[::-1].index(end) for end in ends)]
+    return Blocks(tuple(j - i for i, j in itertools.pairwise(places)))
 
 
 _MISSING = object()

@@ -1,4 +1,4 @@
-"""Rules of reductions, normalisations, convolutions, attention, pooling, indexing and sorting."""
+"""Rules of reductions, normalisations, attention, indexing and sorting."""
 
 from __future__ import annotations
 
@@ -193,35 +193,6 @@ def _samples_at(position: int, output: int = 0) -> Any:
     return rewrite
 
 
-@register("convolution")
-def convolution_rules(call: OpCall) -> list[Rule]:
-    """``(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)``."""
-    source, output = call.inputs[0].shape, call.outputs[0]
-    assert output is not None
-    transposed, groups = call.args[6], call.args[8]
-    bias = call.inputs[2:]
-    unbatched = len(source) != len(output.shape) or len(source) < 3
-    if unbatched:
-        return []
-    rules = [Rule((Cut(0), REPLICATE, *[REPLICATE for _ in bias]), (Cut(0),), source[0])]
-    if groups == 1:
-        into, out = (0, 1) if transposed else (1, 0)
-        rules.append(Rule((REPLICATE, Cut(out), *[Cut(0) for _ in bias]), (Cut(1),), output.shape[1]))
-        rules.append(Rule((Cut(1), Cut(into), *[PARTIAL for _ in bias]), (PARTIAL,), source[1]))
-    return [rule for rule in rules if rule.extent > 1]
-
-
-@register("convolution_backward")
-def convolution_backward_rules(call: OpCall) -> list[Rule]:
-    """``(grad, input, weight, bias_sizes, ...) -> (grad_input, grad_weight, grad_bias)``: linear in the gradient."""
-    samples = call.inputs[0].shape[0]
-    outputs = [None if spec is None else PARTIAL for spec in call.outputs]
-    rules = [Rule((PARTIAL, REPLICATE, REPLICATE), tuple(outputs))]
-    if samples > 1 and len(call.inputs[0].shape) >= 3:
-        rules.append(Rule((Cut(0), Cut(0), REPLICATE), _with_first(outputs, Cut(0)), samples))
-    return rules
-
-
 _ATTENTION = (
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
@@ -258,71 +229,6 @@ def attention_rules(call: OpCall) -> list[Rule]:
 def _leading_cut(shape: tuple[int, ...], dim: int, extent: int) -> Any:
     """Cut if the tensor has rows for every sample (head); row sums have three dims, everything else four."""
     return Cut(dim) if len(shape) >= 3 and shape[dim] == extent else REPLICATE
-
-
-_PLANES = (
-    "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-    "max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward", "avg_pool2d_backward",
-    "avg_pool3d_backward",
-    "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward",
-    "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "reflection_pad1d_backward",
-    "reflection_pad2d_backward", "replication_pad2d_backward",
-)  # fmt: skip
-
-
-@register(*_PLANES)
-def plane_rules(call: OpCall) -> list[Rule]:
-    """Samples (if there are any) and channels are independent: each plane is treated for itself."""
-    plane_rank = next(int(d) for d in "123" if f"{d}d" in call.base_name)
-    specs = [*call.inputs, *[spec for spec in call.outputs if spec is not None]]
-    rank = len(call.inputs[0].shape)
-    leading = call.inputs[0].shape[: rank - plane_rank]
-    if any(len(spec.shape) != rank or spec.shape[: rank - plane_rank] != leading for spec in specs):
-        return []
-    return [
-        Rule((Cut(dim),) * len(call.inputs), (Cut(dim),) * len(call.outputs), extent)
-        for dim, extent in enumerate(leading)
-        if extent > 1
-    ]
-
-
-@register("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "grid_sampler_2d")
-def sample_rules(call: OpCall) -> list[Rule]:
-    """Samples are independent if every tensor has them as dim 0 (that is: batched)."""
-    specs = [*call.inputs, *[spec for spec in call.outputs if spec is not None]]
-    samples = call.inputs[0].shape[0] if call.inputs[0].shape else 0
-    if samples < 2 or any(len(spec.shape) != 4 or spec.shape[0] != samples for spec in specs):
-        return []
-    return [Rule((Cut(0),) * len(call.inputs), (Cut(0),) * len(call.outputs), samples)]
-
-
-_UPSAMPLING = (
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_linear1d",
-    "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa",
-)  # fmt: skip
-
-
-@register(*_UPSAMPLING)
-def upsampling_rules(call: OpCall) -> list[Rule]:
-    """Samples and channels are independent."""
-    shape = call.inputs[0].shape
-    return [Rule((Cut(dim),), (Cut(dim),), shape[dim]) for dim in (0, 1) if shape[dim] > 1] + [
-        Rule((PARTIAL,), (PARTIAL,))
-    ]
-
-
-@register(*[f"{name}_backward" for name in _UPSAMPLING])
-def upsampling_backward_rules(call: OpCall) -> list[Rule]:
-    """``(grad, output_size, input_size, ...)``: the third argument is the whole shape."""
-
-    def rewrite(call: OpCall, shapes: tuple[Shape | None, ...]) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
-        return call.target, (*call.args[:2], list(shapes[0] or ()), *call.args[3:]), call.kwargs
-
-    shape = call.inputs[0].shape
-    return [Rule((Cut(dim),), (Cut(dim),), shape[dim], rewrite) for dim in (0, 1) if shape[dim] > 1] + [
-        Rule((PARTIAL,), (PARTIAL,))
-    ]
 
 
 @register("gather", "gather_backward")
