@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 
-from partita.sharding.placement import Partial, Placement, Replicate, Shard, Windows, WindowSums
+from partita.sharding.placement import Extremum, Partial, Placement, Replicate, Shard, Windows, WindowSums
 
 LATENCY_S = 3e-5
 LINK_BYTES_PER_S = 2e9
 MEMORY_BYTES_PER_S = 1e10
 FLOPS_PER_S = 5e10
 
-EXCHANGES = frozenset({"all_reduce", "reduce_scatter", "all_gather", "all_to_all", "halo_exchange", "halo_sum"})
-STEPPING_STONES = frozenset({"gather_slice", "halo_gather", "halo_resum"})  # take two conversions
+EXCHANGES = frozenset({
+    "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "halo_exchange", "halo_sum", "all_extreme",
+})  # fmt: skip
+STEPPING_STONES = frozenset({"gather_slice", "halo_gather", "halo_resum", "extreme_slice"})  # take two conversions
 
 
 def conversion_kind(source: Placement, target: Placement) -> str:
@@ -27,12 +29,15 @@ def conversion_kind(source: Placement, target: Placement) -> str:
     ``"pad"``
     (S -> P: zeros around the own rows), ``"window"`` (R -> W: slice and pad), ``"unwindow"`` (window sums -> P: crop
     and zeros around it). ``"halo_gather"`` goes to windows over the whole value, ``"halo_resum"`` from window sums over
-    the shards that the workers own. Windows themselves are not converted: the value that they were made of is.
+    the shards that the workers own. ``"all_extreme"`` gathers every worker's entries and takes the largest (smallest),
+    ``"extreme_slice"`` goes on from there. Windows themselves are not converted: the value that they were made of is.
     """
     if source == target:
         return "none"
-    if isinstance(source, Windows) or isinstance(target, WindowSums):
+    if isinstance(source, Windows) or isinstance(target, (WindowSums, Extremum)):
         return "never"
+    if isinstance(source, Extremum):
+        return "all_extreme" if isinstance(target, Replicate) else "extreme_slice"
     if isinstance(source, WindowSums):
         if isinstance(target, Partial):
             return "unwindow"
@@ -78,6 +83,8 @@ def conversion_cost_s(source: Placement, target: Placement, num_bytes: int, size
         "halo_sum": halo + local / size,
         "halo_gather": 2.5 * LATENCY_S + 2 * wire + local,
         "halo_resum": halo + 2 * LATENCY_S + wire + local,
+        "all_extreme": 1.5 * LATENCY_S + size * (wire + local),
+        "extreme_slice": 2 * LATENCY_S + size * (wire + local),
         "never": math.inf,
     }[kind]
 

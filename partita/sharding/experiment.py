@@ -15,7 +15,16 @@ import torch
 from partita.graph.custom_ops import is_opaque, with_real_buffers
 from partita.sharding.calls import OpCall, TensorSpec, fill_slots
 from partita.sharding.local_forms import run_local
-from partita.sharding.placement import Partial, Placement, Replicate, Shard, Windows, WindowSums, local_shape
+from partita.sharding.placement import (
+    Extremum,
+    Partial,
+    Placement,
+    Replicate,
+    Shard,
+    Windows,
+    WindowSums,
+    local_shape,
+)
 from partita.sharding.rules import Blocks, Ignored, Part, Rule, part_of
 
 
@@ -168,6 +177,8 @@ def put_together(parts: list[torch.Tensor], placement: Placement) -> list[torch.
         return parts
     if isinstance(placement, Partial):
         return [torch.stack(parts).sum(0)]
+    if isinstance(placement, Extremum):
+        return [getattr(torch.stack(parts), f"a{placement.kind}")(0)]
     if isinstance(placement, WindowSums):
         return [_sum_of_windows(parts, placement)]
     assert isinstance(placement, Shard)

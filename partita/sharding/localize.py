@@ -16,7 +16,7 @@ from partita.sharding import communication
 from partita.sharding.calls import Slot, TensorSpec, Value, fill_slots
 from partita.sharding.halo import WINDOW_KINDS, write_window_conversion
 from partita.sharding.local_forms import trace_local
-from partita.sharding.placement import Placement, Shard
+from partita.sharding.placement import Extremum, Placement, Shard
 from partita.sharding.placement import local_shape as _local
 from partita.sharding.propagate import Call, Conversion, Step
 from partita.sharding.rules import part_of
@@ -33,6 +33,7 @@ class Layout:
     placeholders: tuple[tuple[str, Value, Placement], ...]
     steps: tuple[Step, ...]
     outputs: tuple[tuple[Value, Placement] | Any, ...]
+    size: int = 1
 
 
 def live_steps(steps: Sequence[Step], outputs: Sequence[tuple[Value, Placement] | Any]) -> list[Step]:
@@ -246,7 +247,9 @@ class Localizer:
             shape = (*shape[:dim], runs, shape[dim] // runs, *shape[dim + 1 :])
             source, target = (p.run if isinstance(p, Shard) else p for p in (source, target))
             node = self._reshape(node, _local(shape, source, self.coordinate), meta, value)
-        if step.kind in WINDOW_KINDS:
+        if step.kind == "all_extreme":
+            node = self._take_extreme(step, node, meta)
+        elif step.kind in WINDOW_KINDS:
             node = write_window_conversion(self, step, node, meta)
         elif step.kind in LOCAL_KINDS:
             node = self._local_conversion(step, source, target, shape, node, meta)
@@ -258,6 +261,20 @@ class Localizer:
         if runs > 1:
             node = self._reshape(node, local_shape(value.spec, step.target, self.coordinate), meta, value)
         self.nodes[(value, step.target)] = node
+
+    def _take_extreme(self, step: Conversion, node: fx.Node, meta: dict[str, Any]) -> fx.Node:
+        """Gather the workers' entries in a new dim 0 and take the largest (smallest) along it."""
+        value, name, size = step.value, f"{step.value.name}_{step.kind}", self.layout.size
+        assert isinstance(step.source, Extremum)
+        row = self._emit(aten.unsqueeze.default, (Slot(0), 0), {}, (node,), name, meta)
+        self._local_info(row, value)
+        options: dict[str, Any] = {"axis": self.layout.axis, "dim": 0, "sizes": (1,) * size}
+        rows = self.graph.create_node("call_function", communication.all_gather, (row,), options, name)
+        rows.meta = {**meta, "val": self.runner.empty((size, *value.spec.shape), value.meta)}
+        function = aten.amax.default if step.source.kind == "max" else aten.amin.default
+        result = self._emit(function, (Slot(0), [0]), {}, (rows,), name, meta)
+        self._local_info(result, value)
+        return result
 
     def _reshape(self, node: fx.Node, shape: tuple[int, ...], meta: dict[str, Any], value: Value) -> fx.Node:
         name = f"{value.name}_runs"

@@ -11,6 +11,8 @@ special. With ``n`` workers on the axis:
   that, with ``outer = T``.)
   Only inside a sharded graph; inputs, outputs and exchanges have ``outer == 1``.
 * `Partial()`: every worker has a tensor of the whole shape; the value is their sum.
+* `Extremum(kind)`: as `Partial`, but the value is the largest (``"max"``) or smallest (``"min"``) of the workers'
+  entries in every place. Only outputs of ops have it; NaN is larger and smaller than all.
 * `Windows(dim, starts, ends)`: worker ``i`` has entries ``starts[i] .. ends[i]`` of dim ``dim``. Windows overlap: what
   a worker has beyond its own rows (its *halo*) are copies of its neighbours' rows. Entries outside of the tensor are
   ``fill`` (padding). Only inputs of ops have it: a stencil reads it.
@@ -58,6 +60,14 @@ class Partial:
 
 
 @dataclass(frozen=True)
+class Extremum:
+    kind: str
+
+    def __str__(self) -> str:
+        return self.kind
+
+
+@dataclass(frozen=True)
 class Windows:
     dim: int
     starts: tuple[int, ...]
@@ -84,7 +94,7 @@ class WindowSums:
         return f"WP({self.dim})"
 
 
-Placement = Replicate | Shard | Partial | Windows | WindowSums
+Placement = Replicate | Shard | Partial | Extremum | Windows | WindowSums
 
 
 def local_shape(shape: tuple[int, ...], placement: Placement, coordinate: int) -> tuple[int, ...]:

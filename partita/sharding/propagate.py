@@ -36,7 +36,7 @@ from partita.sharding.conversions import (
 )
 from partita.sharding.decompositions import decompose
 from partita.sharding.placement import Placement, Replicate, Shard, WindowSums
-from partita.sharding.rules import PARTIAL, REPLICATE, Blocks, Bounds, Cut, Reach, Rule, replicate_rule
+from partita.sharding.rules import PARTIAL, REPLICATE, Blocks, Bounds, Cut, Ignored, Reach, Rule, replicate_rule
 from partita.sharding.rules_contractions import local_batch_norm_rules
 
 MAX_PULL_DEPTH = 50
@@ -198,7 +198,11 @@ class Propagation:
         if rule.extent == 0:
             return [Blocks()]
         found: dict[Blocks, None] = {}
-        for spec, value in zip(rule.inputs, inputs, strict=True):
+        pairs = list(zip(rule.inputs, inputs, strict=True))
+        # First come tensors of which every entry is a block: where their cut says more than that of the others, what is
+        # made of them shall lie as they do.
+        for given, value in sorted(pairs, key=lambda pair: not isinstance(pair[0], (Ignored, Reach))):
+            spec = given.like if isinstance(given, Ignored) else given
             if isinstance(spec, (Cut, Bounds, Reach)):
                 for placement in self.available.get(value, ()):
                     blocks = _blocks_of(placement, spec, rule)
@@ -303,7 +307,6 @@ class Propagation:
             source = REPLICATE
         kind = conversion_kind(source, target)
         if kind in STEPPING_STONES:
-            assert kind != "halo_resum" or isinstance(source, WindowSums)
             stone = source.owned if isinstance(source, WindowSums) else REPLICATE
             self.convert(value, stone)
             self.convert(value, target)

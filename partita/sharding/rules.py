@@ -6,7 +6,7 @@ some of them, and ``Cut(dim, factor)`` holds ``factor`` entries of ``dim`` per b
 ``[B, T, C]`` is the rule ``S0*T -> S0`` with extent ``B``, exact for uneven shards.
 
 Rules are written as text, inputs left and outputs right of the arrow: ``"S0 R -> S0"``, ``"S1 S0 -> P"``; ``_`` is an
-input whose values do not matter or an output that is absent.
+input whose values do not matter or an output that is absent, ``MAX`` an output that is the largest of the workers'.
 
 Stencils (convolution, pooling) do not treat blocks alike: a block of input rows yields no, one or many output rows, and
 needs rows of its neighbours. Their specs are maps from the *boundaries* of blocks, ``0 .. extent``, to entries:
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from partita.sharding.calls import OpCall
-from partita.sharding.placement import Partial, Placement, Replicate, Shard, Windows, WindowSums, local_shape
+from partita.sharding.placement import Extremum, Partial, Placement, Replicate, Shard, Windows, WindowSums, local_shape
 
 Shape = tuple[int, ...]
 Rewrite = Callable[[OpCall, tuple[Shape | None, ...]], tuple[Any, tuple[Any, ...], Mapping[str, Any]]]
@@ -56,16 +56,21 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Ignored:
-    """An input that is not read (of ``zeros_like`` only the shape counts): any placement will do."""
-
-
-@dataclass(frozen=True)
 class Bounds:
     """Dim ``dim`` is cut where ``bounds`` says; see the module's text. ``bounds`` has ``extent + 1`` entries."""
 
     dim: int
     bounds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """An input that is not read (of ``zeros_like`` only the shape counts): any placement will do.
+
+    ``like`` is where it would be cut if it were read: cut alike, results fit to what was made of it before.
+    """
+
+    like: Bounds | None = None
 
 
 @dataclass(frozen=True)
@@ -80,10 +85,12 @@ class Reach:
 
 
 InputSpec = Replicate | Partial | Cut | Ignored | Bounds | Reach
-OutputSpec = Replicate | Partial | Cut | Bounds | Reach | None
+OutputSpec = Replicate | Partial | Extremum | Cut | Bounds | Reach | None
 
 REPLICATE = Replicate()
 PARTIAL = Partial()
+LARGEST = Extremum("max")
+SMALLEST = Extremum("min")
 
 
 @dataclass(frozen=True)
@@ -160,13 +167,16 @@ def _placement(spec: InputSpec | OutputSpec, blocks: Blocks, *, is_output: bool)
         if isinstance(spec, Bounds):
             return Shard(spec.dim, sizes)
         starts, ends = tuple(spec.starts[i] for i in places[:-1]), tuple(spec.ends[j] for j in places[1:])
+        own = Shard(spec.dim, sizes)
+        if all(starts[i] == own.offset(i) and ends[i] == own.offset(i) + size for i, size in enumerate(sizes)):
+            return own  # nobody needs what is not his
         if is_output:
             return WindowSums(spec.dim, starts, ends, sizes)
         return Windows(spec.dim, starts, ends, spec.fill)
     if isinstance(spec, Cut):
         sizes = tuple(count * spec.factor * spec.outer for count in blocks.counts)
         return Shard(spec.dim, sizes, spec.outer * blocks.outer)
-    if isinstance(spec, (Replicate, Partial)):
+    if isinstance(spec, (Replicate, Partial, Extremum)):
         return spec
     return None
 
@@ -177,6 +187,8 @@ def _spec_text(spec: InputSpec | OutputSpec) -> str:
         return f"S{spec.dim}{runs}" if spec.factor == 1 else f"S{spec.dim}{runs}*{spec.factor}"
     if isinstance(spec, (Bounds, Reach)):
         return f"{'S' if isinstance(spec, Bounds) else 'W'}{spec.dim}~"
+    if isinstance(spec, Extremum):
+        return spec.kind.upper()
     return {Replicate: "R", Partial: "P"}.get(type(spec), "_")
 
 
@@ -215,6 +227,8 @@ def _parse_spec(item: str, rank: int) -> Any:
         return REPLICATE
     if item == "P":
         return PARTIAL
+    if item in ("MAX", "MIN"):
+        return Extremum(item.lower())
     if item == "_":
         return Ignored()
     dim_text, _, factor = item[1:].partition("*")

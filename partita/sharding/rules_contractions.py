@@ -6,7 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from partita.sharding.calls import OpCall, Slot
-from partita.sharding.rules import PARTIAL, REPLICATE, Cut, Ignored, InputSpec, OutputSpec, Rule, Shape, register
+from partita.sharding.rules import (
+    LARGEST,
+    PARTIAL,
+    REPLICATE,
+    SMALLEST,
+    Cut,
+    Ignored,
+    InputSpec,
+    OutputSpec,
+    Rule,
+    Shape,
+    register,
+)
 
 
 def _dims(given: Any, rank: int) -> set[int]:
@@ -15,6 +27,9 @@ def _dims(given: Any, rank: int) -> set[int]:
         return set(range(rank))
     items = given if isinstance(given, (list, tuple)) else [given]
     return {dim + rank if dim < 0 else dim for dim in items}
+
+
+_EXTREMA = {"amax": LARGEST, "max": LARGEST, "any": LARGEST, "amin": SMALLEST, "min": SMALLEST, "all": SMALLEST}
 
 
 # Reductions: where the `dim` and `keepdim` arguments are, and whether the op is linear.
@@ -27,7 +42,10 @@ _REDUCTIONS: dict[str, bool] = {
 
 @register(*_REDUCTIONS)
 def reduction_rules(call: OpCall) -> list[Rule]:
-    """Dims that stay may be cut; a sum over a cut dim is a summand. All else is decomposed or gathered."""
+    """Dims that stay may be cut; a sum over a cut dim is a summand, a maximum the largest of the workers' ones.
+
+    All else is decomposed or gathered.
+    """
     if len(call.inputs) != 1:
         return []
     rank = len(call.inputs[0].shape)
@@ -43,6 +61,8 @@ def reduction_rules(call: OpCall) -> list[Rule]:
             rules.append(Rule((Cut(dim),), (Cut(place),) * outputs, extent))
         elif extent > 1 and call.base_name == "sum" and call.inputs[0].dtype.itemsize > 0:
             rules.append(Rule((Cut(dim),), (PARTIAL,) * outputs, extent))
+        elif extent > 1 and outputs == 1 and call.base_name in _EXTREMA and not call.inputs[0].dtype.is_complex:
+            rules.append(Rule((Cut(dim),), (_EXTREMA[call.base_name],), extent))
         place += stays or keep
     return rules
 

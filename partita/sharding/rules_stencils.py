@@ -203,7 +203,7 @@ def spatial_average_rules(call: OpCall) -> list[Rule]:
         rewrite = _without_padding(first + 2, spatial=index, num_dims=num_dims)
         if backward:
             form = _average_backward(stencil, index, num_dims)
-            inputs = (stencil.owned_result(), Ignored())
+            inputs = (stencil.owned_result(), Ignored(stencil.owned_image()))
             rules.append(Rule(inputs, (stencil.read_image(),), stencil.image, local=form))
         else:
             rules.append(Rule((stencil.read_image(),), (stencil.owned_result(),), stencil.image, rewrite))
@@ -242,7 +242,7 @@ def spatial_maximum_rules(call: OpCall) -> list[Rule]:
         form = _Maximum(stencil, index, num_dims, image)
         own = stencil.owned_result()
         if backward:
-            inputs = (own, Ignored(), own)
+            inputs = (own, Ignored(stencil.owned_image()), own)
             rules.append(Rule(inputs, (stencil.read_image(),), stencil.image, local=form.backward))
         else:
             read = stencil.read_image(float("-inf"))

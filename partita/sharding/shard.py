@@ -207,7 +207,7 @@ def _assemble(
         gathered=tuple(name for name in propagation.gathered if name in live_ops),
         prologue=_prologue(propagation, hoisted, program) if hoisted else None,
         hoisted=names,
-        _layout=Layout(axis, tuple(placeholders), tuple(steps), tuple(outputs)),
+        _layout=Layout(axis, tuple(placeholders), tuple(steps), tuple(outputs), propagation.size),
         _runner=runner,
     )
 
