@@ -117,7 +117,9 @@ class Rule:
 
     def fits(self, blocks: Blocks) -> bool:
         """Whether the rule can run like that: no worker is left without an entry of a `Bounds` or `Reach` tensor, and
-        such tensors are not dealt in runs."""
+        where places matter, blocks are not dealt in runs."""
+        if self.local is not None and blocks.outer > 1:
+            return False
         maps = [spec for spec in (*self.inputs, *self.outputs) if isinstance(spec, (Bounds, Reach))]
         if not maps:
             return True

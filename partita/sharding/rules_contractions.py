@@ -19,6 +19,12 @@ from partita.sharding.rules import (
     Shape,
     register,
 )
+from partita.sharding.rules_indices import (
+    index_reading_rules,
+    index_writing_rules,
+    reading_rules,
+    writing_rules,
+)
 
 
 def _dims(given: Any, rank: int) -> set[int]:
@@ -266,7 +272,7 @@ def gather_rules(call: OpCall) -> list[Rule]:
             rules.append(Rule((REPLICATE, Cut(dim)), (Cut(dim),), extent))
         elif source[dim] == extent:
             rules.append(Rule((Cut(dim), Cut(dim)), (Cut(dim),), extent))
-    return rules
+    return rules + reading_rules(call, taken, 1)
 
 
 @register("scatter", "scatter_add")
@@ -287,7 +293,7 @@ def scatter_rules(call: OpCall) -> list[Rule]:
             rules.append(Rule((Cut(dim),) * len(call.inputs), (Cut(dim),), extent))
         elif dim == taken and adds and call.inputs[2].shape[dim] == extent:
             rules.append(Rule((PARTIAL, Cut(dim), Cut(dim)), (PARTIAL,), extent))
-    return rules
+    return rules + writing_rules(call, taken, 1)
 
 
 @register("index_select")
@@ -302,7 +308,7 @@ def index_select_rules(call: OpCall) -> list[Rule]:
             rules.append(Rule((Cut(dim), REPLICATE), (Cut(dim),), extent))
     if call.inputs[1].shape[0] > 1:
         rules.append(Rule((REPLICATE, Cut(0)), (Cut(taken),), call.inputs[1].shape[0]))
-    return rules
+    return rules + reading_rules(call, taken, 1)
 
 
 @register("index", "_unsafe_index")
@@ -324,7 +330,7 @@ def index_rules(call: OpCall) -> list[Rule]:
         cuts = tuple(_index_cut(spec.shape, place - start, index_rank, extent) for spec in call.inputs[1:])
         if extent > 1:
             rules.append(Rule((REPLICATE, *cuts), (Cut(place),), extent))
-    return rules
+    return rules + index_reading_rules(call)
 
 
 @register("index_put", "_unsafe_index_put")
@@ -344,6 +350,7 @@ def index_put_rules(call: OpCall) -> list[Rule]:
         cut = own >= 0 and values.shape[own] == extent
         if extent > 1:
             rules.append(Rule((Cut(dim), *rest, Cut(own) if cut else REPLICATE), (Cut(dim),), extent))
+    rules += index_writing_rules(call)
     if not accumulate:
         return rules
     rules.append(Rule((PARTIAL, *rest, PARTIAL), (PARTIAL,)))

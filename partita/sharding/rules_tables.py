@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from partita.sharding.calls import OpCall, Slot
 from partita.sharding.rules import Rule, parse_rules, register
+from partita.sharding.rules_indices import embedding_backward_rules, embedding_rules
+from partita.sharding.rules_indices import nll_loss_backward_rules as class_rules
 
 _TABLE: dict[str, tuple[str, ...]] = {
     "mm": ("S0 R -> S0", "R S1 -> S1", "S1 S0 -> P", "P R -> P", "R P -> P"),
@@ -31,7 +33,12 @@ def table_rules(call: OpCall) -> list[Rule]:
     texts = _TABLE[call.base_name]
     if call.base_name == "embedding_dense_backward" and call.args[4]:
         texts = ("S-1 R -> S1", "P R -> P")  # scaling by how often an index occurs needs all indices
-    return parse_rules(texts, call)
+    rules = parse_rules(texts, call)
+    if call.base_name == "embedding":
+        rules += embedding_rules(call)
+    elif call.base_name == "embedding_dense_backward":
+        rules += embedding_backward_rules(call)
+    return rules
 
 
 @register("addmm", "baddbmm")
@@ -73,7 +80,8 @@ def nll_loss_backward_rules(call: OpCall) -> list[Rule]:
     """``(grad, input, target, weight, reduction, ignore_index, total_weight) -> grad_input``."""
     weight = " R" if isinstance(call.args[3], Slot) else ""
     grad = "S0" if call.args[4] == 0 else "R"
-    return parse_rules([f"{grad} S0 S0{weight} R -> S0", f"P R R{weight} R -> P"], call)
+    rules = parse_rules([f"{grad} S0 S0{weight} R -> S0", f"P R R{weight} R -> P"], call)
+    return rules + class_rules(call)
 
 
 @register("lstm_layer", "lstm_layer_backward")
