@@ -290,6 +290,7 @@ def written_rules(call: OpCall) -> list[Rule] | None:
 def _load() -> None:
     """Import the files that register rules (here, because they import this file)."""
     from partita.sharding import (
+        rules_attention,
         rules_contractions,
         rules_factories,
         rules_images,
@@ -298,4 +299,4 @@ def _load() -> None:
         rules_views,
     )
 
-    del rules_contractions, rules_factories, rules_images, rules_pointwise, rules_tables, rules_views
+    del rules_attention, rules_contractions, rules_factories, rules_images, rules_pointwise, rules_tables, rules_views

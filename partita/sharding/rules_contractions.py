@@ -1,4 +1,4 @@
-"""Rules of reductions, normalisations, attention, indexing and sorting."""
+"""Rules of reductions, normalisations, indexing and sorting."""
 
 from __future__ import annotations
 
@@ -217,44 +217,6 @@ def _samples_at(position: int, output: int = 0) -> Any:
         return call.target, (*call.args[:position], shape[0], *call.args[position + 1 :]), call.kwargs
 
     return rewrite
-
-
-_ATTENTION = (
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-)  # fmt: skip
-
-
-@register(*_ATTENTION, *[f"{name}_backward" for name in _ATTENTION])
-def attention_rules(call: OpCall) -> list[Rule]:
-    """Samples (dim 0) and heads (dim 1) are independent. Masks with extent 1 there are whole.
-
-    An attention with dropout draws its own random numbers: whole inputs only. Outputs that are not cut by rows (seeds
-    and offsets of the draw) are whole.
-    """
-    if call.schema_argument("dropout_p", 0.0) != 0.0:
-        return []
-    leading = call.inputs[0].shape[:2]
-    # With grouped-query attention keys have fewer heads than queries.
-    rules = []
-    for dim in (0, 1):
-        extent = leading[dim]
-        if extent < 2:
-            continue
-        inputs = [_leading_cut(spec.shape, dim, extent) for spec in call.inputs]
-        tensors = [spec for spec in call.inputs if len(spec.shape) == 4]
-        if dim == 1 and (any(spec.shape[1] not in (1, extent) for spec in tensors) or extent == 1):
-            continue
-        if dim == 1 and any(spec.shape[1] == 1 for spec in tensors[:3]):
-            continue
-        outputs = tuple(None if spec is None else _leading_cut(spec.shape, dim, extent) for spec in call.outputs)
-        rules.append(Rule(tuple(inputs), outputs, extent))
-    return rules
-
-
-def _leading_cut(shape: tuple[int, ...], dim: int, extent: int) -> Any:
-    """Cut if the tensor has rows for every sample (head); row sums have three dims, everything else four."""
-    return Cut(dim) if len(shape) >= 3 and shape[dim] == extent else REPLICATE
 
 
 @register("gather", "gather_backward")

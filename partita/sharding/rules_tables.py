@@ -7,7 +7,7 @@ shapes at hand (broadcasting, missing dims) drop out on their own.
 from __future__ import annotations
 
 from partita.sharding.calls import OpCall, Slot
-from partita.sharding.rules import Rule, parse_rules, register
+from partita.sharding.rules import PARTIAL, REPLICATE, Cut, Rule, parse_rules, register
 from partita.sharding.rules_indices import embedding_backward_rules, embedding_rules
 from partita.sharding.rules_indices import nll_loss_backward_rules as class_rules
 
@@ -82,6 +82,27 @@ def nll_loss_backward_rules(call: OpCall) -> list[Rule]:
     grad = "S0" if call.args[4] == 0 else "R"
     rules = parse_rules([f"{grad} S0 S0{weight} R -> S0", f"P R R{weight} R -> P"], call)
     return rules + class_rules(call)
+
+
+@register("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag_rules(call: OpCall) -> list[Rule]:
+    """``(weight, indices, offsets, scale_grad_by_freq, mode, ...) -> (output, places, sizes, largest)``: the columns.
+
+    With ``include_last_offset`` the shapes that torch declares for the last three are not those that it gives.
+    """
+    if call.schema_argument("include_last_offset", False):
+        return []
+    columns = call.inputs[0].shape[1]
+    outputs = tuple(
+        None if spec is None else Cut(1) if len(spec.shape) == 2 and spec.shape[1] == columns else REPLICATE
+        for spec in call.outputs
+    )
+    rest = (REPLICATE,) * (len(call.inputs) - 1)
+    rules = [Rule((Cut(1), *rest), outputs, columns)]
+    if call.schema_argument("mode", 0) != 2:  # sums and means
+        summands = tuple(PARTIAL if isinstance(item, Cut) else item for item in outputs)
+        rules.append(Rule((PARTIAL, *rest), summands))
+    return rules
 
 
 @register("lstm_layer", "lstm_layer_backward")
