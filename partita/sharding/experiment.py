@@ -50,10 +50,27 @@ def rule_holds(call: OpCall, rule: Rule, blocks: Blocks, *, seed: int = 0, draw:
     draw = draw or Draw()
     generator = torch.Generator().manual_seed(seed)
     wholes = [draw_tensor(spec, generator, draw) for spec in call.inputs]
+    precise = all(spec.dtype.itemsize >= 8 for spec in call.inputs if spec.dtype.is_floating_point)
+    return recombines(call, rule, blocks, wholes, generator=generator, draw=draw, precise=precise)
+
+
+def recombines(
+    call: OpCall,
+    rule: Rule,
+    blocks: Blocks,
+    wholes: Sequence[torch.Tensor],
+    *,
+    generator: torch.Generator,
+    draw: Draw | None = None,
+    precise: bool = False,
+) -> bool:
+    """Whether ``call`` run by ``rule`` on the parts of ``wholes`` gives what it gives on ``wholes``.
+
+    ``generator`` and ``draw`` tell how summands are drawn.
+    """
     expected = run_call(call.target, call.args, call.kwargs, tuple(wholes))
     outputs = rule.output_placements(blocks)
-    locals_ = run_parts(call, rule, blocks, wholes, generator, draw)
-    precise = all(spec.dtype.itemsize >= 8 for spec in call.inputs if spec.dtype.is_floating_point)
+    locals_ = run_parts(call, rule, blocks, wholes, generator, draw or Draw())
     for index, placement in enumerate(outputs):
         if placement is None or call.outputs[index] is None or is_opaque(call.target, index):
             continue
@@ -204,7 +221,10 @@ def equal(left: torch.Tensor, right: torch.Tensor, precise: bool = True) -> bool
         return False
     if not (right.dtype.is_floating_point or right.dtype.is_complex):
         return bool(torch.equal(left.to(right.dtype), right))
+    dtype = right.dtype
+    if dtype is torch.complex32:
+        left, right = left.to(torch.complex64), right.to(torch.complex64)  # hardly any kernel takes narrower ones
     scale = max(1.0, float(right.nan_to_num(0, 0, 0).abs().max()) if right.numel() else 1.0)
-    double = precise and torch.finfo(right.dtype).eps < 1e-10
-    tolerance = 1e-9 if double else max(1e-4, 8 * torch.finfo(right.dtype).eps)
+    eps = torch.finfo(dtype).eps
+    tolerance = 1e-9 if precise and eps < 1e-10 else max(1e-4, 8 * eps)
     return torch.allclose(left, right, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
