@@ -25,11 +25,10 @@ def conversion_kind(source: Placement, target: Placement) -> str:
     """The one step that turns ``source`` into ``target``; ``"gather_slice"`` takes two (the same dim
     cut elsewhere, or cuts of runs).
 
-    Local: ``"none"``, ``"slice"`` (R -> S), ``"keep"`` (R -> P: coordinate 0 keeps it, the others hold zeros),
-    ``"pad"``
-    (S -> P: zeros around the own rows), ``"window"`` (R -> W: slice and pad), ``"unwindow"`` (window sums -> P: crop
-    and zeros around it). ``"halo_gather"`` goes to windows over the whole value, ``"halo_resum"`` from window sums over
-    the shards that the workers own. ``"all_extreme"`` gathers every worker's entries and takes the largest (smallest),
+    Local: ``"none"``, ``"renamed"`` (windows without a halo), ``"slice"`` (R -> S), ``"keep"`` (R -> P: coordinate 0
+    keeps it, the others hold zeros), ``"pad"`` (S -> P: zeros around the own rows), ``"window"`` (R -> W: slice and
+    pad), ``"unwindow"`` (window sums -> P: crop and zeros around it). ``"halo_gather"`` goes to windows over the whole
+    value, ``"halo_resum"`` from window sums over the shards that the workers own. ``"all_extreme"`` gathers every worker's entries and takes the largest (smallest),
     ``"extreme_slice"`` goes on from there. Windows themselves are not converted: the value that they were made of is.
     """
     if source == target:
@@ -41,10 +40,11 @@ def conversion_kind(source: Placement, target: Placement) -> str:
     if isinstance(source, WindowSums):
         if isinstance(target, Partial):
             return "unwindow"
-        return "halo_sum" if target == source.owned else "halo_resum"
+        plain = isinstance(target, Shard) and target.dim == source.dim and target.outer == 1
+        return "halo_sum" if plain else "halo_resum"
     if isinstance(target, Windows):
         if isinstance(source, Shard) and source.dim == target.dim and source.outer == 1:
-            return "halo_exchange"
+            return "renamed" if target.is_cut_like(source) else "halo_exchange"
         return "window" if isinstance(source, Replicate) else "halo_gather"
     if isinstance(source, Replicate):
         return "slice" if isinstance(target, Shard) else "keep"
@@ -67,6 +67,7 @@ def conversion_cost_s(source: Placement, target: Placement, num_bytes: int, size
     halo = LATENCY_S + _halo_share(source, target) * num_bytes / LINK_BYTES_PER_S
     return {
         "none": 0.0,
+        "renamed": 0.0,
         "slice": local / size,
         "keep": local,
         # A padded shard is a summand as large as the whole, which mostly has to be reduced again later.
@@ -92,7 +93,7 @@ def conversion_cost_s(source: Placement, target: Placement, num_bytes: int, size
 def _halo_share(source: Placement, target: Placement) -> float:
     """The largest halo of a worker (rows of others in its window), as a share of the value."""
     window, shard = (source, target) if isinstance(source, WindowSums) else (target, source)
-    if isinstance(window, WindowSums):
+    if isinstance(window, WindowSums) and conversion_kind(source, target) == "halo_resum":
         shard = window.owned
     if not isinstance(window, (Windows, WindowSums)) or not isinstance(shard, Shard):
         return 0.0

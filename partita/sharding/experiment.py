@@ -49,9 +49,22 @@ def rule_holds(call: OpCall, rule: Rule, blocks: Blocks, *, seed: int = 0, draw:
     """
     draw = draw or Draw()
     generator = torch.Generator().manual_seed(seed)
-    wholes = [draw_tensor(spec, generator, draw) for spec in call.inputs]
+    wholes = _with_fitting_indices(call, [draw_tensor(spec, generator, draw) for spec in call.inputs])
     precise = all(spec.dtype.itemsize >= 8 for spec in call.inputs if spec.dtype.is_floating_point)
     return recombines(call, rule, blocks, wholes, generator=generator, draw=draw, precise=precise)
+
+
+def _with_fitting_indices(call: OpCall, wholes: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradient of a max pooling takes the indices that its forward gave, and no others are of use."""
+    forward = {
+        "max_pool2d_with_indices_backward": torch.ops.aten.max_pool2d_with_indices.default,
+        "max_pool3d_with_indices_backward": torch.ops.aten.max_pool3d_with_indices.default,
+    }.get(call.base_name)
+    if forward is None:
+        return wholes
+    image, indices = call.args[1].index, call.args[-1].index
+    own = forward(wholes[image], *call.args[2:-1])[1]
+    return [own if place == indices else whole for place, whole in enumerate(wholes)]
 
 
 def recombines(

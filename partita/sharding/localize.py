@@ -247,7 +247,9 @@ class Localizer:
             shape = (*shape[:dim], runs, shape[dim] // runs, *shape[dim + 1 :])
             source, target = (p.run if isinstance(p, Shard) else p for p in (source, target))
             node = self._reshape(node, _local(shape, source, self.coordinate), meta, value)
-        if step.kind == "all_extreme":
+        if step.kind == "renamed":
+            pass
+        elif step.kind == "all_extreme":
             node = self._take_extreme(step, node, meta)
         elif step.kind in WINDOW_KINDS:
             node = write_window_conversion(self, step, node, meta)

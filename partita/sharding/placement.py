@@ -23,6 +23,7 @@ special. With ``n`` workers on the axis:
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -73,6 +74,11 @@ class Windows:
     starts: tuple[int, ...]
     ends: tuple[int, ...]
     fill: float = 0.0
+
+    def is_cut_like(self, shard: Shard) -> bool:
+        """Whether every worker's window is just what it has of ``shard``."""
+        ends = tuple(itertools.accumulate(shard.sizes))
+        return self.dim == shard.dim and self.ends == ends and self.starts == (0, *ends[:-1]) and shard.outer == 1
 
     def __str__(self) -> str:
         return f"W({self.dim})"

@@ -14,6 +14,7 @@ and casts of weights never force an exchange).
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -431,14 +432,15 @@ def _blocks_of(placement: Placement, cut: Cut | Bounds | Reach, rule: Rule) -> B
 
 
 def _blocks_between(placement: Placement, spec: Bounds | Reach) -> Blocks | None:
+    """Exactly there for what has bounds, at the bounds next to it for what comes in windows (from any cut)."""
     owned = placement.owned if isinstance(placement, WindowSums) else placement
     if not isinstance(owned, Shard) or owned.dim != spec.dim or owned.outer > 1:
         return None
     ends = list(itertools.accumulate(owned.sizes))
-    if not set(ends) <= set(spec.bounds):
+    places = [0, *(bisect.bisect_left(spec.bounds, end) for end in ends)]
+    exact = all(spec.bounds[place] == end for place, end in zip(places[1:], ends, strict=True))
+    if len(set(places)) < len(places) or (isinstance(spec, Bounds) and not exact):
         return None
-    last = len(spec.bounds) - 1  # blocks that yield no entry of this tensor are dealt to the worker before them
-    places = [0, *(last - spec.bounds[::-1].index(end) for end in ends)]
     return Blocks(tuple(j - i for i, j in itertools.pairwise(places)))
 
 

@@ -8,12 +8,13 @@ some of them, and ``Cut(dim, factor)`` holds ``factor`` entries of ``dim`` per b
 Rules are written as text, inputs left and outputs right of the arrow: ``"S0 R -> S0"``, ``"S1 S0 -> P"``; ``_`` is an
 input whose values do not matter or an output that is absent, ``MAX`` an output that is the largest of the workers'.
 
-Stencils (convolution, pooling) do not treat blocks alike: a block of input rows yields no, one or many output rows, and
-needs rows of its neighbours. Their specs are maps from the *boundaries* of blocks, ``0 .. extent``, to entries:
+Stencils (convolution, pooling) do not treat blocks alike: blocks differ in the rows that they have and yield, and need
+rows of their neighbours. Their specs are maps from the *boundaries* of blocks, ``0 .. extent``, to entries:
 
 * `Bounds(dim, bounds)`: the worker with blocks ``i .. j`` has the entries ``bounds[i] .. bounds[j]``;
 * `Reach(dim, bounds, starts, ends)`: it has ``starts[i] .. ends[j]``, of which ``bounds[i] .. bounds[j]`` are its own.
-  An input with a reach is served by a halo exchange, an output with one is a summand in its halo.
+  An input with a reach is served by a halo exchange from any cut of the dim; an output with one is a summand in its
+  halo.
 
 They are written ``S2~`` and ``W2~``, and cannot be read back.
 """
@@ -64,16 +65,6 @@ class Bounds:
 
 
 @dataclass(frozen=True)
-class Ignored:
-    """An input that is not read (of ``zeros_like`` only the shape counts): any placement will do.
-
-    ``like`` is where it would be cut if it were read: cut alike, results fit to what was made of it before.
-    """
-
-    like: Bounds | None = None
-
-
-@dataclass(frozen=True)
 class Reach:
     """Dim ``dim`` is cut at ``bounds``, with a halo; see the module's text. Outside of the tensor lies ``fill``."""
 
@@ -82,6 +73,16 @@ class Reach:
     starts: tuple[int, ...]
     ends: tuple[int, ...]
     fill: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """An input that is not read (of ``zeros_like`` only the shape counts): any placement will do.
+
+    ``like`` is where it would be cut if it were read: cut alike, results fit to what was made of it before.
+    """
+
+    like: Reach | None = None
 
 
 InputSpec = Replicate | Partial | Cut | Ignored | Bounds | Reach
@@ -116,16 +117,9 @@ class Rule:
         return tuple(_placement(spec, blocks, is_output=True) for spec in self.outputs)
 
     def fits(self, blocks: Blocks) -> bool:
-        """Whether the rule can run like that: no worker is left without an entry of a `Bounds` or `Reach` tensor, and
-        where places matter, blocks are not dealt in runs."""
-        if self.local is not None and blocks.outer > 1:
-            return False
-        maps = [spec for spec in (*self.inputs, *self.outputs) if isinstance(spec, (Bounds, Reach))]
-        if not maps:
-            return True
-        places = [0, *itertools.accumulate(blocks.counts)]
-        pairs = list(itertools.pairwise(places))
-        return blocks.outer == 1 and all(spec.bounds[i] < spec.bounds[j] for spec in maps for i, j in pairs)
+        """Whether the rule can run like that: where places matter, blocks are not dealt in runs."""
+        placed = any(isinstance(spec, (Bounds, Reach)) for spec in (*self.inputs, *self.outputs))
+        return blocks.outer == 1 or not (placed or self.local is not None)
 
     def text(self) -> str:
         """The rule as text; `parse_rule` reads it back."""
@@ -170,7 +164,7 @@ def _placement(spec: InputSpec | OutputSpec, blocks: Blocks, *, is_output: bool)
             return Shard(spec.dim, sizes)
         starts, ends = tuple(spec.starts[i] for i in places[:-1]), tuple(spec.ends[j] for j in places[1:])
         own = Shard(spec.dim, sizes)
-        if all(starts[i] == own.offset(i) and ends[i] == own.offset(i) + size for i, size in enumerate(sizes)):
+        if Windows(spec.dim, starts, ends).is_cut_like(own):
             return own  # nobody needs what is not his
         if is_output:
             return WindowSums(spec.dim, starts, ends, sizes)

@@ -82,11 +82,11 @@ def spatial_convolution_rules(call: OpCall) -> list[Rule]:
         if call.args[6]:
             inputs = (stencil.owned_result(), REPLICATE, *bias)
             local = _TransposedConvolution(stencil, index).forward
-            rules.append(Rule(inputs, (stencil.touched_image(),), image[stencil.dim], local=local))
+            rules.append(Rule(inputs, (stencil.touched_image(),), stencil.num_blocks, local=local))
         else:
             rewrite = _without_padding(4, spatial=index, num_dims=num_dims)
             inputs = (stencil.read_image(), REPLICATE, *bias)
-            rules.append(Rule(inputs, (stencil.owned_result(),), image[stencil.dim], rewrite))
+            rules.append(Rule(inputs, (stencil.owned_result(),), stencil.num_blocks, rewrite))
     return rules
 
 
@@ -105,13 +105,13 @@ def spatial_convolution_backward_rules(call: OpCall) -> list[Rule]:
                 outputs[0] = stencil.owned_result()
             inputs = (stencil.touched_image(), stencil.owned_result(), REPLICATE)
             local = _TransposedConvolution(stencil, index).backward
-            rules.append(Rule(inputs, tuple(outputs), image[stencil.dim], local=local))
+            rules.append(Rule(inputs, tuple(outputs), stencil.num_blocks, local=local))
         else:
             if outputs[0] is not None:
                 outputs[0] = stencil.read_image()
             rewrite = _without_padding(5, spatial=index, num_dims=num_dims)
             given = (stencil.owned_result(), stencil.read_image(), REPLICATE)
-            rules.append(Rule(given, tuple(outputs), image[stencil.dim], rewrite))
+            rules.append(Rule(given, tuple(outputs), stencil.num_blocks, rewrite))
     return rules
 
 
@@ -130,7 +130,7 @@ class _TransposedConvolution:
         if not bias:
             return (result,)
         # Windows overlap and are summed: the bias is added on the own rows only.
-        own, own_end = part.start, part.end
+        own, own_end = self._owned(part)
         shape = list(result.shape)
         shape[self.stencil.dim] = own_end - own
         rows = bias[0].view([1, -1] + [1] * (source.dim() - 2)).expand(shape)
@@ -143,9 +143,14 @@ class _TransposedConvolution:
         mask = [bool(item) for item in call.args[10]]
         read = grad.narrow(self.stencil.dim, first - start, last - first)
         grads = aten.convolution_backward.default(read, source, weight, None, *args[4:10], [*mask[:2], False])
-        own = grad.narrow(self.stencil.dim, part.start - start, part.end - part.start)
+        first_own, end_own = self._owned(part)
+        own = grad.narrow(self.stencil.dim, first_own - start, end_own - first_own)
         grad_bias = own.sum([dim for dim in range(grad.dim()) if dim != 1]) if mask[2] else None
         return grads[0], grads[1], grad_bias
+
+    def _owned(self, part: Part) -> tuple[int, int]:
+        bounds = self.stencil.image_bounds
+        return bounds[part.start], bounds[part.end]
 
     def _window(self, part: Part) -> tuple[int, int, int, int]:
         """Start of the window, start and end of what the own input rows touch, end of the window."""
@@ -203,10 +208,10 @@ def spatial_average_rules(call: OpCall) -> list[Rule]:
         rewrite = _without_padding(first + 2, spatial=index, num_dims=num_dims)
         if backward:
             form = _average_backward(stencil, index, num_dims)
-            inputs = (stencil.owned_result(), Ignored(stencil.owned_image()))
-            rules.append(Rule(inputs, (stencil.read_image(),), stencil.image, local=form))
+            inputs = (stencil.owned_result(), Ignored(stencil.read_image()))
+            rules.append(Rule(inputs, (stencil.read_image(),), stencil.num_blocks, local=form))
         else:
-            rules.append(Rule((stencil.read_image(),), (stencil.owned_result(),), stencil.image, rewrite))
+            rules.append(Rule((stencil.read_image(),), (stencil.owned_result(),), stencil.num_blocks, rewrite))
     return rules
 
 
@@ -242,11 +247,11 @@ def spatial_maximum_rules(call: OpCall) -> list[Rule]:
         form = _Maximum(stencil, index, num_dims, image)
         own = stencil.owned_result()
         if backward:
-            inputs = (own, Ignored(stencil.owned_image()), own)
-            rules.append(Rule(inputs, (stencil.read_image(),), stencil.image, local=form.backward))
+            inputs = (own, Ignored(stencil.read_image()), own)
+            rules.append(Rule(inputs, (stencil.read_image(),), stencil.num_blocks, local=form.backward))
         else:
             read = stencil.read_image(float("-inf"))
-            rules.append(Rule((read,), (own, own), stencil.image, local=form.forward))
+            rules.append(Rule((read,), (own, own), stencil.num_blocks, local=form.forward))
     return rules
 
 

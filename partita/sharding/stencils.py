@@ -5,9 +5,10 @@ dilation, p the padding in front. Result row o reads the image rows
 
     o s - p + d t,   0 <= t < k,     so rows a .. b of the result read   a s - p .. (b - 1) s - p + d (k - 1) + 1
 
-of which those outside of [0, N) are padding. The image is cut at any row; a result row belongs to the worker that owns
-the row at the middle of what it reads, ``clamp(o s - p + d (k - 1) // 2, 0, N - 1)``. So boundary ``i`` of the image
-becomes boundary ``bounds[i]`` of the result, the number of result rows whose middle lies before ``i``.
+of which those outside of [0, N) are padding. A result row belongs to the worker that owns the image row at the middle
+of what it reads, ``clamp(o s - p + d (k - 1) // 2, 0, N - 1)``. So the blocks of a rule are: an image row that is the
+middle of at least one result row, and these result rows. The image rows between two middles may go to either side; they
+are cut as near as can be to ``o s``, so that an image cut in proportion gives a result cut in proportion.
 
 A transposed convolution is the same picture read backwards: N and the image stand for its output.
 
@@ -17,6 +18,7 @@ strong-scaling of CNN training by exploiting finer-grained parallelism", IPDPS 2
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from partita.sharding.rules import Bounds, Reach
@@ -39,19 +41,30 @@ class Stencil:
         """Rows between the first and the last that one result row reads."""
         return self.dilation * (self.kernel - 1)
 
-    @property
+    @functools.cached_property
+    def _middles(self) -> list[int]:
+        """For every result row the image row at the middle of what it reads."""
+        first = self.spread // 2 - self.padding
+        return [min(max(first + row * self.stride, 0), self.image - 1) for row in range(self.result)]
+
+    @functools.cached_property
     def result_bounds(self) -> tuple[int, ...]:
-        """For every boundary of image rows the boundary of result rows."""
-        middles = [
-            min(max(row * self.stride - self.padding + self.spread // 2, 0), self.image - 1)
-            for row in range(self.result)
-        ]
-        bounds, count = [], 0
-        for boundary in range(self.image + 1):
-            while count < self.result and middles[count] < boundary:
-                count += 1
-            bounds.append(count)
-        return tuple(bounds)
+        """For every boundary of blocks the boundary of result rows."""
+        middles = self._middles
+        return (0, *(row for row in range(1, self.result) if middles[row] > middles[row - 1]), self.result)
+
+    @functools.cached_property
+    def image_bounds(self) -> tuple[int, ...]:
+        """For every boundary of blocks the boundary of image rows."""
+        middles = self._middles
+        starts = (
+            min(max(row * self.stride, middles[row - 1] + 1), middles[row]) for row in self.result_bounds[1:-1]
+        )
+        return (0, *starts, self.image)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.result_bounds) - 1
 
     def first_read(self, row: int) -> int:
         """The first image row that result row ``row`` reads (or -padding and so on)."""
@@ -61,9 +74,6 @@ class Stencil:
         """The end of what the result rows before ``row`` read."""
         return (row - 1) * self.stride - self.padding + self.spread + 1
 
-    def owned_image(self) -> Bounds:
-        return Bounds(self.dim, tuple(range(self.image + 1)))
-
     def owned_result(self) -> Bounds:
         return Bounds(self.dim, self.result_bounds)
 
@@ -72,7 +82,7 @@ class Stencil:
         bounds = self.result_bounds
         return Reach(
             self.dim,
-            tuple(range(self.image + 1)),
+            self.image_bounds,
             tuple(self.first_read(row) for row in bounds),
             tuple(self.end_read(row) for row in bounds),
             fill,
