@@ -28,8 +28,9 @@ def conversion_kind(source: Placement, target: Placement) -> str:
     Local: ``"none"``, ``"renamed"`` (windows without a halo), ``"slice"`` (R -> S), ``"keep"`` (R -> P: coordinate 0
     keeps it, the others hold zeros), ``"pad"`` (S -> P: zeros around the own rows), ``"window"`` (R -> W: slice and
     pad), ``"unwindow"`` (window sums -> P: crop and zeros around it). ``"halo_gather"`` goes to windows over the whole
-    value, ``"halo_resum"`` from window sums over the shards that the workers own. ``"all_extreme"`` gathers every worker's entries and takes the largest (smallest),
-    ``"extreme_slice"`` goes on from there. Windows themselves are not converted: the value that they were made of is.
+    value, ``"halo_resum"`` from window sums over the shards that the workers own. ``"all_extreme"`` gathers every
+    worker's entries and takes the largest (smallest), ``"extreme_slice"`` goes on from there. Windows themselves are
+    not converted: the value that they were made of is.
     """
     if source == target:
         return "none"
