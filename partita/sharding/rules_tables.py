@@ -105,6 +105,28 @@ def embedding_bag_rules(call: OpCall) -> list[Rule]:
     return rules
 
 
+@register("_embedding_bag_backward", "_embedding_bag_dense_backward", "_embedding_bag_per_sample_weights_backward")
+def embedding_bag_backward_rules(call: OpCall) -> list[Rule]:
+    """The gradient's columns, ``(grad, indices, ...) -> grad of weight`` and ``(grad, weight, ...) -> grad of the
+    samples' weights``, a sum over columns; linear in the gradient.
+
+    Written, not found: bags are told by several tensors that must fit together, which random ones do not.
+    """
+    columns = call.inputs[0].shape[1]
+    matrices = [len(spec.shape) == 2 and spec.shape[1] == columns for spec in call.inputs]
+    inputs = tuple(Cut(1) if is_matrix else REPLICATE for is_matrix in matrices)
+    summed = "per_sample" in call.base_name
+    rules = [Rule(inputs, (PARTIAL if summed else Cut(1),), columns)]
+    return [*rules, Rule((PARTIAL, *(REPLICATE,) * (len(inputs) - 1)), (PARTIAL,))]
+
+
+@register("segment_reduce", "_segment_reduce_backward")
+def segment_rules(call: OpCall) -> list[Rule]:
+    """Segments are told by lengths or offsets that must fit the data: whole inputs."""
+    del call
+    return []
+
+
 @register("lstm_layer", "lstm_layer_backward")
 def lstm_rules(call: OpCall) -> list[Rule]:
     """``(input, 4 weights, hx, cx) -> (output, hy, cy, workspace)`` and its gradients: rows of the batch (dim 1 of what
