@@ -100,7 +100,8 @@ class Rule:
 
     ``averaged`` lists outputs that each worker computes from its own shard alone and that are averaged, weighted by the
     blocks, into a Partial value (running statistics of BatchNorm with local statistics).
-    ``local`` is what a worker runs where that is more than one call, or depends on its place (instead of ``rewrite``).
+    ``local`` is what a worker runs where that is more than one call, or depends on its place (instead of ``rewrite``);
+    ``in_runs`` says that it does not depend on its place, so that blocks may be dealt in runs.
     """
 
     inputs: tuple[InputSpec, ...]
@@ -109,6 +110,7 @@ class Rule:
     rewrite: Rewrite | None = None
     averaged: tuple[int, ...] = ()
     local: LocalForm | None = None
+    in_runs: bool = False
 
     def input_placements(self, blocks: Blocks) -> tuple[Placement | None, ...]:
         return tuple(_placement(spec, blocks, is_output=False) for spec in self.inputs)
@@ -119,7 +121,7 @@ class Rule:
     def fits(self, blocks: Blocks) -> bool:
         """Whether the rule can run like that: where places matter, blocks are not dealt in runs."""
         placed = any(isinstance(spec, (Bounds, Reach)) for spec in (*self.inputs, *self.outputs))
-        return blocks.outer == 1 or not (placed or self.local is not None)
+        return blocks.outer == 1 or not (placed or (self.local is not None and not self.in_runs))
 
     def text(self) -> str:
         """The rule as text; `parse_rule` reads it back."""

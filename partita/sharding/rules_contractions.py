@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from partita.sharding.calls import OpCall, Slot
+import torch
+
+from partita.sharding.calls import OpCall, Slot, fill_slots
 from partita.sharding.rules import (
     LARGEST,
     PARTIAL,
@@ -15,6 +17,7 @@ from partita.sharding.rules import (
     Ignored,
     InputSpec,
     OutputSpec,
+    Part,
     Rule,
     Shape,
     register,
@@ -163,10 +166,18 @@ def layer_norm_backward_rules(call: OpCall) -> list[Rule]:
     rest = (REPLICATE,) * (len(call.inputs) - 4)
     outputs = [None if spec is None else PARTIAL for spec in call.outputs]
     return [
-        Rule((Cut(dim),) * 4 + rest, _with_first(outputs, Cut(dim)), shape[dim])
+        Rule((Cut(dim),) * 4 + rest, _with_first(outputs, Cut(dim)), shape[dim], None, (), _with_dense_statistics, True)
         for dim in range(leading)
         if shape[dim] > 1
     ]
+
+
+def _with_dense_statistics(call: OpCall, part: Part, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """torch's kernel reads mean and rstd as if their entries lay side by side; those of a slice do not."""
+    clone = torch.ops.aten.clone.default
+    dense = [clone(item, memory_format=torch.contiguous_format) for item in tensors[2:4]]
+    args, kwargs = fill_slots((call.args, dict(call.kwargs)), (*tensors[:2], *dense, *tensors[4:]))
+    return tuple(call.target(*args, **kwargs))
 
 
 def _with_first(outputs: list[Any], first: OutputSpec) -> tuple[OutputSpec, ...]:
