@@ -33,7 +33,11 @@ def trace_local(
         return run_local(call, rule, part, tuple(None if tensor is None else next(left) for tensor in tensors))
 
     with mode, torch.no_grad():
-        module: fx.GraphModule = make_fx(run)(*[tensor for tensor in tensors if tensor is not None])
+        # Own ones: the trace tells its inputs apart by identity, and equal pieces may share one fake tensor.
+        own = [
+            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors if x is not None
+        ]
+        module: fx.GraphModule = make_fx(run)(*own)
     if any(node.op == "get_attr" for node in module.graph.nodes):
         raise AssertionError(f"the local form of {call.name} by rule {rule.text()} must make its constants by ops")
     module.graph.eliminate_dead_code()

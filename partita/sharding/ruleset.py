@@ -39,7 +39,7 @@ def stop_searching() -> None:
     rule_book().close()
 
 
-NO_SUMS = frozenset({torch.bool, torch.uint16, torch.uint32, torch.uint64})
+NO_SUMS = frozenset({torch.bool, torch.uint16, torch.uint32, torch.uint64, torch.complex32})
 
 
 def _sums_what_has_no_sum(rule: Rule, specs: tuple[TensorSpec | None, ...]) -> bool:
