@@ -132,6 +132,15 @@ def sample_rules(call: OpCall) -> list[Rule]:
     return [Rule((Cut(0),) * len(call.inputs), (Cut(0),) * len(call.outputs), samples)]
 
 
+@register("adaptive_max_pool3d_backward", "fractional_max_pool3d_backward")
+def dense_plane_rules(call: OpCall) -> list[Rule]:
+    """Samples only: torch's kernels misread gradients that do not lie densely, as slices of other dims do not."""
+    samples = call.inputs[0].shape[0]
+    if any(len(spec.shape) != 5 or spec.shape[0] != samples for spec in call.inputs):
+        return []
+    return [Rule((Cut(0),) * len(call.inputs), (Cut(0),), samples)]
+
+
 _UPSAMPLING = (
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_linear1d",
     "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa",
