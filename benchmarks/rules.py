@@ -6,7 +6,8 @@ Every sample is captured as a graph of ATen ops. For every cut of every input, a
 on the op as a whole (a black box that knows nothing of its inside) finds that it can be run in parts, the graph is
 sharded over 2 and 4 workers, evenly and unevenly, and run in lockstep on real values:
 
-* a result that differs from the whole op's is **wrong**;
+* a result that differs from the whole op's is **wrong**, and so is a rule of any of its ATen ops, or those of its
+  gradients, whose parts do not recombine (`benchmarks.rule_trials`; these runs are ``num_rule_runs``);
 * an op **has a rule** if some cut runs without any exchange of inner values;
 * it **should have one** if it has, or if the experiment found one.
 
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks import op_samples
+from benchmarks import op_samples, rule_trials
 from benchmarks.common import Report, Row, describe_machine, first_line, option_parser, show
 from benchmarks.op_samples import Sample
 from benchmarks.processes import Child, ChildError, Message, serve
@@ -35,7 +36,9 @@ UNDEFINED = frozenset({
     "empty", "empty_like", "new_empty", "empty_permuted", "empty_strided", "new_empty_strided", "as_strided",
     "as_strided.partial_views", "as_strided_copy", "as_strided_scatter",
 })  # fmt: skip
-COLUMNS = ("op", "captured", "random", "num_tried", "has_rule", "should_have", "achieved", "wrong", "reason")
+COLUMNS = (
+    "op", "captured", "random", "num_tried", "num_rules", "has_rule", "should_have", "achieved", "wrong", "reason",
+)  # fmt: skip
 Cuts = dict[str, tuple[int, tuple[int, ...]]]  # placeholder -> dim and sizes
 
 
@@ -46,6 +49,8 @@ class Verdict:
     captured: bool = False
     random: bool = False
     num_tried: int = 0
+    num_rules: int = 0
+    num_rule_runs: int = 0
     has_rule: bool = False
     num_found: int = 0  # ways that the experiment found
     num_achieved: int = 0  # of these, the ones that run without an exchange
@@ -60,14 +65,15 @@ def examine(message: Message) -> Row:
     rule_book().allow(SEARCH_LIMIT_S)
     verdict = Verdict()
     found: list[list[str]] = message["found"]
+    seen: set[Any] = set()
     for index, sample in enumerate(op_samples.samples(message["op"], NUM_SAMPLES)):
         with op_samples.quiet():
-            _examine_sample(sample, found[index] if index < len(found) else [], verdict)
+            _examine_sample(sample, found[index] if index < len(found) else [], verdict, seen)
     row = {"op": message["op"], **vars(verdict)}
     return {**row, "wrong": verdict.wrong[:5], "num_wrong": len(verdict.wrong)}
 
 
-def _examine_sample(sample: Sample, found: list[str], verdict: Verdict) -> None:
+def _examine_sample(sample: Sample, found: list[str], verdict: Verdict, seen: set[Any]) -> None:
     from partita.graph.simplify import is_random
 
     try:
@@ -76,6 +82,10 @@ def _examine_sample(sample: Sample, found: list[str], verdict: Verdict) -> None:
         verdict.reason = verdict.reason or f"{type(error).__name__}: {first_line(str(error))}"[:200]
         return
     verdict.captured = True
+    trials = rule_trials.try_rules(sample, module, seen)
+    verdict.num_rules += trials.num_rules
+    verdict.num_rule_runs += trials.num_runs
+    verdict.wrong += trials.wrong
     if any(is_random(node) for node in module.graph.nodes):
         verdict.random = True  # another draw in every run: there is nothing to compare
         return
@@ -175,7 +185,7 @@ def search(message: Message) -> Row:
 
 
 def summarise(rows: list[Row]) -> tuple[dict[str, Any], list[str]]:
-    judged = [row for row in rows if row["num_tried"]]
+    judged = [row for row in rows if row["num_tried"] or row["num_rules"]]
     should = [row for row in judged if row["should_have"]]
     having = [row for row in should if row["has_rule"]]
     wrong = [row for row in judged if row["num_wrong"]]
@@ -189,6 +199,8 @@ def summarise(rows: list[Row]) -> tuple[dict[str, Any], list[str]]:
         "num_found_ways": sum(row["num_found"] for row in judged),
         "num_achieved_ways": sum(row["num_achieved"] for row in judged),
         "num_runs": sum(row["num_tried"] for row in judged),
+        "num_rules": sum(row["num_rules"] for row in judged),
+        "num_rule_runs": sum(row["num_rule_runs"] for row in judged),
         "num_wrong_ops": len(wrong),
     }
     misses = [f"{row['op']}: {row['wrong'][0]}" for row in wrong]

@@ -231,7 +231,7 @@ class _Splitting:
         prologues: tuple[Local, ...] = ()
         if time.prologue is not None:
             prologues = self._prologues(time.prologue)
-        parts = [_Part(k, time.local(k), dict(time.input_placements)) for k in range(count)]
+        parts = [_Part(k, time.local(k, plain=True), dict(time.input_placements)) for k in range(count)]
         return parts, time.hoisted, prologues
 
     # The tensor axis -------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ class _Splitting:
                 kept[id(part.module)] = self._shard_tensor(part.module)
             sharded = kept[id(part.module)]
             for coordinate in range(self.num_tensor):
-                module = sharded.local(coordinate)
+                module = sharded.local(coordinate, plain=True)
                 found.append(_Part(part.microbatch, module, part.time, coordinate, sharded.input_placements))
         return found
 
@@ -316,7 +316,7 @@ class _Splitting:
             first = next(iter(kept.values())).decisions if kept and part.tensor else self.rules[DATA]
             kept[key] = self._shard_data(part, first)
         data = kept[key]
-        return [(c, data.local(c), data.input_placements) for c in range(len(self.shares))]
+        return [(c, data.local(c, plain=True), data.input_placements) for c in range(len(self.shares))]
 
     def _shard_data(self, part: _Part, decisions: Mapping[str, str]) -> ShardedGraph:
         sizes = self._sizes(part.module)
@@ -363,7 +363,8 @@ class _Splitting:
             must_replicate=frozenset(range(num_outputs)),
         )
         return tuple(
-            Local(0, c, 0, data.local(c), self._boxes(part, data.input_placements, c)) for c in range(len(self.shares))
+            Local(0, c, 0, data.local(c, plain=True), self._boxes(part, data.input_placements, c))
+            for c in range(len(self.shares))
         )
 
     # Boxes -----------------------------------------------------------------------------------------------------------

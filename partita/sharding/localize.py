@@ -14,8 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from partita.graph.graph import OpInfo
 from partita.sharding import communication
 from partita.sharding.calls import Slot, TensorSpec, Value, fill_slots
-from partita.sharding.placement import Placement, Shard
+from partita.sharding.halo import WINDOW_KINDS, write_window_conversion
+from partita.sharding.local_forms import trace_local
+from partita.sharding.placement import Extremum, Placement, Shard
+from partita.sharding.placement import local_shape as _local
 from partita.sharding.propagate import Call, Conversion, Step
+from partita.sharding.rules import part_of
 from partita.sharding.rules_exchanges import is_exchange_call
 
 aten = torch.ops.aten
@@ -30,6 +34,7 @@ class Layout:
     placeholders: tuple[tuple[str, Value, Placement], ...]
     steps: tuple[Step, ...]
     outputs: tuple[tuple[Value, Placement] | Any, ...]
+    size: int = 1
 
 
 def live_steps(steps: Sequence[Step], outputs: Sequence[tuple[Value, Placement] | Any]) -> list[Step]:
@@ -55,12 +60,6 @@ def live_steps(steps: Sequence[Step], outputs: Sequence[tuple[Value, Placement] 
 def local_shape(spec: TensorSpec, placement: Placement, coordinate: int) -> tuple[int, ...]:
     """Shape of the piece that worker ``coordinate`` has."""
     return _local(spec.shape, placement, coordinate)
-
-
-def _local(shape: tuple[int, ...], placement: Placement, coordinate: int) -> tuple[int, ...]:
-    if not isinstance(placement, Shard):
-        return shape
-    return (*shape[: placement.dim], placement.sizes[coordinate], *shape[placement.dim + 1 :])
 
 
 class FakeRunner:
@@ -139,6 +138,9 @@ class Localizer:
             node = self.graph.create_node("call_function", target, inputs, dict(kwargs), step.op.name)
             assert shapes[0] is not None and step.op.outputs[0] is not None
             node.meta = {**_meta_of(step), "val": self.runner.empty(shapes[0], step.op.outputs[0].meta)}
+        elif step.rule.local is not None:
+            self._call_local(step, inputs)
+            return
         else:
             node = self._emit(target, args, kwargs, inputs, step.op.name, _meta_of(step))
             self._give_info(node, step)
@@ -170,6 +172,40 @@ class Localizer:
         node.meta = {**meta, "val": value}
         return node
 
+    def _call_local(self, step: Call, inputs: tuple[fx.Node | None, ...]) -> None:
+        """Write the rule's local form, op by op; the FLOPs are those of the calls of the op itself."""
+        call = step.op.call
+        part = part_of(call, step.rule, step.blocks, self.coordinate)
+        tensors = tuple(None if node is None else node.meta["val"] for node in inputs)
+        module = trace_local(call, step.rule, part, tensors, self.runner.mode)
+        given = iter([node for node in inputs if node is not None])
+        moved: dict[fx.Node, fx.Node] = {}
+        for inner in module.graph.nodes:
+            if inner.op == "placeholder":
+                moved[inner] = next(given)
+            elif inner.op == "call_function":
+                node = self.graph.node_copy(inner, moved.__getitem__)
+                node.name = self.graph._graph_namespace.create_name(f"{step.op.name}_{inner.name}", node)
+                node.meta = {**_meta_of(step), "val": inner.meta["val"]}
+                if inner.target is call.target:
+                    self._give_info(node, step)
+                elif inner.target is not operator.getitem:
+                    self._local_info(node, next(value for value in step.op.outputs if value is not None))
+                moved[inner] = node
+        results = next(iter(reversed(module.graph.nodes))).args[0]
+        for index, (value, placement) in enumerate(zip(step.op.outputs, step.output_placements, strict=True)):
+            if value is not None and placement is not None:
+                self._check_shape(step, index, moved[results[index]], part.output_shapes[index])
+                self.nodes[(value, placement)] = moved[results[index]]
+
+    def _check_shape(self, step: Call, index: int, node: fx.Node, shape: tuple[int, ...] | None) -> None:
+        actual = tuple(node.meta["val"].shape)
+        if actual != shape:
+            raise AssertionError(
+                f"{step.op.name} ({step.op.call.name}) by rule {step.rule.text()}: local output {index} must have "
+                f"shape {shape}, but has {actual}"
+            )
+
     def _take_outputs(self, step: Call, node: fx.Node, shapes: tuple[tuple[int, ...] | None, ...]) -> None:
         for index, (value, placement) in enumerate(zip(step.op.outputs, step.output_placements, strict=True)):
             if value is None or placement is None:
@@ -178,12 +214,7 @@ class Localizer:
             if step.op.call.returns_tuple:
                 item = self.graph.create_node("call_function", operator.getitem, (node, index), {}, value.name)
                 item.meta = {**_meta_of(step), "val": node.meta["val"][index]}
-            actual = tuple(item.meta["val"].shape)
-            if actual != shapes[index]:
-                raise AssertionError(
-                    f"{step.op.name} ({step.op.call.name}) by rule {step.rule.text()}: local output {index} must have "
-                    f"shape {shapes[index]}, but has {actual}"
-                )
+            self._check_shape(step, index, item, shapes[index])
             if index in step.rule.averaged:
                 weight = step.blocks.counts[self.coordinate] / step.rule.extent
                 item = self._emit(
@@ -228,7 +259,13 @@ class Localizer:
             shape = (*shape[:dim], runs, shape[dim] // runs, *shape[dim + 1 :])
             source, target = (p.run if isinstance(p, Shard) else p for p in (source, target))
             node = self._reshape(node, _local(shape, source, self.coordinate), meta, value)
-        if step.kind in LOCAL_KINDS:
+        if step.kind == "renamed":
+            pass
+        elif step.kind == "all_extreme":
+            node = self._take_extreme(step, node, meta)
+        elif step.kind in WINDOW_KINDS:
+            node = write_window_conversion(self, step, node, meta)
+        elif step.kind in LOCAL_KINDS:
             node = self._local_conversion(step, source, target, shape, node, meta)
         else:
             function = getattr(communication, step.kind)
@@ -238,6 +275,20 @@ class Localizer:
         if runs > 1:
             node = self._reshape(node, local_shape(value.spec, step.target, self.coordinate), meta, value)
         self.nodes[(value, step.target)] = node
+
+    def _take_extreme(self, step: Conversion, node: fx.Node, meta: dict[str, Any]) -> fx.Node:
+        """Gather the workers' entries in a new dim 0 and take the largest (smallest) along it."""
+        value, name, size = step.value, f"{step.value.name}_{step.kind}", self.layout.size
+        assert isinstance(step.source, Extremum)
+        row = self._emit(aten.unsqueeze.default, (Slot(0), 0), {}, (node,), name, meta)
+        self._local_info(row, value)
+        options: dict[str, Any] = {"axis": self.layout.axis, "dim": 0, "sizes": (1,) * size}
+        rows = self.graph.create_node("call_function", communication.all_gather, (row,), options, name)
+        rows.meta = {**meta, "val": self.runner.empty((size, *value.spec.shape), value.meta)}
+        function = aten.amax.default if step.source.kind == "max" else aten.amin.default
+        result = self._emit(function, (Slot(0), [0]), {}, (rows,), name, meta)
+        self._local_info(result, value)
+        return result
 
     def _reshape(self, node: fx.Node, shape: tuple[int, ...], meta: dict[str, Any], value: Value) -> fx.Node:
         name = f"{value.name}_runs"
@@ -321,9 +372,10 @@ def coordinate_key(layout: Layout, coordinate: int) -> tuple[Any, ...]:
     placements: list[Placement | None] = [placement for _, _, placement in layout.placeholders]
     for step in layout.steps:
         if isinstance(step, Conversion):
-            depends = depends or step.kind in LOCAL_KINDS
+            depends = depends or step.kind in LOCAL_KINDS | WINDOW_KINDS
             placements += [step.source, step.target]
         else:
+            depends = depends or step.rule.local is not None
             placements += [*step.input_placements, *step.output_placements]
     sizes = {placement.sizes for placement in placements if isinstance(placement, Shard)}
     local = tuple(sorted((s, s[coordinate]) for s in sizes))

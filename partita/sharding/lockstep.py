@@ -68,11 +68,28 @@ def exchange(node: fx.Node, parts: list[Tensor]) -> list[Tensor]:
         return [_sum(parts).clone() for _ in parts]
     if node.target is communication.reduce_scatter:
         return [part.clone() for part in torch.split(_sum(parts), list(options["sizes"]), options["dim"])]
+    if node.target is communication.halo_sum:
+        return _sum_windows(parts, **{name: options[name] for name in ("dim", "starts", "ends", "sizes")})
     assert [part.shape[options["dim"]] for part in parts] == list(options["sizes"])
     whole = torch.cat(parts, options["dim"])
     if node.target is communication.all_gather:
         return [whole.clone() for _ in parts]
+    if node.target is communication.halo_exchange:
+        windows = zip(options["starts"], options["ends"], strict=True)
+        return [whole.narrow(options["dim"], start, end - start).clone() for start, end in windows]
     return [part.clone() for part in torch.split(whole, list(options["new_sizes"]), options["new_dim"])]
+
+
+def _sum_windows(
+    parts: list[Tensor], *, dim: int, starts: tuple[int, ...], ends: tuple[int, ...], sizes: tuple[int, ...]
+) -> list[Tensor]:
+    shape = list(parts[0].shape)
+    shape[dim] = sum(sizes)
+    whole = parts[0].new_zeros(shape)
+    for part, start, end in zip(parts, starts, ends, strict=True):
+        assert part.shape[dim] == end - start
+        whole.narrow(dim, start, end - start).add_(part)
+    return [part.clone() for part in torch.split(whole, list(sizes), dim)]
 
 
 def _exchange_all(events: list[Any], tables: list[dict[fx.Node, Any]]) -> None:

@@ -11,10 +11,19 @@ special. With ``n`` workers on the axis:
   that, with ``outer = T``.)
   Only inside a sharded graph; inputs, outputs and exchanges have ``outer == 1``.
 * `Partial()`: every worker has a tensor of the whole shape; the value is their sum.
+* `Extremum(kind)`: as `Partial`, but the value is the largest (``"max"``) or smallest (``"min"``) of the workers'
+  entries in every place. Only outputs of ops have it; NaN is larger and smaller than all.
+* `Windows(dim, starts, ends)`: worker ``i`` has entries ``starts[i] .. ends[i]`` of dim ``dim``. Windows overlap: what
+  a worker has beyond its own rows (its *halo*) are copies of its neighbours' rows. Entries outside of the tensor are
+  ``fill`` (padding). Only inputs of ops have it: a stencil reads it.
+* `WindowSums(dim, starts, ends, sizes)`: the transpose of it: worker ``i`` has summands of the entries
+  ``starts[i] .. ends[i]``, and the value is the sum where windows overlap; what lies outside of the tensor does not
+  count. ``sizes`` are the extents of the shards that the workers would own. Only outputs of ops have it.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -54,7 +63,63 @@ class Partial:
         return "P"
 
 
-Placement = Replicate | Shard | Partial
+@dataclass(frozen=True)
+class Extremum:
+    kind: str
+
+    def __str__(self) -> str:
+        return self.kind
+
+
+@dataclass(frozen=True)
+class Windows:
+    dim: int
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    fill: float = 0.0
+
+    def is_cut_like(self, shard: Shard) -> bool:
+        """Whether every worker's window is just what it has of ``shard``."""
+        ends = tuple(itertools.accumulate(shard.sizes))
+        return self.dim == shard.dim and self.ends == ends and self.starts == (0, *ends[:-1]) and shard.outer == 1
+
+    def __str__(self) -> str:
+        return f"W({self.dim})"
+
+
+@dataclass(frozen=True)
+class WindowSums:
+    dim: int
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def owned(self) -> Shard:
+        """What the workers have once each window's halo is added to its owner's rows."""
+        return Shard(self.dim, self.sizes)
+
+    def __str__(self) -> str:
+        return f"WP({self.dim})"
+
+
+Placement = Replicate | Shard | Partial | Extremum | Windows | WindowSums
+
+
+def local_shape(shape: tuple[int, ...], placement: Placement, coordinate: int) -> tuple[int, ...]:
+    """Shape of what worker ``coordinate`` has of a value of ``shape``.
+
+    Example:
+        >>> local_shape((7, 5), Shard(0, (4, 3)), 1)
+        (3, 5)
+    """
+    if isinstance(placement, Shard):
+        extent = placement.sizes[coordinate]
+    elif isinstance(placement, (Windows, WindowSums)):
+        extent = placement.ends[coordinate] - placement.starts[coordinate]
+    else:
+        return shape
+    return (*shape[: placement.dim], extent, *shape[placement.dim + 1 :])
 
 
 def dim_of(text: str) -> int | None:

@@ -14,6 +14,8 @@ masks, position indices, constants and casts of weights never force an exchange)
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,13 +30,14 @@ from partita.sharding.conversions import (
     FLOPS_PER_S,
     LATENCY_S,
     MEMORY_BYTES_PER_S,
+    STEPPING_STONES,
     conversion_cost_s,
     conversion_kind,
     is_exchange,
 )
 from partita.sharding.decompositions import decompose
-from partita.sharding.placement import Placement, Replicate, Shard
-from partita.sharding.rules import PARTIAL, REPLICATE, Blocks, Cut, Rule, replicate_rule
+from partita.sharding.placement import Placement, Replicate, Shard, WindowSums
+from partita.sharding.rules import PARTIAL, REPLICATE, Blocks, Bounds, Cut, Ignored, Reach, Rule, replicate_rule
 from partita.sharding.rules_contractions import local_batch_norm_rules
 from partita.sharding.rules_exchanges import exchange_rules, is_exchange_call
 
@@ -216,15 +219,19 @@ class Propagation:
         if rule.extent == 0:
             return [Blocks()]
         found: dict[Blocks, None] = {}
-        for spec, value in zip(rule.inputs, inputs, strict=True):
-            if isinstance(spec, Cut):
+        pairs = list(zip(rule.inputs, inputs, strict=True))
+        # First come tensors of which every entry is a block: where their cut says more than that of the others, what is
+        # made of them shall lie as they do.
+        for given, value in sorted(pairs, key=lambda pair: not isinstance(pair[0], (Ignored, Reach))):
+            spec = given.like if isinstance(given, Ignored) else given
+            if isinstance(spec, (Cut, Bounds, Reach)):
                 for placement in self.available.get(value, ()):
                     blocks = _blocks_of(placement, spec, rule)
                     if blocks is not None:
                         found[blocks] = None
         if not found and rule.extent >= self.size:
             found[Blocks(self.split(rule.extent))] = None
-        return list(found)
+        return [blocks for blocks in found if rule.fits(blocks)]
 
     def split(self, extent: int) -> tuple[int, ...]:
         """``extent`` entries over the workers, in proportion to the batch's shares where that is whole."""
@@ -319,9 +326,12 @@ class Propagation:
             if target == REPLICATE:
                 return
             source = REPLICATE
-        if conversion_kind(source, target) == "gather_slice":
-            self.convert(value, REPLICATE)
-            source = REPLICATE
+        kind = conversion_kind(source, target)
+        if kind in STEPPING_STONES:
+            stone = source.owned if isinstance(source, WindowSums) else REPLICATE
+            self.convert(value, stone)
+            self.convert(value, target)
+            return
         self.steps.append(Conversion(value, source, target))
         self._note(value, target)
 
@@ -427,8 +437,11 @@ def _is_opaque(value: Value) -> bool:
     return value.producer is not None and is_opaque(value.producer.call.target, value.index)
 
 
-def _blocks_of(placement: Placement, cut: Cut, rule: Rule) -> Blocks | None:
-    """The blocks of ``rule`` with which ``cut`` gives ``placement``; None if there are none."""
+def _blocks_of(placement: Placement, cut: Cut | Bounds | Reach, rule: Rule) -> Blocks | None:
+    """The blocks of ``rule`` with which ``cut`` gives ``placement`` (or what owns its windows); None if there are
+    none."""
+    if not isinstance(cut, Cut):
+        return _blocks_between(placement, cut)
     if not isinstance(placement, Shard) or placement.dim != cut.dim or placement.outer % cut.outer:
         return None
     outer = placement.outer // cut.outer
@@ -438,6 +451,19 @@ def _blocks_of(placement: Placement, cut: Cut, rule: Rule) -> Blocks | None:
     if any(extent % (per_block * outer) for extent in placement.sizes):
         return None
     return Blocks(tuple(extent // per_block for extent in placement.sizes), outer)
+
+
+def _blocks_between(placement: Placement, spec: Bounds | Reach) -> Blocks | None:
+    """Exactly there for what has bounds, at the bounds next to it for what comes in windows (from any cut)."""
+    owned = placement.owned if isinstance(placement, WindowSums) else placement
+    if not isinstance(owned, Shard) or owned.dim != spec.dim or owned.outer > 1:
+        return None
+    ends = list(itertools.accumulate(owned.sizes))
+    places = [0, *(bisect.bisect_left(spec.bounds, end) for end in ends)]
+    exact = all(spec.bounds[place] == end for place, end in zip(places[1:], ends, strict=True))
+    if len(set(places)) < len(places) or (isinstance(spec, Bounds) and not exact):
+        return None
+    return Blocks(tuple(j - i for i, j in itertools.pairwise(places)))
 
 
 _MISSING = object()

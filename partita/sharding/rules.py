@@ -6,18 +6,29 @@ some of them, and ``Cut(dim, factor)`` holds ``factor`` entries of ``dim`` per b
 ``[B, T, C]`` is the rule ``S0*T -> S0`` with extent ``B``, exact for uneven shards.
 
 Rules are written as text, inputs left and outputs right of the arrow: ``"S0 R -> S0"``, ``"S1 S0 -> P"``; ``_`` is an
-input whose values do not matter or an output that is absent.
+input whose values do not matter or an output that is absent, ``MAX`` an output that is the largest of the workers'.
+
+Stencils (convolution, pooling) do not treat blocks alike: blocks differ in the rows that they have and yield, and need
+rows of their neighbours. Their specs are maps from the *boundaries* of blocks, ``0 .. extent``, to entries:
+
+* `Bounds(dim, bounds)`: the worker with blocks ``i .. j`` has the entries ``bounds[i] .. bounds[j]``;
+* `Reach(dim, bounds, starts, ends)`: it has ``starts[i] .. ends[j]``, of which ``bounds[i] .. bounds[j]`` are its own.
+  An input with a reach is served by a halo exchange from any cut of the dim; an output with one is a summand in its
+  halo.
+
+They are written ``S2~`` and ``W2~``, and cannot be read back.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from partita.sharding.calls import OpCall
-from partita.sharding.placement import Partial, Placement, Replicate, Shard
+from partita.sharding.placement import Extremum, Partial, Placement, Replicate, Shard, Windows, WindowSums, local_shape
 
 Shape = tuple[int, ...]
 Rewrite = Callable[[OpCall, tuple[Shape | None, ...]], tuple[Any, tuple[Any, ...], Mapping[str, Any]]]
@@ -46,15 +57,41 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """Dim ``dim`` is cut where ``bounds`` says; see the module's text. ``bounds`` has ``extent + 1`` entries."""
+
+    dim: int
+    bounds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Dim ``dim`` is cut at ``bounds``, with a halo; see the module's text. Outside of the tensor lies ``fill``."""
+
+    dim: int
+    bounds: tuple[int, ...]
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    fill: float = 0.0
+
+
+@dataclass(frozen=True)
 class Ignored:
-    """An input that is not read (of ``zeros_like`` only the shape counts): any placement will do."""
+    """An input that is not read (of ``zeros_like`` only the shape counts): any placement will do.
+
+    ``like`` is where it would be cut if it were read: cut alike, results fit to what was made of it before.
+    """
+
+    like: Reach | None = None
 
 
-InputSpec = Replicate | Partial | Cut | Ignored
-OutputSpec = Replicate | Partial | Cut | None
+InputSpec = Replicate | Partial | Cut | Ignored | Bounds | Reach
+OutputSpec = Replicate | Partial | Extremum | Cut | Bounds | Reach | None
 
 REPLICATE = Replicate()
 PARTIAL = Partial()
+LARGEST = Extremum("max")
+SMALLEST = Extremum("min")
 
 
 @dataclass(frozen=True)
@@ -63,6 +100,8 @@ class Rule:
 
     ``averaged`` lists outputs that each worker computes from its own shard alone and that are averaged, weighted by the
     blocks, into a Partial value (running statistics of BatchNorm with local statistics).
+    ``local`` is what a worker runs where that is more than one call, or depends on its place (instead of ``rewrite``);
+    ``in_runs`` says that it does not depend on its place, so that blocks may be dealt in runs.
     """
 
     inputs: tuple[InputSpec, ...]
@@ -70,23 +109,72 @@ class Rule:
     extent: int = 0
     rewrite: Rewrite | None = None
     averaged: tuple[int, ...] = ()
+    local: LocalForm | None = None
+    in_runs: bool = False
 
     def input_placements(self, blocks: Blocks) -> tuple[Placement | None, ...]:
-        return tuple(_placement(spec, blocks) for spec in self.inputs)
+        return tuple(_placement(spec, blocks, is_output=False) for spec in self.inputs)
 
     def output_placements(self, blocks: Blocks) -> tuple[Placement | None, ...]:
-        return tuple(_placement(spec, blocks) for spec in self.outputs)
+        return tuple(_placement(spec, blocks, is_output=True) for spec in self.outputs)
+
+    def fits(self, blocks: Blocks) -> bool:
+        """Whether the rule can run like that: where places matter, blocks are not dealt in runs."""
+        placed = any(isinstance(spec, (Bounds, Reach)) for spec in (*self.inputs, *self.outputs))
+        return blocks.outer == 1 or not (placed or (self.local is not None and not self.in_runs))
 
     def text(self) -> str:
         """The rule as text; `parse_rule` reads it back."""
         return f"{' '.join(map(_spec_text, self.inputs))} -> {' '.join(map(_spec_text, self.outputs))}".strip()
 
 
-def _placement(spec: InputSpec | OutputSpec, blocks: Blocks) -> Placement | None:
+@dataclass(frozen=True)
+class Part:
+    """The place of one worker in a rule: its blocks are ``start .. end``, its outputs have ``output_shapes``.
+
+    ``placements`` are those of the inputs, ``coordinate`` is the worker's number.
+    """
+
+    coordinate: int
+    start: int
+    end: int
+    placements: tuple[Placement | None, ...]
+    output_shapes: tuple[Shape | None, ...]
+
+
+LocalForm = Callable[[OpCall, Part, tuple[Any, ...]], tuple[Any, ...]]
+"""Computes the local outputs of a call by plain ops of torch from its local tensors (None for an input that is
+`Ignored`). Which ops it calls must not depend on the place, only their numbers may: all workers' graphs look alike."""
+
+
+def part_of(call: OpCall, rule: Rule, blocks: Blocks, coordinate: int) -> Part:
+    """What `Rule.local` is told of the worker ``coordinate``."""
+    start = sum(blocks.counts[:coordinate])
+    shapes = tuple(
+        None if spec is None or placement is None else local_shape(spec.shape, placement, coordinate)
+        for spec, placement in zip(call.outputs, rule.output_placements(blocks), strict=True)
+    )
+    end = start + (blocks.counts[coordinate] if blocks.counts else 0)
+    return Part(coordinate, start, end, rule.input_placements(blocks), shapes)
+
+
+def _placement(spec: InputSpec | OutputSpec, blocks: Blocks, *, is_output: bool) -> Placement | None:
+    if isinstance(spec, (Bounds, Reach)):
+        places = [0, *itertools.accumulate(blocks.counts)]
+        sizes = tuple(spec.bounds[j] - spec.bounds[i] for i, j in itertools.pairwise(places))
+        if isinstance(spec, Bounds):
+            return Shard(spec.dim, sizes)
+        starts, ends = tuple(spec.starts[i] for i in places[:-1]), tuple(spec.ends[j] for j in places[1:])
+        own = Shard(spec.dim, sizes)
+        if Windows(spec.dim, starts, ends).is_cut_like(own):
+            return own  # nobody needs what is not his
+        if is_output:
+            return WindowSums(spec.dim, starts, ends, sizes)
+        return Windows(spec.dim, starts, ends, spec.fill)
     if isinstance(spec, Cut):
         sizes = tuple(count * spec.factor * spec.outer for count in blocks.counts)
         return Shard(spec.dim, sizes, spec.outer * blocks.outer)
-    if isinstance(spec, (Replicate, Partial)):
+    if isinstance(spec, (Replicate, Partial, Extremum)):
         return spec
     return None
 
@@ -95,6 +183,10 @@ def _spec_text(spec: InputSpec | OutputSpec) -> str:
     if isinstance(spec, Cut):
         runs = "" if spec.outer == 1 else f"/{spec.outer}"
         return f"S{spec.dim}{runs}" if spec.factor == 1 else f"S{spec.dim}{runs}*{spec.factor}"
+    if isinstance(spec, (Bounds, Reach)):
+        return f"{'S' if isinstance(spec, Bounds) else 'W'}{spec.dim}~"
+    if isinstance(spec, Extremum):
+        return spec.kind.upper()
     return {Replicate: "R", Partial: "P"}.get(type(spec), "_")
 
 
@@ -133,6 +225,8 @@ def _parse_spec(item: str, rank: int) -> Any:
         return REPLICATE
     if item == "P":
         return PARTIAL
+    if item in ("MAX", "MIN"):
+        return Extremum(item.lower())
     if item == "_":
         return Ignored()
     dim_text, _, factor = item[1:].partition("*")
@@ -202,6 +296,14 @@ def rule_source(call: OpCall) -> str:
 @functools.cache
 def _load() -> None:
     """Import the files that register rules (here, because they import this file)."""
-    from partita.sharding import rules_contractions, rules_factories, rules_pointwise, rules_tables, rules_views
+    from partita.sharding import (
+        rules_attention,
+        rules_contractions,
+        rules_factories,
+        rules_images,
+        rules_pointwise,
+        rules_tables,
+        rules_views,
+    )
 
-    del rules_contractions, rules_factories, rules_pointwise, rules_tables, rules_views
+    del rules_attention, rules_contractions, rules_factories, rules_images, rules_pointwise, rules_tables, rules_views

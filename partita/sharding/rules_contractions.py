@@ -1,12 +1,33 @@
-"""Rules of reductions, normalisations, convolutions, attention, pooling, indexing and sorting."""
+"""Rules of reductions, normalisations, indexing and sorting."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from partita.sharding.calls import OpCall, Slot
-from partita.sharding.rules import PARTIAL, REPLICATE, Cut, Ignored, InputSpec, OutputSpec, Rule, Shape, register
+import torch
+
+from partita.sharding.calls import OpCall, Slot, fill_slots
+from partita.sharding.rules import (
+    LARGEST,
+    PARTIAL,
+    REPLICATE,
+    SMALLEST,
+    Cut,
+    Ignored,
+    InputSpec,
+    OutputSpec,
+    Part,
+    Rule,
+    Shape,
+    register,
+)
+from partita.sharding.rules_indices import (
+    index_reading_rules,
+    index_writing_rules,
+    reading_rules,
+    writing_rules,
+)
 
 
 def _dims(given: Any, rank: int) -> set[int]:
@@ -15,6 +36,9 @@ def _dims(given: Any, rank: int) -> set[int]:
         return set(range(rank))
     items = given if isinstance(given, (list, tuple)) else [given]
     return {dim + rank if dim < 0 else dim for dim in items}
+
+
+_EXTREMA = {"amax": LARGEST, "max": LARGEST, "any": LARGEST, "amin": SMALLEST, "min": SMALLEST, "all": SMALLEST}
 
 
 # Reductions: where the `dim` and `keepdim` arguments are, and whether the op is linear.
@@ -27,7 +51,10 @@ _REDUCTIONS: dict[str, bool] = {
 
 @register(*_REDUCTIONS)
 def reduction_rules(call: OpCall) -> list[Rule]:
-    """Dims that stay may be cut; a sum over a cut dim is a summand. All else is decomposed or gathered."""
+    """Dims that stay may be cut; a sum over a cut dim is a summand, a maximum the largest of the workers' ones.
+
+    All else is decomposed or gathered.
+    """
     if len(call.inputs) != 1:
         return []
     rank = len(call.inputs[0].shape)
@@ -43,6 +70,8 @@ def reduction_rules(call: OpCall) -> list[Rule]:
             rules.append(Rule((Cut(dim),), (Cut(place),) * outputs, extent))
         elif extent > 1 and call.base_name == "sum" and call.inputs[0].dtype.itemsize > 0:
             rules.append(Rule((Cut(dim),), (PARTIAL,) * outputs, extent))
+        elif extent > 1 and outputs == 1 and call.base_name in _EXTREMA and not call.inputs[0].dtype.is_complex:
+            rules.append(Rule((Cut(dim),), (_EXTREMA[call.base_name],), extent))
         place += stays or keep
     return rules
 
@@ -137,10 +166,18 @@ def layer_norm_backward_rules(call: OpCall) -> list[Rule]:
     rest = (REPLICATE,) * (len(call.inputs) - 4)
     outputs = [None if spec is None else PARTIAL for spec in call.outputs]
     return [
-        Rule((Cut(dim),) * 4 + rest, _with_first(outputs, Cut(dim)), shape[dim])
+        Rule((Cut(dim),) * 4 + rest, _with_first(outputs, Cut(dim)), shape[dim], None, (), _with_dense_statistics, True)
         for dim in range(leading)
         if shape[dim] > 1
     ]
+
+
+def _with_dense_statistics(call: OpCall, part: Part, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """torch's kernel reads mean and rstd as if their entries lay side by side; those of a slice do not."""
+    clone = torch.ops.aten.clone.default
+    dense = [clone(item, memory_format=torch.contiguous_format) for item in tensors[2:4]]
+    args, kwargs = fill_slots((call.args, dict(call.kwargs)), (*tensors[:2], *dense, *tensors[4:]))
+    return tuple(call.target(*args, **kwargs))
 
 
 def _with_first(outputs: list[Any], first: OutputSpec) -> tuple[OutputSpec, ...]:
@@ -193,138 +230,6 @@ def _samples_at(position: int, output: int = 0) -> Any:
     return rewrite
 
 
-@register("convolution")
-def convolution_rules(call: OpCall) -> list[Rule]:
-    """``(input, weight, bias, stride, padding, dilation, transposed, output_padding, groups)``."""
-    source, output = call.inputs[0].shape, call.outputs[0]
-    assert output is not None
-    transposed, groups = call.args[6], call.args[8]
-    bias = call.inputs[2:]
-    unbatched = len(source) != len(output.shape) or len(source) < 3
-    if unbatched:
-        return []
-    rules = [Rule((Cut(0), REPLICATE, *[REPLICATE for _ in bias]), (Cut(0),), source[0])]
-    if groups == 1:
-        into, out = (0, 1) if transposed else (1, 0)
-        rules.append(Rule((REPLICATE, Cut(out), *[Cut(0) for _ in bias]), (Cut(1),), output.shape[1]))
-        rules.append(Rule((Cut(1), Cut(into), *[PARTIAL for _ in bias]), (PARTIAL,), source[1]))
-    return [rule for rule in rules if rule.extent > 1]
-
-
-@register("convolution_backward")
-def convolution_backward_rules(call: OpCall) -> list[Rule]:
-    """``(grad, input, weight, bias_sizes, ...) -> (grad_input, grad_weight, grad_bias)``: linear in the gradient."""
-    samples = call.inputs[0].shape[0]
-    outputs = [None if spec is None else PARTIAL for spec in call.outputs]
-    rules = [Rule((PARTIAL, REPLICATE, REPLICATE), tuple(outputs))]
-    if samples > 1 and len(call.inputs[0].shape) >= 3:
-        rules.append(Rule((Cut(0), Cut(0), REPLICATE), _with_first(outputs, Cut(0)), samples))
-    return rules
-
-
-_ATTENTION = (
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-)  # fmt: skip
-
-
-@register(*_ATTENTION, *[f"{name}_backward" for name in _ATTENTION])
-def attention_rules(call: OpCall) -> list[Rule]:
-    """Samples (dim 0) and heads (dim 1) are independent. Masks with extent 1 there are whole.
-
-    An attention with dropout draws its own random numbers: whole inputs only. Outputs that are not cut by rows (seeds
-    and offsets of the draw) are whole.
-    """
-    if call.schema_argument("dropout_p", 0.0) != 0.0:
-        return []
-    leading = call.inputs[0].shape[:2]
-    # With grouped-query attention keys have fewer heads than queries.
-    rules = []
-    for dim in (0, 1):
-        extent = leading[dim]
-        if extent < 2:
-            continue
-        inputs = [_leading_cut(spec.shape, dim, extent) for spec in call.inputs]
-        tensors = [spec for spec in call.inputs if len(spec.shape) == 4]
-        if dim == 1 and (any(spec.shape[1] not in (1, extent) for spec in tensors) or extent == 1):
-            continue
-        if dim == 1 and any(spec.shape[1] == 1 for spec in tensors[:3]):
-            continue
-        outputs = tuple(None if spec is None else _leading_cut(spec.shape, dim, extent) for spec in call.outputs)
-        rules.append(Rule(tuple(inputs), outputs, extent))
-    return rules
-
-
-def _leading_cut(shape: tuple[int, ...], dim: int, extent: int) -> Any:
-    """Cut if the tensor has rows for every sample (head); row sums have three dims, everything else four."""
-    return Cut(dim) if len(shape) >= 3 and shape[dim] == extent else REPLICATE
-
-
-_PLANES = (
-    "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d",
-    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-    "max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward", "avg_pool2d_backward",
-    "avg_pool3d_backward",
-    "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "adaptive_max_pool2d_backward",
-    "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "reflection_pad1d_backward",
-    "reflection_pad2d_backward", "replication_pad2d_backward",
-)  # fmt: skip
-
-
-@register(*_PLANES)
-def plane_rules(call: OpCall) -> list[Rule]:
-    """Samples (if there are any) and channels are independent: each plane is treated for itself."""
-    plane_rank = next(int(d) for d in "123" if f"{d}d" in call.base_name)
-    specs = [*call.inputs, *[spec for spec in call.outputs if spec is not None]]
-    rank = len(call.inputs[0].shape)
-    leading = call.inputs[0].shape[: rank - plane_rank]
-    if any(len(spec.shape) != rank or spec.shape[: rank - plane_rank] != leading for spec in specs):
-        return []
-    return [
-        Rule((Cut(dim),) * len(call.inputs), (Cut(dim),) * len(call.outputs), extent)
-        for dim, extent in enumerate(leading)
-        if extent > 1
-    ]
-
-
-@register("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "grid_sampler_2d")
-def sample_rules(call: OpCall) -> list[Rule]:
-    """Samples are independent if every tensor has them as dim 0 (that is: batched)."""
-    specs = [*call.inputs, *[spec for spec in call.outputs if spec is not None]]
-    samples = call.inputs[0].shape[0] if call.inputs[0].shape else 0
-    if samples < 2 or any(len(spec.shape) != 4 or spec.shape[0] != samples for spec in specs):
-        return []
-    return [Rule((Cut(0),) * len(call.inputs), (Cut(0),) * len(call.outputs), samples)]
-
-
-_UPSAMPLING = (
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_linear1d",
-    "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa",
-)  # fmt: skip
-
-
-@register(*_UPSAMPLING)
-def upsampling_rules(call: OpCall) -> list[Rule]:
-    """Samples and channels are independent."""
-    shape = call.inputs[0].shape
-    return [Rule((Cut(dim),), (Cut(dim),), shape[dim]) for dim in (0, 1) if shape[dim] > 1] + [
-        Rule((PARTIAL,), (PARTIAL,))
-    ]
-
-
-@register(*[f"{name}_backward" for name in _UPSAMPLING])
-def upsampling_backward_rules(call: OpCall) -> list[Rule]:
-    """``(grad, output_size, input_size, ...)``: the third argument is the whole shape."""
-
-    def rewrite(call: OpCall, shapes: tuple[Shape | None, ...]) -> tuple[Any, tuple[Any, ...], Mapping[str, Any]]:
-        return call.target, (*call.args[:2], list(shapes[0] or ()), *call.args[3:]), call.kwargs
-
-    shape = call.inputs[0].shape
-    return [Rule((Cut(dim),), (Cut(dim),), shape[dim], rewrite) for dim in (0, 1) if shape[dim] > 1] + [
-        Rule((PARTIAL,), (PARTIAL,))
-    ]
-
-
 @register("gather", "gather_backward")
 def gather_rules(call: OpCall) -> list[Rule]:
     """``gather(input, dim, index)``: other dims of equal extent; along ``dim`` only the index may be cut."""
@@ -340,7 +245,7 @@ def gather_rules(call: OpCall) -> list[Rule]:
             rules.append(Rule((REPLICATE, Cut(dim)), (Cut(dim),), extent))
         elif source[dim] == extent:
             rules.append(Rule((Cut(dim), Cut(dim)), (Cut(dim),), extent))
-    return rules
+    return rules + reading_rules(call, taken, 1)
 
 
 @register("scatter", "scatter_add")
@@ -361,7 +266,7 @@ def scatter_rules(call: OpCall) -> list[Rule]:
             rules.append(Rule((Cut(dim),) * len(call.inputs), (Cut(dim),), extent))
         elif dim == taken and adds and call.inputs[2].shape[dim] == extent:
             rules.append(Rule((PARTIAL, Cut(dim), Cut(dim)), (PARTIAL,), extent))
-    return rules
+    return rules + writing_rules(call, taken, 1)
 
 
 @register("index_select")
@@ -376,7 +281,7 @@ def index_select_rules(call: OpCall) -> list[Rule]:
             rules.append(Rule((Cut(dim), REPLICATE), (Cut(dim),), extent))
     if call.inputs[1].shape[0] > 1:
         rules.append(Rule((REPLICATE, Cut(0)), (Cut(taken),), call.inputs[1].shape[0]))
-    return rules
+    return rules + reading_rules(call, taken, 1)
 
 
 @register("index", "_unsafe_index")
@@ -398,7 +303,7 @@ def index_rules(call: OpCall) -> list[Rule]:
         cuts = tuple(_index_cut(spec.shape, place - start, index_rank, extent) for spec in call.inputs[1:])
         if extent > 1:
             rules.append(Rule((REPLICATE, *cuts), (Cut(place),), extent))
-    return rules
+    return rules + index_reading_rules(call)
 
 
 @register("index_put", "_unsafe_index_put")
@@ -418,6 +323,7 @@ def index_put_rules(call: OpCall) -> list[Rule]:
         cut = own >= 0 and values.shape[own] == extent
         if extent > 1:
             rules.append(Rule((Cut(dim), *rest, Cut(own) if cut else REPLICATE), (Cut(dim),), extent))
+    rules += index_writing_rules(call)
     if not accumulate:
         return rules
     rules.append(Rule((PARTIAL, *rest, PARTIAL), (PARTIAL,)))

@@ -90,12 +90,23 @@ def _quotient(call: OpCall) -> list[Inputs]:
 
 
 def _cast(call: OpCall) -> list[Inputs]:
-    """Only casts between floating types are linear; whole numbers round."""
+    """Only casts that do not round are linear: rounded summands are off by their own size, not by that of the sum."""
     output = call.outputs[0]
     assert output is not None
-    source = call.inputs[0].dtype
-    exact = source is output.dtype or (output.dtype.is_floating_point and source is not torch.bool)
-    return [(PARTIAL,)] if exact and len(call.inputs) == 1 else []
+    return [(PARTIAL,)] if len(call.inputs) == 1 and _is_exact_cast(call.inputs[0].dtype, output.dtype) else []
+
+
+def _is_exact_cast(source: torch.dtype, target: torch.dtype) -> bool:
+    if source is target:
+        return True
+    if source is torch.bool or not (target.is_floating_point or target.is_complex):
+        return False
+    if source.is_complex and not target.is_complex:
+        return False
+    if source.is_floating_point or source.is_complex:
+        fine, wide = torch.finfo(source), torch.finfo(target)
+        return wide.eps <= fine.eps and wide.max >= fine.max
+    return torch.finfo(target).eps <= 1 / torch.iinfo(source).max
 
 
 def _where(call: OpCall) -> list[Inputs]:

@@ -7,7 +7,9 @@ shapes at hand (broadcasting, missing dims) drop out on their own.
 from __future__ import annotations
 
 from partita.sharding.calls import OpCall, Slot
-from partita.sharding.rules import Rule, parse_rules, register
+from partita.sharding.rules import PARTIAL, REPLICATE, Cut, Rule, parse_rules, register
+from partita.sharding.rules_indices import embedding_backward_rules, embedding_rules
+from partita.sharding.rules_indices import nll_loss_backward_rules as class_rules
 
 _TABLE: dict[str, tuple[str, ...]] = {
     "mm": ("S0 R -> S0", "R S1 -> S1", "S1 S0 -> P", "P R -> P", "R P -> P"),
@@ -31,7 +33,12 @@ def table_rules(call: OpCall) -> list[Rule]:
     texts = _TABLE[call.base_name]
     if call.base_name == "embedding_dense_backward" and call.args[4]:
         texts = ("S-1 R -> S1", "P R -> P")  # scaling by how often an index occurs needs all indices
-    return parse_rules(texts, call)
+    rules = parse_rules(texts, call)
+    if call.base_name == "embedding":
+        rules += embedding_rules(call)
+    elif call.base_name == "embedding_dense_backward":
+        rules += embedding_backward_rules(call)
+    return rules
 
 
 @register("addmm", "baddbmm")
@@ -73,7 +80,51 @@ def nll_loss_backward_rules(call: OpCall) -> list[Rule]:
     """``(grad, input, target, weight, reduction, ignore_index, total_weight) -> grad_input``."""
     weight = " R" if isinstance(call.args[3], Slot) else ""
     grad = "S0" if call.args[4] == 0 else "R"
-    return parse_rules([f"{grad} S0 S0{weight} R -> S0", f"P R R{weight} R -> P"], call)
+    rules = parse_rules([f"{grad} S0 S0{weight} R -> S0", f"P R R{weight} R -> P"], call)
+    return rules + class_rules(call)
+
+
+@register("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag_rules(call: OpCall) -> list[Rule]:
+    """``(weight, indices, offsets, scale_grad_by_freq, mode, ...) -> (output, places, sizes, largest)``: the columns.
+
+    With ``include_last_offset`` the shapes that torch declares for the last three are not those that it gives.
+    """
+    if call.schema_argument("include_last_offset", False):
+        return []
+    columns = call.inputs[0].shape[1]
+    outputs = tuple(
+        None if spec is None else Cut(1) if len(spec.shape) == 2 and spec.shape[1] == columns else REPLICATE
+        for spec in call.outputs
+    )
+    rest = (REPLICATE,) * (len(call.inputs) - 1)
+    rules = [Rule((Cut(1), *rest), outputs, columns)]
+    if call.schema_argument("mode", 0) != 2:  # sums and means
+        summands = tuple(PARTIAL if isinstance(item, Cut) else item for item in outputs)
+        rules.append(Rule((PARTIAL, *rest), summands))
+    return rules
+
+
+@register("_embedding_bag_backward", "_embedding_bag_dense_backward", "_embedding_bag_per_sample_weights_backward")
+def embedding_bag_backward_rules(call: OpCall) -> list[Rule]:
+    """The gradient's columns, ``(grad, indices, ...) -> grad of weight`` and ``(grad, weight, ...) -> grad of the
+    samples' weights``, a sum over columns; linear in the gradient.
+
+    Written, not found: bags are told by several tensors that must fit together, which random ones do not.
+    """
+    columns = call.inputs[0].shape[1]
+    matrices = [len(spec.shape) == 2 and spec.shape[1] == columns for spec in call.inputs]
+    inputs = tuple(Cut(1) if is_matrix else REPLICATE for is_matrix in matrices)
+    summed = "per_sample" in call.base_name
+    rules = [Rule(inputs, (PARTIAL if summed else Cut(1),), columns)]
+    return [*rules, Rule((PARTIAL, *(REPLICATE,) * (len(inputs) - 1)), (PARTIAL,))]
+
+
+@register("segment_reduce", "_segment_reduce_backward")
+def segment_rules(call: OpCall) -> list[Rule]:
+    """Segments are told by lengths or offsets that must fit the data: whole inputs."""
+    del call
+    return []
 
 
 @register("lstm_layer", "lstm_layer_backward")

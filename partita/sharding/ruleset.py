@@ -8,19 +8,25 @@ import torch
 
 from partita.sharding.calls import OpCall, TensorSpec
 from partita.sharding.found import is_searched, rule_book
-from partita.sharding.rules import PARTIAL, Rule, parse_rules, written_rules
+from partita.sharding.rules import PARTIAL, Bounds, Cut, Reach, Rule, parse_rules, written_rules
 
 
 def rules_of(call: OpCall) -> list[Rule]:
     """The rules of ``call``; none if nothing is known of the op (it then runs decomposed, or whole on gathered inputs).
 
-    Truth values, and numbers of types without an addition, are never summands: rules that would sum them are left out.
+    Truth values, and numbers of types without an addition, are never summands: rules that would sum them are left out,
+    and so are those that would cut what is empty or a single block.
     """
     specs = (*call.inputs, *call.outputs)
     rules = written_rules(call)
     if rules is None:
         rules = parse_rules(rule_book().find([call])[0], call) if is_searched(call) else []
-    return [rule for rule in rules if not _sums_what_has_no_sum(rule, specs)]
+    return [rule for rule in rules if _cuts_something(rule) and not _sums_what_has_no_sum(rule, specs)]
+
+
+def _cuts_something(rule: Rule) -> bool:
+    cuts = any(isinstance(spec, (Cut, Bounds, Reach)) for spec in (*rule.inputs, *rule.outputs))
+    return rule.extent > 1 if cuts else rule.extent == 0
 
 
 def find_rules_of(calls: Iterable[OpCall]) -> None:
@@ -33,7 +39,7 @@ def stop_searching() -> None:
     rule_book().close()
 
 
-NO_SUMS = frozenset({torch.bool, torch.uint16, torch.uint32, torch.uint64})
+NO_SUMS = frozenset({torch.bool, torch.uint16, torch.uint32, torch.uint64, torch.complex32})
 
 
 def _sums_what_has_no_sum(rule: Rule, specs: tuple[TensorSpec | None, ...]) -> bool:

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from partita.errors import InputError
 from partita.sharding.calls import Op, Program, Value, fill_slots, read_graph
 from partita.sharding.conversions import EXCHANGES
+from partita.sharding.halo_plain import with_plain_exchanges
 from partita.sharding.localize import FakeRunner, Layout, Localizer, coordinate_key, live_steps
 from partita.sharding.placement import Partial, Placement, Replicate, Shard
 from partita.sharding.propagate import Call, Conversion, Propagation, Step
@@ -67,13 +68,15 @@ class ShardedGraph:
     _runner: FakeRunner
     _locals: dict[object, fx.GraphModule] = field(default_factory=dict)
 
-    def local(self, coordinate: int) -> fx.GraphModule:
-        """What worker ``coordinate`` runs. Workers whose graphs are equal share one module."""
+    def local(self, coordinate: int, *, plain: bool = False) -> fx.GraphModule:
+        """What worker ``coordinate`` runs. Workers whose graphs are equal share one module. With ``plain``, halos travel
+        by the four plain exchanges."""
         if not 0 <= coordinate < self.size:
             raise InputError(f"0 <= coordinate < {self.size} must hold on axis {self.axis!r}, but got {coordinate}")
-        key = coordinate_key(self._layout, coordinate)
+        key = (coordinate_key(self._layout, coordinate), plain)
         if key not in self._locals:
-            self._locals[key] = Localizer(self._layout, coordinate, self._runner).write()
+            module = Localizer(self._layout, coordinate, self._runner).write()
+            self._locals[key] = with_plain_exchanges(module, coordinate) if plain else module
         return self._locals[key]
 
 
@@ -229,7 +232,7 @@ def _assemble(
         prologue=_prologue(propagation, hoisted, program) if hoisted else None,
         hoisted=names,
         decisions=dict(propagation.decisions),
-        _layout=Layout(axis, tuple(placeholders), tuple(steps), tuple(outputs)),
+        _layout=Layout(axis, tuple(placeholders), tuple(steps), tuple(outputs), propagation.size),
         _runner=runner,
     )
 
