@@ -69,8 +69,8 @@ class ShardedGraph:
     _locals: dict[object, fx.GraphModule] = field(default_factory=dict)
 
     def local(self, coordinate: int, *, plain: bool = False) -> fx.GraphModule:
-        """What worker ``coordinate`` runs. Workers whose graphs are equal share one module. With ``plain``, halos travel
-        by the four plain exchanges."""
+        """What worker ``coordinate`` runs. Workers whose graphs are equal share one module. With ``plain``, halos
+        travel by the four plain exchanges."""
         if not 0 <= coordinate < self.size:
             raise InputError(f"0 <= coordinate < {self.size} must hold on axis {self.axis!r}, but got {coordinate}")
         key = (coordinate_key(self._layout, coordinate), plain)
