@@ -31,6 +31,9 @@ class GpuKind:
     """A kind of GPU and the machine it is usually sold in.
 
     `link` joins the GPUs of one machine, per GPU and direction; `network` is what one machine has to the others.
+    `gpus_per_machine` counts those that `link` joins (a whole NVL72 rack). `generation` groups
+    kinds of one architecture, `num_processors` counts streaming multiprocessors (compute units), `power_w` is the
+    board's limit.
     """
 
     gpu: Gpu
@@ -38,6 +41,11 @@ class GpuKind:
     network: Link
     cores_per_gpu: int
     host_memory_bytes_per_gpu: int
+    generation: str = "unknown"
+    num_processors: int = 100
+    gpus_per_machine: int = 8
+    gpus_per_network: int = 8  # those that share `network` (a rack of trays has one for each tray)
+    power_w: float = 0.0
 
 
 def _kind(
@@ -50,6 +58,11 @@ def _kind(
     network_gbit_per_s: float,
     cores: int,
     host_gib: int,
+    generation: str = "unknown",
+    processors: int = 100,
+    per_machine: int = 8,
+    per_network: int = 0,
+    power_w: float = 0.0,
 ) -> GpuKind:
     # Latencies: NVLink and PCIe peer copies take microseconds (NCCL's own tuning table, `src/graph/tuning.cc`, says
     # 4-15 us for a small ring step); InfiniBand or RoCE with NCCL about 10-20 us; plain Ethernet (T4, V100 cloud hosts)
@@ -65,6 +78,11 @@ def _kind(
         network=Link(bytes_per_s=network_gbit_per_s * 1e9 / 8, latency_s=1.5e-5 if network_gbit_per_s >= 200 else 5e-5),
         cores_per_gpu=cores,
         host_memory_bytes_per_gpu=host_gib * 2**30,
+        generation=generation,
+        num_processors=processors,
+        gpus_per_machine=per_machine,
+        gpus_per_network=per_network or per_machine,
+        power_w=power_w,
     )
 
 
@@ -73,47 +91,146 @@ GPU_KINDS: dict[str, GpuKind] = {
     # NVIDIA T4 datasheet (2018): 8.1 TF FP32, 65 TF FP16, 16 GB GDDR6 at 300 GB/s (320 in later editions), PCIe 3.0
     # x16.
     "T4": _kind("T4", memory_gib=14, tflops={"float32": 8.1, "float16": 65}, memory_gb_per_s=300,
-                link_gb_per_s=15.75, network_gbit_per_s=25, cores=8, host_gib=32),
+                link_gb_per_s=15.75, network_gbit_per_s=25, cores=8, host_gib=32,
+                generation="turing", processors=40, power_w=70),
     # NVIDIA V100 datasheet (SXM2): 15.7 TF FP32, 7.8 FP64, 125 FP16 tensor, 900 GB/s, NVLink 2: 300 GB/s both
     # directions.
     "V100-16": _kind("V100-16", memory_gib=15, tflops={"float64": 7.8, "float32": 15.7, "float16": 125},
-                     memory_gb_per_s=900, link_gb_per_s=150, network_gbit_per_s=100, cores=5, host_gib=64),
+                     memory_gb_per_s=900, link_gb_per_s=150, network_gbit_per_s=100, cores=5, host_gib=64,
+                     generation="volta", processors=80, power_w=300),
     "V100-32": _kind("V100-32", memory_gib=31, tflops={"float64": 7.8, "float32": 15.7, "float16": 125},
-                     memory_gb_per_s=900, link_gb_per_s=150, network_gbit_per_s=100, cores=5, host_gib=96),
+                     memory_gb_per_s=900, link_gb_per_s=150, network_gbit_per_s=100, cores=5, host_gib=96,
+                     generation="volta", processors=80, power_w=300),
     # NVIDIA A100 datasheet (SXM4): 19.5 TF FP32, 156 TF32, 312 FP16/BF16; 40 GB: 1555 GB/s, 80 GB: 2039 GB/s; NVLink 3:
     # 600 GB/s both directions; DGX A100: 8 x 200 Gbit/s InfiniBand, 128 cores, 1 or 2 TB.
     "A100-40": _kind("A100-40", memory_gib=39, memory_gb_per_s=1555, link_gb_per_s=300, network_gbit_per_s=1600,
                      tflops={"float64": 9.7, "float32": 19.5, "tfloat32": 156, "float16": 312, "bfloat16": 312},
-                     cores=16, host_gib=128),
+                     cores=16, host_gib=128,
+                     generation="ampere", processors=108, power_w=400),
     "A100-80": _kind("A100-80", memory_gib=79, memory_gb_per_s=2039, link_gb_per_s=300, network_gbit_per_s=1600,
                      tflops={"float64": 9.7, "float32": 19.5, "tfloat32": 156, "float16": 312, "bfloat16": 312},
-                     cores=16, host_gib=256),
+                     cores=16, host_gib=256,
+                     generation="ampere", processors=108, power_w=400),
     # NVIDIA H100 datasheet (SXM5; given with sparsity, halved here): 67 TF FP32, 494.5 TF32, 989.5 FP16/BF16, 1979 FP8,
     # 80 GB HBM3 at 3350 GB/s, NVLink 4: 900 GB/s both directions; DGX H100: 8 x 400 Gbit/s, 112 cores, 2 TB.
     "H100": _kind("H100", memory_gib=79, memory_gb_per_s=3350, link_gb_per_s=450, network_gbit_per_s=3200,
                   tflops={"float64": 34, "float32": 67, "tfloat32": 494.5, "float16": 989.5, "bfloat16": 989.5,
                           "float8_e4m3fn": 1979},
-                  cores=14, host_gib=256),
+                  cores=14, host_gib=256,
+                  generation="hopper", processors=132, power_w=700),
     # NVIDIA H200 datasheet (SXM): H100's arithmetic, 141 GB HBM3e at 4800 GB/s.
     "H200": _kind("H200", memory_gib=139, memory_gb_per_s=4800, link_gb_per_s=450, network_gbit_per_s=3200,
                   tflops={"float64": 34, "float32": 67, "tfloat32": 494.5, "float16": 989.5, "bfloat16": 989.5,
                           "float8_e4m3fn": 1979},
-                  cores=14, host_gib=256),
+                  cores=14, host_gib=256,
+                  generation="hopper", processors=132, power_w=700),
     # NVIDIA DGX B200 datasheet (8 GPUs: 1440 GB at 64 TB/s, 36 PF FP16/BF16 dense 18, 72 PF FP8 sparse): per GPU 180
     # GB, 8 TB/s, 2250 TF BF16, 4500 FP8; HGX B200: 75 TF FP32, 37 FP64, TF32 1100; NVLink 5: 1800 GB/s both directions.
     "B200": _kind("B200", memory_gib=178, memory_gb_per_s=8000, link_gb_per_s=900, network_gbit_per_s=3200,
                   tflops={"float64": 37, "float32": 75, "tfloat32": 1100, "float16": 2250, "bfloat16": 2250,
-                          "float8_e4m3fn": 4500},
-                  cores=14, host_gib=256),
+                          "float8_e4m3fn": 4500, "float4_e2m1fn": 9000},
+                  cores=14, host_gib=256,
+                  generation="blackwell", processors=148, power_w=1000),
     # NVIDIA GB200 NVL72 datasheet (72 GPUs, 36 Grace CPUs of 72 cores and 480 GB): per GPU 186 GB HBM3e at 8 TB/s, 2500
     # TF BF16 dense, 5000 FP8, 80 FP32, 40 FP64, NVLink 5: 1800 GB/s both directions; one compute tray: 4 GPUs, 2 CPUs.
     "GB200": _kind("GB200", memory_gib=184, memory_gb_per_s=8000, link_gb_per_s=900, network_gbit_per_s=1600,
                    tflops={"float64": 40, "float32": 80, "tfloat32": 1250, "float16": 2500, "bfloat16": 2500,
-                           "float8_e4m3fn": 5000},
-                   cores=36, host_gib=223),
+                           "float8_e4m3fn": 5000, "float4_e2m1fn": 10000},
+                   cores=36, host_gib=223,
+                   generation="blackwell", processors=152, per_machine=72, per_network=4, power_w=1200),
+    # NVIDIA DGX B300 datasheet (8 GPUs: 2.1 TB at 64 TB/s, 72 PF FP8 with sparsity, 108 PF FP4 dense): per GPU 2250 TF
+    # BF16, 4500 FP8, 13500 FP4; 8 x 800 Gbit/s.
+    "B300": _kind("B300", memory_gib=267, memory_gb_per_s=8000, link_gb_per_s=900, network_gbit_per_s=6400,
+                  tflops={"float32": 75, "float16": 2250, "bfloat16": 2250, "float8_e4m3fn": 4500,
+                          "float4_e2m1fn": 13500},
+                  cores=16, host_gib=256, generation="blackwell_ultra", processors=148, power_w=1100),
+    # NVIDIA GB300 NVL72 datasheet (72 GPUs: 20 TB at 576 TB/s, 180 PF BF16, 360 PF FP8, 1080 PF FP4 dense); one tray:
+    # 4 GPUs and 4 x 800 Gbit/s.
+    "GB300": _kind("GB300", memory_gib=277, memory_gb_per_s=8000, link_gb_per_s=900, network_gbit_per_s=3200,
+                   tflops={"float32": 80, "float16": 2500, "bfloat16": 2500, "float8_e4m3fn": 5000,
+                           "float4_e2m1fn": 15000},
+                   cores=36, host_gib=223, generation="blackwell_ultra", processors=152, per_machine=72, per_network=4,
+                   power_w=1400),
+    # NVIDIA Tesla P100 datasheet (SXM2): 10.6 TF FP32, 21.2 FP16 (no tensor cores), 16 GB at 732 GB/s, NVLink 1: 160
+    # GB/s.
+    "P100": _kind("P100", memory_gib=15, tflops={"float64": 5.3, "float32": 10.6, "float16": 21.2},
+                  memory_gb_per_s=732, link_gb_per_s=80, network_gbit_per_s=100, cores=5, host_gib=64,
+                  generation="pascal", processors=56, power_w=300),
+    # NVIDIA TITAN X (Pascal, 2016): 11 TF FP32, 12 GB at 480 GB/s, PCIe 3.0 x16; products in FP16 run at FP32's rate.
+    "TITAN-X": _kind("TITAN-X", memory_gib=11, tflops={"float32": 10.97, "float16": 10.97}, memory_gb_per_s=480,
+                     link_gb_per_s=15.75, network_gbit_per_s=40, cores=8, host_gib=64, generation="pascal",
+                     processors=28, per_machine=1, power_w=250),
+    # NVIDIA RTX 2080 Ti (Turing whitepaper): 13.4 TF FP32, 53.8 FP16 with FP32 sums, 11 GB at 616 GB/s, PCIe 3.0.
+    "RTX2080TI": _kind("RTX2080TI", memory_gib=10, tflops={"float32": 13.4, "float16": 53.8}, memory_gb_per_s=616,
+                       link_gb_per_s=15.75, network_gbit_per_s=25, cores=8, host_gib=32, generation="turing",
+                       processors=68, power_w=250),
+    # NVIDIA Ampere GA102 whitepaper: RTX 3090: 35.6 TF FP32, 71 FP16/BF16 with FP32 sums, 24 GB at 936 GB/s, PCIe 4.0.
+    "RTX3090": _kind("RTX3090", memory_gib=23,
+                     tflops={"float32": 35.6, "tfloat32": 35.6, "float16": 71, "bfloat16": 71},
+                     memory_gb_per_s=936, link_gb_per_s=31.5, network_gbit_per_s=25, cores=8, host_gib=64,
+                     generation="ampere", processors=82, power_w=350),
+    # NVIDIA RTX A6000 datasheet: 38.7 TF FP32, 154.8 FP16/BF16 tensor, 48 GB at 768 GB/s, PCIe 4.0.
+    "A6000": _kind("A6000", memory_gib=47, tflops={"float32": 38.7, "tfloat32": 77.4, "float16": 154.8,
+                                                   "bfloat16": 154.8},
+                   memory_gb_per_s=768, link_gb_per_s=31.5, network_gbit_per_s=100, cores=8, host_gib=64,
+                   generation="ampere", processors=84, power_w=300),
+    # NVIDIA A10 datasheet (24 GB at 600 GB/s, 125 TF FP16); the A10G of AWS g5 hosts: 70 TF.
+    "A10": _kind("A10", memory_gib=22, tflops={"float32": 31.2, "tfloat32": 62.5, "float16": 125, "bfloat16": 125},
+                 memory_gb_per_s=600, link_gb_per_s=31.5, network_gbit_per_s=100, cores=12, host_gib=48,
+                 generation="ampere", processors=72, power_w=150),
+    "A10G": _kind("A10G", memory_gib=22, tflops={"float32": 31.5, "tfloat32": 35, "float16": 70, "bfloat16": 70},
+                  memory_gb_per_s=600, link_gb_per_s=31.5, network_gbit_per_s=100, cores=12, host_gib=48,
+                  generation="ampere", processors=80, power_w=300),
+    # NVIDIA A30 datasheet: 165 TF FP16/BF16, 24 GB at 933 GB/s, PCIe 4.0.
+    "A30": _kind("A30", memory_gib=23, tflops={"float32": 10.3, "tfloat32": 82, "float16": 165, "bfloat16": 165},
+                 memory_gb_per_s=933, link_gb_per_s=31.5, network_gbit_per_s=100, cores=8, host_gib=64,
+                 generation="ampere", processors=56, power_w=165),
+    # NVIDIA L4 datasheet (sparse figures halved): 121 TF FP16/BF16, 242 FP8, 24 GB at 300 GB/s, PCIe 4.0.
+    "L4": _kind("L4", memory_gib=22, tflops={"float32": 30.3, "tfloat32": 60, "float16": 121, "bfloat16": 121,
+                                             "float8_e4m3fn": 242},
+                memory_gb_per_s=300, link_gb_per_s=31.5, network_gbit_per_s=100, cores=12, host_gib=48,
+                generation="ada", processors=58, power_w=72),
+    # NVIDIA L40S datasheet: 362 TF FP16/BF16, 733 FP8, 48 GB at 864 GB/s, PCIe 4.0.
+    "L40S": _kind("L40S", memory_gib=44, tflops={"float32": 91.6, "tfloat32": 183, "float16": 362, "bfloat16": 362,
+                                                 "float8_e4m3fn": 733},
+                  memory_gb_per_s=864, link_gb_per_s=31.5, network_gbit_per_s=400, cores=12, host_gib=96,
+                  generation="ada", processors=142, power_w=350),
+    # NVIDIA Ada whitepaper: RTX 4090: 82.6 TF FP32, 165.2 FP16/BF16 with FP32 sums, 24 GB at 1008 GB/s, PCIe 4.0.
+    "RTX4090": _kind("RTX4090", memory_gib=23, tflops={"float32": 82.6, "tfloat32": 82.6, "float16": 165.2,
+                                                       "bfloat16": 165.2, "float8_e4m3fn": 330.3},
+                     memory_gb_per_s=1008, link_gb_per_s=31.5, network_gbit_per_s=25, cores=8, host_gib=64,
+                     generation="ada", processors=128, power_w=450),
+    # NVIDIA A800 and H800: A100 and H100 with NVLink at 400 GB/s both directions; H20: 148 TF BF16, 96 GB at 4000 GB/s.
+    "A800": _kind("A800", memory_gib=79, memory_gb_per_s=2039, link_gb_per_s=200, network_gbit_per_s=1600,
+                  tflops={"float32": 19.5, "tfloat32": 156, "float16": 312, "bfloat16": 312},
+                  cores=16, host_gib=256, generation="ampere", processors=108, power_w=400),
+    "H800": _kind("H800", memory_gib=79, memory_gb_per_s=3350, link_gb_per_s=200, network_gbit_per_s=3200,
+                  tflops={"float32": 67, "tfloat32": 494.5, "float16": 989.5, "bfloat16": 989.5,
+                          "float8_e4m3fn": 1979},
+                  cores=14, host_gib=256, generation="hopper", processors=132, power_w=700),
+    "H20": _kind("H20", memory_gib=95, memory_gb_per_s=4000, link_gb_per_s=450, network_gbit_per_s=3200,
+                 tflops={"float32": 44, "tfloat32": 74, "float16": 148, "bfloat16": 148, "float8_e4m3fn": 296},
+                 cores=14, host_gib=256, generation="hopper", processors=78, power_w=400),
+    # PCIe boards. A100: 1935 GB/s and 300 W (80 GB); H100: 756.5 TF BF16, 2000 GB/s, 350 W, 114 processors.
+    "A100-PCIE": _kind("A100-PCIE", memory_gib=79, memory_gb_per_s=1935, link_gb_per_s=31.5, network_gbit_per_s=200,
+                       tflops={"float32": 19.5, "tfloat32": 156, "float16": 312, "bfloat16": 312},
+                       cores=16, host_gib=128, generation="ampere", processors=108, power_w=300),
+    "H100-PCIE": _kind("H100-PCIE", memory_gib=79, memory_gb_per_s=2000, link_gb_per_s=63, network_gbit_per_s=400,
+                       tflops={"float32": 51, "tfloat32": 378, "float16": 756.5, "bfloat16": 756.5,
+                               "float8_e4m3fn": 1513},
+                       cores=16, host_gib=128, generation="hopper", processors=114, power_w=350),
+    # AMD Instinct MI250X (per board of two dies; 383 TF FP16/BF16, 128 GB at 3277 GB/s) and MI300X (1307 TF, FP8 2615,
+    # 192 GB at 5300 GB/s, seven Infinity Fabric links of 64 GB/s a direction, 304 compute units).
+    "MI250X": _kind("MI250X", memory_gib=127, memory_gb_per_s=3277, link_gb_per_s=200, network_gbit_per_s=800,
+                    tflops={"float64": 47.9, "float32": 47.9, "float16": 383, "bfloat16": 383},
+                    cores=16, host_gib=128, generation="cdna2", processors=220, per_machine=4, power_w=560),
+    "MI300X": _kind("MI300X", memory_gib=191, memory_gb_per_s=5300, link_gb_per_s=448, network_gbit_per_s=3200,
+                    tflops={"float32": 163.4, "tfloat32": 653.7, "float16": 1307.4, "bfloat16": 1307.4,
+                            "float8_e4m3fn": 2614.9},
+                    cores=24, host_gib=256, generation="cdna3", processors=304, power_w=750),
 }  # fmt: skip
 ALIASES = {"V100": "V100-16", "A100": "A100-80", "V100-16GB": "V100-16", "V100-32GB": "V100-32",
-           "A100-40GB": "A100-40", "A100-80GB": "A100-80"}  # fmt: skip
+           "A100-40GB": "A100-40", "A100-80GB": "A100-80", "TITANX": "TITAN-X"}  # fmt: skip
 
 # A described CPU core, until `partita profile` measured a real one: 3.0 GHz x 8 float32 lanes (AVX2) x 2 FMA units x 2
 # FLOP = 96 GFLOP/s at the peak (Agner Fog, "Instruction tables": two 256-bit FMAs a cycle since Haswell and Zen 2).
