@@ -33,11 +33,17 @@ def cut_chain(times_s: Sequence[Sequence[float]], num_chunks: int, *, from_end: 
         ends = [size - begin for begin in begins]  # of the chunks, last first
         return tuple(reversed([*ends[1:], 0]))
     sums = [[0.0, *accumulate(row)] for row in times_s]
-    slowest = max(row[-1] for row in sums)
-    low, high = 0.0, slowest
+    if len(sums) == 1:  # the mean is a lower bound, the mean and one piece more an upper one
+        mean, largest = sums[0][-1] / num_chunks, max(times_s[0])
+        low, high = max(mean, largest) * (1 - 1e-9), mean + largest
+        found = _filled(sums, num_chunks, low * (1 + 2e-9))
+        if found is not None:
+            return found
+    else:
+        low, high = 0.0, max(row[-1] for row in sums)
     best = _filled(sums, num_chunks, high)
     assert best is not None
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if len(sums) > 1 else _ROUNDS // 2):
         middle = (low + high) / 2
         found = _filled(sums, num_chunks, middle)
         if found is None:

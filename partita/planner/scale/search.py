@@ -15,18 +15,20 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from partita.cost.calibration import Calibration
 from partita.cost.kernels import LayerWork
 from partita.cost.networks import Fabric, NodeGroup, channel
 from partita.errors import InfeasibleError, InputError
 from partita.planner.scale.cuts import cut_chain
 from partita.planner.scale.solution import ScaleConstraints
-from partita.planner.scale.space import REMATS, VIRTUALS, Family, corners, stage_numbers
+from partita.planner.scale.space import REMATS, VIRTUALS, Family, corners, enumerated, stage_numbers
 from partita.planner.scale.step import Degrees, Remat, State, StepPrediction, predict_step
 from partita.planner.scale.works import WorkMaker
 from partita.units import GIB
 
-MOST_PRICED = 24  # exact prices of one search
+MOST_PRICED = 12  # exact prices of one search
 MOST_OF_FAMILY = 6
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 CONTEXTS = (1, 2, 4, 8, 16, 32)
@@ -143,6 +145,10 @@ class _Search:
         self.least_limit = min(group.kind.gpu.memory_bytes for group in fabric.groups)
         self.most_limit = max(group.kind.gpu.memory_bytes for group in fabric.groups)
         self.refusals: dict[str, None] = {}
+        self._enumerated: dict[tuple[int, int, int], np.ndarray] = {}
+        self._exchanges: dict[tuple[int, int, int], tuple[float, float]] = {}
+        constants = [searcher.calibration.of(group.kind.generation) for group in fabric.groups]
+        self._overlap = max(one.overlap for one in constants)
 
     def run(self) -> Found:
         counter = itertools.count()
@@ -216,24 +222,13 @@ class _Search:
         self, family: Family
     ) -> Iterator[tuple[float, tuple[Family, Remat, tuple[int, int, int, int], float]]]:
         """The most promising corners of a family: (estimate, (family, remat, degrees and ZeRO, bound))."""
-        fixed, fabric = self.constraints, self.fabric
-        most = fabric.num_gpus // (family.tensor * family.context)
-        several = len(fabric.groups) > 1
-        pipelines = [fixed.pipeline] if fixed.pipeline else stage_numbers(most, max(family.num_blocks, 1))
-        virtuals = [fixed.virtual] if fixed.virtual else [1] if several else list(VIRTUALS)
+        fixed = self.constraints
+        columns = self._columns(family)
         for remat in REMATS if fixed.recompute is None else (fixed.recompute,):
             if remat == "selective" and family.total_s["selective"] == family.total_s["none"]:
                 continue
             table = corners(
-                family,
-                remat,
-                batch=self.searcher.batch,
-                num_devices=fabric.num_gpus,
-                state=self.searcher.state,
-                pipelines=pipelines,
-                virtuals=virtuals,
-                datas=[fixed.data] if fixed.data else None,
-                zeros=[fixed.zero] if fixed.zero is not None else None,
+                family, remat, columns=columns, state=self.searcher.state, overlap=self._overlap
             )
             self.num_corners += len(table.pipeline)
             possible = table.least_memory_bytes <= self.most_limit
@@ -249,12 +244,48 @@ class _Search:
                 key = (int(table.pipeline[i]), int(table.virtual[i]), int(table.data[i]), int(table.zero[i]))
                 yield float(table.estimate_s[i]), (family, remat, key, float(table.bound_s[i]))
 
+    def _columns(self, family: Family) -> np.ndarray:
+        """All corners' degrees; the same for families of equal size."""
+        fixed, fabric = self.constraints, self.fabric
+        group = family.tensor * family.context
+        key = (family.tensor, family.context, family.micro_batch)
+        if key not in self._enumerated:
+            several = len(fabric.groups) > 1
+            blocks = family.num_blocks
+            self._enumerated[key] = enumerated(
+                batch=self.searcher.batch,
+                num_devices=fabric.num_gpus,
+                group=group,
+                context=family.context,
+                micro_batch=family.micro_batch,
+                num_blocks=blocks,
+                pipelines=[fixed.pipeline] if fixed.pipeline else stage_numbers(fabric.num_gpus // group, max(blocks, 1)),
+                virtuals=[fixed.virtual] if fixed.virtual else [1] if several else VIRTUALS,
+                datas=[fixed.data] if fixed.data else None,
+                zeros=[fixed.zero] if fixed.zero is not None else None,
+                exchange=lambda replicas: self._exchange(family, replicas),
+            )
+        return self._enumerated[key]
+
+    def _exchange(self, family: Family, replicas: int) -> tuple[float, float]:
+        """Seconds for each byte, and besides, of a reduce-scatter over the data axis."""
+        key = (family.tensor, family.context, replicas)
+        if key not in self._exchanges:
+            ranks = replicas * family.context
+            one = channel(
+                self.fabric, self.searcher.calibration, num_ranks=ranks, stride=family.tensor, span=ranks * family.tensor
+            )
+            fixed_s = one.collective_s("reduce_scatter", 0.0)
+            unit = 1e9
+            self._exchanges[key] = (one.collective_s("reduce_scatter", unit) - fixed_s) / unit, fixed_s
+        return self._exchanges[key]
+
     def _price(self, family: Family, remat: Remat, key: tuple[int, int, int, int]) -> None:
         p, v, d, zero = key
         degrees = Degrees(data=d, tensor=family.tensor, pipeline=p, virtual=v, context=family.context)
         m = self.searcher.batch // (d * family.micro_batch)
         tried: set[tuple[int, ...]] = set()
-        for from_end in (False, True):
+        for from_end in (False, True) if v == 1 else (True,):
             cuts = cut_chain(self._times(family, remat, degrees), p * v, from_end=from_end)
             if cuts in tried:
                 continue
