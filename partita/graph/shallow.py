@@ -258,13 +258,17 @@ def _differing(graph: Graph, lists: Sequence[Members]) -> str:
     return ""
 
 
-def same_ops(left: Sequence[str], right: Sequence[str]) -> bool:
-    """Whether two members run the same ops; what adds up gradients may be fewer at the ends of a chain."""
-    if list(left) == list(right):
+def same_ops(first: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two members run the same ops.
+
+    What adds up gradients may be fewer at the ends of a chain, and the first member may have fewer backward ops: a model's
+    inputs need no gradient.
+    """
+    if list(first) == list(other):
         return True
-    return Counter(text for text in left if "aten.add.Tensor" not in text) == Counter(
-        text for text in right if "aten.add.Tensor" not in text
-    )
+    counts = [Counter(text for text in ops if "aten.add.Tensor" not in text) for ops in (first, other)]
+    only_first, only_other = counts[0] - counts[1], counts[1] - counts[0]
+    return not only_first and all(text.startswith("b ") for text in only_other)
 
 
 def owning_member(info: OpInfo, members: Mapping[str, str]) -> str:

@@ -199,9 +199,8 @@ def _pieces(
     names = [members.container for members in lists]
     for gap in range(len(lists) + 1):
         if gap in places:
-            before, after = (names[gap - 1] if gap else ""), (names[gap] if gap < len(names) else "")
-            name = "input" if not before and after else "output" if before and not after else f"{before}..{after}"
-            chain.append((add(gap, name if lists else "model", True), name if lists else "model"))
+            name = _gap_name(gap, names)
+            chain.append((add(gap, name, True), name))
         if gap == len(lists):
             break
         members = lists[gap]
@@ -209,11 +208,20 @@ def _pieces(
         several = len(set(members.kinds)) > 1
         for kind in sorted(set(members.kinds)):
             captured = members.captured_of(kind)
-            pattern = f"{members.container}.*" + (f"[{kind}]" if several else "")
+            pattern = (f"{members.container}." if members.container else "") + "*" + (f"[{kind}]" if several else "")
             of_kind[kind] = add(captured[min(1, len(captured) - 1)], pattern, False)
             path_of.update({path: pattern for path in captured})
         chain += [(of_kind[kind], path) for path, kind in zip(members.paths, members.kinds, strict=True)]
     return pieces, chain, path_of
+
+
+def _gap_name(gap: int, containers: Sequence[str]) -> str:
+    """``input`` before all lists, ``output`` after them, else what it lies between; ``model`` if there are no lists."""
+    if not containers:
+        return "model"
+    if gap in (0, len(containers)):
+        return "input" if gap == 0 else "output"
+    return f"{containers[gap - 1]}..{containers[gap]}"
 
 
 def _boundary_shapes(

@@ -1,6 +1,6 @@
 """The search for the fastest way to train a cut model on a fabric: best first over families, then over their corners.
 
-Families (t, c, b, sequence-parallel) are priced once each. A family's bound is ``B W / (b N / (t c))``: no pipeline, no
+Families (t, c, b) are priced once each, sequence-parallel where the boundary can be cut. A family's bound is ``B W / (b N / (t c))``: no pipeline, no
 exchange of gradients, all devices busy. Families are opened in the order of their bounds; of an opened family all corners
 are estimated and bounded at once (`partita.planner.scale.space`); the most promising whose estimated memory fits are cut
 into stages (`partita.planner.scale.cuts`) and priced exactly (`partita.planner.scale.step`). The search ends when no
@@ -192,18 +192,20 @@ class _Search:
         tensors = [fixed.tensor] if fixed.tensor else [t for t in range(1, size + 1) if size % t == 0]
         contexts = [fixed.context] if fixed.context else [c for c in CONTEXTS if c <= fabric.num_gpus]
         batches = [fixed.micro_batch] if fixed.micro_batch else [b for b in MICRO_BATCHES if b <= self.searcher.batch]
-        modes = [fixed.sequence_parallel] if fixed.sequence_parallel is not None else [True, False]
-        for tensor, context, micro_batch, sequence in itertools.product(tensors, contexts, batches, modes):
-            if tensor * context > fabric.num_gpus or self.searcher.batch % micro_batch or (sequence and tensor == 1):
+        for tensor, context, micro_batch in itertools.product(tensors, contexts, batches):
+            if tensor * context > fabric.num_gpus or self.searcher.batch % micro_batch:
                 continue
             # A context axis is for sequences that leave too few samples for the devices, or too long for the memory.
             if context > 1 and not fixed.context and not self._wants_context(tensor, context, micro_batch):
                 continue
-            found = self.searcher.family(fabric, tensor, context, micro_batch, sequence)
-            if isinstance(found, str):
+            # Cut block boundaries exchange no more bytes than whole ones and keep fewer: whole ones only if need be.
+            modes = [fixed.sequence_parallel] if fixed.sequence_parallel is not None else [True, False]
+            for sequence in modes if tensor > 1 else [False]:
+                found = self.searcher.family(fabric, tensor, context, micro_batch, sequence)
+                if not isinstance(found, str):
+                    yield found
+                    break
                 self.refusals[found] = None
-            else:
-                yield found
 
     def _wants_context(self, tensor: int, context: int, micro_batch: int) -> bool:
         """Whether devices would be left over, with one block a stage and one sample a replica, on half the degree."""
