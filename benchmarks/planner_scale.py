@@ -9,6 +9,7 @@ number of devices; capture included the first time), "replan" (other cluster), "
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from partita.cost.networks import Fabric, NodeGroup
 from partita.errors import InfeasibleError
 from partita.planner.scale.plan import ScalePlanner
 from partita.planner.scale.solution import ScaleConstraints, ScaleSolution
+from partita.planner.scale.widths import WidthPlanner
 
 DEVICES = (8, 64, 512, 1024, 4096, 16384, 32768, 100_000)
 DEPTHS = (8, 16, 32, 64, 96, 128)
@@ -111,6 +113,22 @@ def depth_rows(model: str) -> Iterator[Row]:
         yield {**row(model, "depth", 1024, layers, capture_s + seconds, solution), "capture_s": round(capture_s, 3)}
 
 
+def width_rows() -> Iterator[Row]:
+    """Plans of GPT-3's architecture at widths that were not captured."""
+    plans = WidthPlanner(
+        lambda hidden: models.gpt3_175b(hidden=hidden),
+        (8192, 12288, 16384),
+        models.next_token_loss,
+        models.token_batch(1536, 2048),
+    )
+    plans.plan(12288, fabric("H100", 1024))  # placements of all degrees, once
+    for hidden in (9216, 10240, 14336):
+        started_s = time.perf_counter()
+        solution = plans.plan(hidden, fabric("H100", 1024))
+        seconds = time.perf_counter() - started_s
+        yield {**row("GPT-3 175B", "width", 1024, 96, seconds, solution), "hidden": hidden}
+
+
 def published_rows() -> Iterator[Row]:
     """What the authors found best, priced by our model, beside what we find best."""
     for entry in PUBLISHED:
@@ -162,7 +180,7 @@ def plot(rows: list[Row], path: Path) -> None:
 def misses(rows: list[Row]) -> Iterator[str]:
     """Limits that are not met."""
     for one in rows:
-        limit = {"plan": PLAN_LIMIT_S, "depth": PLAN_LIMIT_S, "replan": REPLAN_LIMIT_S}.get(one["kind"])
+        limit = {"plan": PLAN_LIMIT_S, "depth": PLAN_LIMIT_S, "replan": REPLAN_LIMIT_S, "width": REPLAN_LIMIT_S}.get(one["kind"])
         if limit is not None and one["seconds"] > limit:
             yield f"{one['kind']} of {one['model']} on {one['devices']} devices took {one['seconds']} s, limit {limit} s"
 
@@ -177,9 +195,9 @@ def main(arguments: list[str] | None = None) -> int:
         for source in (device_rows(model), depth_rows(model)):
             for one in source:
                 report.add(one)
-    for one in published_rows():
+    for one in itertools.chain(width_rows(), published_rows()):
         report.add(one)
-    of = {kind: [r["seconds"] for r in report.rows if r["kind"] == kind] for kind in ("plan", "replan", "depth")}
+    of = {kind: [r["seconds"] for r in report.rows if r["kind"] == kind] for kind in ("plan", "replan", "depth", "width")}
     report.finish({f"slowest_{kind}_s": max(times, default=None) for kind, times in of.items()}, misses(report.rows))
     if options.plot:
         plot(report.rows, options.plot)

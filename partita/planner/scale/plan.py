@@ -80,7 +80,12 @@ class ScalePlanner:
             InfeasibleError: nothing fits the memory or the constraints.
             ClusterError: a machine has no GPU of a known kind.
         """
-        started_s = time.monotonic()
+        return self.plan_from(cluster, constraints, time.monotonic())
+
+    def plan_from(
+        self, cluster: Cluster | Fabric, constraints: ScaleConstraints | None, started_s: float
+    ) -> ScaleSolution:
+        """`plan`, where planning began at ``started_s`` of the monotonic clock."""
         fabric = cluster if isinstance(cluster, Fabric) else Fabric.of_cluster(cluster)
         found = self.searcher.search(fabric, constraints or ScaleConstraints())
         return self._solution(found, fabric, {"capture": self.capture_s, "search": time.monotonic() - started_s})

@@ -45,12 +45,13 @@ class Layout:
         return {place: way for places, one in self.chosen for place, way in zip(places, one.ways, strict=True)}
 
     @functools.cached_property
-    def _lays(self) -> dict[Value, Lay]:
+    def lays(self) -> dict[Value, Lay]:
+        """Placement of every value that ops make or read."""
         return {value: lay for _, one in reversed(self.chosen) for value, lay in one.lays.items()}
 
     def lay_of(self, value: Value) -> Lay:
         """Placement in which a value is made."""
-        return self._lays.get(value, R)
+        return self.lays.get(value, R)
 
     @functools.cached_property
     def conversions(self) -> tuple[tuple[Conversion, int], ...]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +29,7 @@ from partita.planner.scale.pieces import CutModel, Piece
 from partita.planner.scale.placements import Conversion
 from partita.planner.scale.solve_pieces import Layout, PieceSolver
 from partita.planner.scale.ways import R, Lay, Way, conversion, is_attention, is_view
-from partita.sharding.calls import Op, Value
+from partita.sharding.calls import Op, Program, Value
 from partita.sharding.rules_pointwise import is_pointwise
 
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # base name -> position of the left factor
@@ -46,26 +46,49 @@ class Shards:
         return [(layout.lay_of(value), layout.size) for layout in self.layouts]
 
 
+Affine = tuple[tuple[float, ...], tuple[float, ...]]  # extents at the base's rows, and how they grow for each row
+
+
+def fitted(keys: Program, few: Program, many: Program, rows: Sequence[int]) -> dict[Value, Affine]:
+    """Extents of ``keys``' values as affine functions of the rows, from two captures of the same ops."""
+    found: dict[Value, Affine] = {}
+    for key, left, right in zip(keys.ops, few.ops, many.ops, strict=True):
+        triples = [*zip(key.inputs, left.inputs, right.inputs, strict=True)]
+        triples += [
+            (a, b, c)
+            for a, b, c in zip(key.outputs, left.outputs, right.outputs, strict=True)
+            if a is not None and b is not None and c is not None
+        ]
+        for value, one, two in triples:
+            pairs = zip(one.spec.shape, two.spec.shape, strict=True)
+            found[value] = one.spec.shape, tuple((b - a) / (rows[1] - rows[0]) for a, b in pairs)
+    return found
+
+
+def at_width(narrow: Mapping[Value, Affine], wide: Mapping[Value, Affine], share: float) -> dict[Value, Affine]:
+    """Extents between (0) or beyond (1) two widths: affine in the width as well."""
+
+    def between(left: Sequence[float], right: Sequence[float]) -> tuple[float, ...]:
+        return tuple(a + share * (b - a) for a, b in zip(left, right, strict=True))
+
+    return {
+        value: (between(base, wide[value][0]), between(slopes, wide[value][1]))
+        for value, (base, slopes) in narrow.items()
+    }
+
+
 @dataclass
 class WorkMaker:
     """Makes the works of a model's pieces for any degrees and micro-batch, keeping what was made."""
 
     model: CutModel
     solver: PieceSolver
+    shapes: Mapping[Value, Affine] | None = None  # of values of the base program, if not those of the model's captures
     _made: dict[object, tuple[LayerWork, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         base, other = self.model.programs[:2]
-        self._shapes: dict[Value, tuple[tuple[int, ...], tuple[float, ...]]] = {}
-        few, many = self.model.rows[:2]
-        for left, right in zip(base.ops, other.ops, strict=True):
-            pairs = [*zip(left.inputs, right.inputs, strict=True), *zip(left.outputs, right.outputs, strict=True)]
-            for one, two in pairs:
-                if one is not None and two is not None and one not in self._shapes:
-                    slopes = tuple(
-                        (b - a) / (many - few) for a, b in zip(one.spec.shape, two.spec.shape, strict=True)
-                    )
-                    self._shapes[one] = one.spec.shape, slopes
+        self._shapes = self.shapes or fitted(base, base, other, self.model.rows)
         self._roots: dict[Value, Value] = {}
         for op in base.ops:
             if is_view(op) and op.inputs:
@@ -86,9 +109,25 @@ class WorkMaker:
             layouts = [self.solver.layout(tensor, sequence=sequence_parallel)]
             if context > 1:
                 layouts.append(self.solver.layout(context, sequence=True, axis="context"))
+                check_composes(self.model, layouts)
+            if self.shapes is not None:
+                self._check_shares(layouts)
             shards = Shards(tuple(layouts))
             self._made[key] = tuple(self._work(piece, shards, micro_batch) for piece in self.model.pieces)
         return self._made[key]
+
+    def _check_shares(self, layouts: Sequence[Layout]) -> None:
+        """Placements of another width hold only where its extents divide as well."""
+        for layout in layouts:
+            for value in (*layout.lays, *(value for value in self._shapes if value.name in layout.parameter_lays)):
+                lay = layout.lay_of(value)
+                if isinstance(lay, tuple) and value in self._shapes:
+                    extent = self.shape(value, (), 1)[lay[0]]
+                    if extent * min(lay[1]) / sum(lay[1]) % layout.size > 1e-6:
+                        raise InfeasibleError(
+                            f"{value.name} has {extent:.0f} entries along dim {lay[0]}, which {layout.size} workers "
+                            "cannot share equally"
+                        )
 
     # -- local sizes -------------------------------------------------------------------------------------------------
 
