@@ -31,15 +31,21 @@ PLAN_LIMIT_S, REPLAN_LIMIT_S = 30.0, 0.1
 COLUMNS = ("model", "kind", "devices", "layers", "seconds", "step_time_s", "gap", "tflops", "plan", "published")
 
 # Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", SC 2021, table 1
-# (80 GB A100, global batch 1536) and section 5.1; Grattafiori et al., "The Llama 3 Herd of Models", 2024, table 4 (H100,
-# sequences of 8,192 tokens, 16 million tokens a batch).
+# (80 GB A100, global batch 1536); Grattafiori et al., "The Llama 3 Herd of Models", 2024, table 4 (H100, 16 million
+# tokens a batch in sequences of 8,192).
 PUBLISHED: tuple[dict[str, Any], ...] = (
-    {"model": "GPT-3 175B", "gpu": "A100-80", "devices": 1024, "batch": 1536, "seq": 2048, "tensor": 8, "pipeline": 16,
-     "data": 8, "context": 1, "recompute": "full", "measured_tflops": 140.0, "source": "Megatron-LM SC21 table 1 (175B)"},
-    {"model": "Llama-3.1 405B", "gpu": "H100", "devices": 8192, "batch": 2048, "seq": 8192, "tensor": 8, "pipeline": 16,
-     "data": 64, "context": 1, "recompute": "none", "measured_tflops": 430.0, "source": "Llama 3 table 4, row 1"},
-    {"model": "Llama-3.1 405B", "gpu": "H100", "devices": 16384, "batch": 2048, "seq": 8192, "tensor": 8, "pipeline": 16,
-     "data": 128, "context": 1, "recompute": "none", "measured_tflops": 400.0, "source": "Llama 3 table 4, row 2"},
+    {
+        "model": "GPT-3 175B", "gpu": "A100-80", "devices": 1024, "batch": 1536, "tensor": 8, "pipeline": 16, "data": 8,
+        "context": 1, "measured_tflops": 140.0, "source": "Megatron-LM SC21 table 1 (175B)",
+    },
+    {
+        "model": "Llama-3.1 405B", "gpu": "H100", "devices": 8192, "batch": 2048, "tensor": 8, "pipeline": 16,
+        "data": 64, "context": 1, "measured_tflops": 430.0, "source": "Llama 3 table 4, row 1",
+    },
+    {
+        "model": "Llama-3.1 405B", "gpu": "H100", "devices": 16384, "batch": 2048, "tensor": 8, "pipeline": 16,
+        "data": 128, "context": 1, "measured_tflops": 400.0, "source": "Llama 3 table 4, row 2",
+    },
 )  # fmt: skip
 
 
@@ -180,9 +186,12 @@ def plot(rows: list[Row], path: Path) -> None:
 def misses(rows: list[Row]) -> Iterator[str]:
     """Limits that are not met."""
     for one in rows:
-        limit = {"plan": PLAN_LIMIT_S, "depth": PLAN_LIMIT_S, "replan": REPLAN_LIMIT_S, "width": REPLAN_LIMIT_S}.get(one["kind"])
+        limit = {"plan": PLAN_LIMIT_S, "depth": PLAN_LIMIT_S, "replan": REPLAN_LIMIT_S, "width": REPLAN_LIMIT_S}.get(
+            one["kind"]
+        )
         if limit is not None and one["seconds"] > limit:
-            yield f"{one['kind']} of {one['model']} on {one['devices']} devices took {one['seconds']} s, limit {limit} s"
+            took = f"took {one['seconds']} s, limit {limit} s"
+            yield f"{one['kind']} of {one['model']} on {one['devices']} devices {took}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -197,7 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
                 report.add(one)
     for one in itertools.chain(width_rows(), published_rows()):
         report.add(one)
-    of = {kind: [r["seconds"] for r in report.rows if r["kind"] == kind] for kind in ("plan", "replan", "depth", "width")}
+    of = {
+        kind: [r["seconds"] for r in report.rows if r["kind"] == kind] for kind in ("plan", "replan", "depth", "width")
+    }
     report.finish({f"slowest_{kind}_s": max(times, default=None) for kind, times in of.items()}, misses(report.rows))
     if options.plot:
         plot(report.rows, options.plot)

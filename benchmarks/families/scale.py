@@ -66,8 +66,9 @@ class LlamaBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         h = self.norm1(x)
-        q, k = _rotated(self._heads(self.q(h), self.heads), cos, sin), _rotated(
-            self._heads(self.k(h), self.kv_heads), cos, sin
+        q, k = (
+            _rotated(self._heads(self.q(h), self.heads), cos, sin),
+            _rotated(self._heads(self.k(h), self.kv_heads), cos, sin),
         )
         v = self._heads(self.v(h), self.kv_heads)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

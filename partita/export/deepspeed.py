@@ -1,7 +1,7 @@
 """DeepSpeed's JSON (``deepspeed/runtime/config.py``): a plan as configuration, and a configuration as a plan.
 
-The world size is no entry: data parallelism is what remains of it. A pipeline has equal stages, one chunk each, and ZeRO
-0 or 1 (``PipelineEngine`` refuses more). Tensor parallelism (``autotp_size``) has no sequence parallelism;
+The world size is no entry: data parallelism is what remains of it. A pipeline has equal stages, one chunk each, and
+ZeRO 0 or 1 (``PipelineEngine`` refuses more). Tensor parallelism (``autotp_size``) has no sequence parallelism;
 ``sequence_parallel_size`` is DeepSpeed-Ulysses, our context axis. Recomputation is every block or none.
 """
 
@@ -64,13 +64,15 @@ def read_deepspeed(text: str, *, num_devices: int, num_layers: int) -> TrainingL
         micro, total = config["train_micro_batch_size_per_gpu"], config["train_batch_size"]
         accumulated = config.get("gradient_accumulation_steps", 1)
     except (json.JSONDecodeError, KeyError, AttributeError) as error:
-        raise InputError(f"a DeepSpeed configuration must be JSON with the entries of a plan, but {error!r}.") from error
+        raise InputError(
+            f"a DeepSpeed configuration must be JSON with the entries of a plan, but {error!r}."
+        ) from error
     data, rest = divmod(num_devices, tensor * stages * context)
     if rest or num_layers % stages or micro * accumulated * data != total:
         raise InputError(
-            f"degrees must divide {num_devices} devices, stages {num_layers} blocks, and micro-batch x accumulation x data "
-            f"be the batch, but got tensor {tensor}, stages {stages}, context {context}, {micro} x {accumulated} x {data} "
-            f"and {total}."
+            f"degrees must divide {num_devices} devices, stages {num_layers} blocks, and micro-batch x accumulation x "
+            f"data be the batch, but got tensor {tensor}, stages {stages}, context {context}, {micro} x {accumulated} "
+            f"x {data} and {total}."
         )
     return TrainingLayout(
         data=data,

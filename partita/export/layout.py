@@ -14,7 +14,8 @@ class TrainingLayout:
 
     Attributes:
         data, tensor, pipeline, context: degrees.
-        num_layers: blocks of each chunk in model order; chunk c lies on stage ``c % pipeline``. The embedding belongs to
+        num_layers: blocks of each chunk in model order; chunk c lies on stage ``c % pipeline``. The embedding belongs
+        to
             the first chunk, the head to the last.
         micro_batch, global_batch: samples.
         recompute: "none", "selective" or "full".
@@ -72,7 +73,7 @@ def layout_of(solution: ScaleSolution) -> TrainingLayout:
     if inner or num_gaps < 1 or sum(solution.num_layers) < 1:
         raise InputError(
             "an engine's configuration tells one list of blocks between an embedding and a head, but the model has "
-            f"{first!r} to {last!r} with {inner[:2] or 'no blocks'}; export is for decoder-only (or encoder-only) models."
+            f"{first!r} to {last!r} with {inner[:2] or 'no blocks'}; export is for models of one tower."
         )
     return TrainingLayout(
         data=solution.axes["data"],

@@ -1,7 +1,8 @@
 """Megatron-LM's command line (``megatron/training/arguments.py``): a plan as arguments, and arguments as a plan.
 
 Data parallelism has no argument: it is what remains of the world size. Unequal chunks are written as
-``--pipeline-model-parallel-layout``: chunks in model order, parted by ``|``; ``E`` embedding, ``t`` block (``t*3`` three),
+``--pipeline-model-parallel-layout``: chunks in model order, parted by ``|``; ``E`` embedding, ``t`` block (``t*3``
+three),
 ``L`` loss. ZeRO-1 is the distributed optimizer; ZeRO-2 and 3 are Megatron-FSDP's sharding strategies, which have no
 pipeline.
 """
@@ -94,7 +95,9 @@ def read_megatron(arguments: Sequence[str], *, num_devices: int) -> TrainingLayo
     )
     data, rest = divmod(num_devices, tensor * pipeline * context)
     if rest or data < 1:
-        raise InputError(f"tensor x pipeline x context must divide {num_devices}, but is {tensor * pipeline * context}.")
+        raise InputError(
+            f"tensor x pipeline x context must divide {num_devices}, but is {tensor * pipeline * context}."
+        )
     strategy = values["--data-parallel-sharding-strategy"] if "--use-megatron-fsdp" in flags else "no_shard"
     zero = next((stage for stage, name in _STRATEGIES.items() if name == strategy), 0)
     return TrainingLayout(

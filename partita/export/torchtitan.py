@@ -2,8 +2,8 @@
 
 Tensor parallelism there is always sequence parallel. The data axis is either replicated or fully sharded: parameters
 gathered again for the backward pass (ZeRO-3, ``fsdp_reshard_after_forward = "always"``) or kept after the forward pass
-(ZeRO-2, ``"never"``). With a pipeline, a rank's local batch is one step's micro-batches; without, gradients are accumulated
-until ``global_batch_size``. Chunks are lists of module names.
+(ZeRO-2, ``"never"``). With a pipeline, a rank's local batch is one step's micro-batches; without, gradients are
+accumulated until ``global_batch_size``. Chunks are lists of module names.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def to_torchtitan(layout: TrainingLayout) -> str:
     """
     if layout.zero == 1 and layout.data > 1:
         raise refuse(
-            "torchtitan", "ZeRO 0, 2 or 3", "ZeRO 1", "Plan with ScaleConstraints(zero=2), or zero=3 without a pipeline."
+            "torchtitan",
+            "ZeRO 0, 2 or 3",
+            "ZeRO 1",
+            "Plan with ScaleConstraints(zero=2), or zero=3 without a pipeline.",
         )
     if layout.tensor > 1 and not layout.sequence_parallel:
         raise refuse(
@@ -89,7 +92,9 @@ def read_torchtitan(text: str) -> TrainingLayout:
             sequence_parallel=tensor > 1,
         )
     except (tomllib.TOMLDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"a torchtitan configuration must be TOML with the entries of a plan, but {error!r}.") from error
+        raise InputError(
+            f"a torchtitan configuration must be TOML with the entries of a plan, but {error!r}."
+        ) from error
 
 
 def _modules(num_layers: tuple[int, ...]) -> list[list[str]]:

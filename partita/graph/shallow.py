@@ -3,8 +3,8 @@
 Members of a list of modules (`ModuleList`, `Sequential`, `ModuleDict`) are of one *kind* if they have equal classes,
 attributes, children and tensors' shapes. A copy of the module tree, which shares all tensors with the user's, keeps the
 first two members of each kind (and the last, if members know their own position), and is captured instead. The members
-kept of one kind must then run the same ops; where they do not, or the copy does not run, the whole model is captured and
-`ShallowCapture.reason` says why.
+kept of one kind must then run the same ops; where they do not, or the copy does not run, the whole model is captured
+and `ShallowCapture.reason` says why.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _patch_depth(model: nn.Module, old: int, new: int) -> None:
-    """Numbers named like a depth and equal to the list's length, in modules and in their plain configuration objects."""
+    """Numbers named like a depth and equal to the list's length, in modules and their plain configuration objects."""
     seen: set[int] = set()
     for module in model.modules():
         for holder in (module, *(value for value in module.__dict__.values() if hasattr(value, "__dict__"))):
@@ -261,8 +261,8 @@ def _differing(graph: Graph, lists: Sequence[Members]) -> str:
 def same_ops(first: Sequence[str], other: Sequence[str]) -> bool:
     """Whether two members run the same ops.
 
-    What adds up gradients may be fewer at the ends of a chain, and the first member may have fewer backward ops: a model's
-    inputs need no gradient.
+    What adds up gradients may be fewer at the ends of a chain, and the first member may have fewer backward ops: a
+    model's inputs need no gradient.
     """
     if list(first) == list(other):
         return True

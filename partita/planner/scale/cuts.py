@@ -1,8 +1,8 @@
 """Cutting the chain of pieces into stages: the cut whose busiest chunk is least busy, exactly, by parametric search.
 
 For a limit T, chunks are filled one after the other, each with as many pieces as its stage does within T; the least T
-for which the chain fits is found by bisection over T (Iqbal and Bokhari 1995; Pinar and Aykanat 2004, section 3). Stages
-of different kinds of devices have different times for the same piece.
+for which the chain fits is found by bisection over T (Iqbal and Bokhari 1995; Pinar and Aykanat 2004, section 3).
+Stages of different kinds of devices have different times for the same piece.
 """
 
 from __future__ import annotations

@@ -44,9 +44,7 @@ def _parts(op: Op, mode: FakeTensorMode, alias: dict[Value, Value]) -> list[Op] 
     if module is None:
         return None
     names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-    info = op.info and OpInfo(
-        flops=0, num_bytes=0, phase=op.info.phase, module=op.info.module, source=op.info.source
-    )
+    info = op.info and OpInfo(flops=0, num_bytes=0, phase=op.info.phase, module=op.info.module, source=op.info.source)
     inner = read_graph(
         module, inputs=dict(zip(names, op.inputs, strict=True)), prefix=f"{op.name}_", origin=op.origin, info=info
     )

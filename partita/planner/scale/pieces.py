@@ -237,7 +237,7 @@ def _boundary_shapes(
             continue
         for value in op.inputs:
             maker = owners[place[value.producer]] if value.producer is not None else 0
-            if isinstance(maker, str) and maker != reader and list_of[maker] == list_of[reader]:
-                if value.spec.dtype.is_floating_point:
-                    shapes.add(value.spec.shape)
+            passes = isinstance(maker, str) and maker != reader and list_of[maker] == list_of[reader]
+            if passes and value.spec.dtype.is_floating_point:
+                shapes.add(value.spec.shape)
     return frozenset(shapes)

@@ -11,10 +11,11 @@ their ways are the placements in which they may lie.
     have         z[v,f,p,q] <= sum of x[o,w] over ways of v's maker that give p
     need         sum_p z[v,f,p,q] >= sum of x[o,w] over ways of one reader that want v in q      for every reader
 
-``work`` is the roofline time at the rates below, for ``1/size`` of the op where the way cuts something; ``convert`` that
+``work`` is the roofline time at the rates below, for ``1/size`` of the op where the way cuts something; ``convert``
+that
 of the ring algorithm (`partita.cost.collectives`). A parameter that every worker holds whole costs what keeping it in
-shares and gathering it at every use would cost (two gathers, one reduce-scatter), times `WHOLE_PRICE`: it is the purpose
-of the tensor axis to hold shares. On the context axis all parameters are whole, and boundary values are cut.
+shares and gathering it at every use would cost (two gathers, one reduce-scatter), times `WHOLE_PRICE`: it is the
+purpose of the tensor axis to hold shares. On the context axis all parameters are whole, and boundary values are cut.
 
 A value is converted once in each phase: what the backward pass needs gathered is gathered again rather than kept, as in
 Korthikanti et al. 2022, section 4.2.2. The two all-reduces (or gather and scatter pairs) for each layer of Megatron-LM
@@ -35,9 +36,9 @@ from partita.errors import InfeasibleError
 from partita.graph.graph import Phase
 from partita.planner.scale.rows import PartsOf
 from partita.planner.scale.ways import (
+    Lay,
     P,
     R,
-    Lay,
     Sized,
     Way,
     conversion,
@@ -281,7 +282,7 @@ class _Programme:
         for value in self.problem.boundary_out:
             self._reader(value, made_in[value], {lay: [variable] for lay, variable in chosen.items()})
         for value in self.problem.sums:
-            ready = {R: [self._variable(0.0)], P: [self._variable(0.0)]}
+            ready: dict[Lay, list[int]] = {R: [self._variable(0.0)], P: [self._variable(0.0)]}
             self._choose([variables[0] for variables in ready.values()])
             self._reader(value, made_in[value], ready)
         return chosen
@@ -321,7 +322,7 @@ class _Programme:
         model.a_matrix_.start_ = np.cumsum([0, *(len(row[0]) for row in self.rows)])
         model.a_matrix_.index_ = np.array([item for row in self.rows for item in row[0]])
         model.a_matrix_.value_ = np.array([item for row in self.rows for item in row[1]])
-        solver = highspy.Highs()
+        solver = highspy.Highs()  # type: ignore[no-untyped-call]
         solver.silent()
         solver.setOptionValue("threads", 1)
         solver.setOptionValue("time_limit", _TIME_LIMIT_S)
@@ -360,7 +361,9 @@ class _Programme:
         lays.update(dict.fromkeys(problem.boundary, boundary))
         conversions = _conversions(problem, ways, lays, boundary)
         cost += sum(turn_s(problem, c.value, c.source, c.target) for c in conversions)
-        return Chosen(tuple(problem.ops), tuple(problem.phases), ways, lays, conversions, boundary, cost, min(bound_s, cost))
+        return Chosen(
+            tuple(problem.ops), tuple(problem.phases), ways, lays, conversions, boundary, cost, min(bound_s, cost)
+        )
 
 
 def _conversions(
@@ -380,7 +383,9 @@ def _conversions(
     for value, gradient in problem.parameters.items():
         if gradient is not None and not (lays[value] == R and lays.get(gradient) == P):
             need(gradient, lays[value], Phase.BACKWARD)
-    made_in = {v: phase for op, phase in zip(problem.ops, problem.phases, strict=True) for v in op.outputs if v is not None}
+    made_in = {
+        v: phase for op, phase in zip(problem.ops, problem.phases, strict=True) for v in op.outputs if v is not None
+    }
     for value in problem.boundary_out:
         need(value, boundary, made_in[value])
     for value in problem.sums:

@@ -1,6 +1,6 @@
 """Planning at scale: from a model on ``meta`` and a described cluster of 8 to 100,000 GPUs to a `ScaleSolution`.
 
-    capture few blocks -> pieces -> placements per axis (exact) -> works -> search over degrees -> solution
+capture few blocks -> pieces -> placements per axis (exact) -> works -> search over degrees -> solution
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class ScalePlanner:
         model: any ``nn.Module``, best on ``meta``; neither changed nor copied.
         loss_fn: ``loss_fn(model, batch)`` -> scalar.
         batch: the global batch; only its shapes count (``meta`` will do). Dim 0 holds the samples.
-        optimizer: an optimizer, or the name of its class ("AdamW"); None: mixed precision with Adam as Megatron-LM keeps
+        optimizer: an optimizer, or the name of its class ("AdamW"); None: mixed precision with Adam as Megatron-LM
+        keeps
             it (18 bytes for each parameter: `partita.planner.scale.step.State`).
         state: bytes kept for each parameter, if they are neither.
 
@@ -113,9 +114,7 @@ class ScalePlanner:
             recompute=best.remat,
             zero=best.zero,
             sequence_parallel=best.family.sequence_parallel,
-            placements={
-                self.model.parameter_name(node): lay_text(lay) for node, lay in layout.parameter_lays.items()
-            },
+            placements={self.model.parameter_name(node): lay_text(lay) for node, lay in layout.parameter_lays.items()},
             activations=lay_text(layout.boundary),
             step_time_s=best.prediction.step_time_s,
             parts_s=best.prediction.parts,
@@ -155,7 +154,9 @@ class ScalePlanner:
         )
         idle = fabric.num_gpus - best.degrees.num_devices
         if idle:
-            reasons.append(f"{idle} of {fabric.num_gpus} devices idle: a batch of {self.batch_size} is not divided better")
+            reasons.append(
+                f"{idle} of {fabric.num_gpus} devices idle: a batch of {self.batch_size} is not divided better"
+            )
         if self.model.reason:
             reasons.append(f"captured whole: {self.model.reason}")
         reasons.append(
@@ -192,7 +193,9 @@ def replan(
         InputError: ``previous`` was read from a file, so that its captures are gone.
     """
     if not isinstance(previous.planner, ScalePlanner):
-        raise InputError("replan needs a solution that plan_at_scale made in this process; make it again from the model.")
+        raise InputError(
+            "replan needs a solution that plan_at_scale made in this process; make it again from the model."
+        )
     return previous.planner.plan(cluster, constraints)
 
 

@@ -1,10 +1,14 @@
 """The search for the fastest way to train a cut model on a fabric: best first over families, then over their corners.
 
-Families (t, c, b) are priced once each, sequence-parallel where the boundary can be cut. A family's bound is ``B W / (b N / (t c))``: no pipeline, no
-exchange of gradients, all devices busy. Families are opened in the order of their bounds; of an opened family all corners
-are estimated and bounded at once (`partita.planner.scale.space`); the most promising whose estimated memory fits are cut
+Families (t, c, b) are priced once each, sequence-parallel where the boundary can be cut. A family's bound is ``B W /
+(b N / (t c))``: no pipeline, no
+exchange of gradients, all devices busy. Families are opened in the order of their bounds; of an opened family all
+corners
+are estimated and bounded at once (`partita.planner.scale.space`); the most promising whose estimated memory fits are
+cut
 into stages (`partita.planner.scale.cuts`) and priced exactly (`partita.planner.scale.step`). The search ends when no
-family and no corner is left whose bound is below the best step time times ``1 - tolerance``, or after `MOST_PRICED` exact
+family and no corner is left whose bound is below the best step time times ``1 - tolerance``, or after `MOST_PRICED`
+exact
 prices. The bound that the solution reports is the least of all corners' bounds whose least memory fits, priced or not.
 """
 
@@ -28,7 +32,7 @@ from partita.planner.scale.step import Degrees, Remat, State, StepPrediction, pr
 from partita.planner.scale.works import WorkMaker
 from partita.units import GIB
 
-MOST_PRICED = 12  # exact prices of one search
+MOST_PRICED = 8  # exact prices of one search
 MOST_OF_FAMILY = 6
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 CONTEXTS = (1, 2, 4, 8, 16, 32)
@@ -106,7 +110,13 @@ class Searcher:
 
         def price(chunk: list[tuple[LayerWork, int]], remat: Remat) -> float:
             parts = predict_step(
-                [chunk], degrees, fabric, num_microbatches=1, remat=remat, state=self.state, calibration=self.calibration
+                [chunk],
+                degrees,
+                fabric,
+                num_microbatches=1,
+                remat=remat,
+                state=self.state,
+                calibration=self.calibration,
             ).parts
             return parts["compute"] + parts["exchange"]
 
@@ -172,7 +182,7 @@ class _Search:
             _, _, item = heapq.heappop(corner_heap)
             if item[3] < best_s:
                 self._price(*item[:3])
-        for bound, _, family in heap:  # families that were not opened bound the rest
+        for bound, _, _ in heap:  # families that were not opened bound the rest
             self.bound_s = min(self.bound_s, bound)
         if self.best is None:
             raise InfeasibleError(self._nothing_fits())
@@ -220,18 +230,14 @@ class _Search:
         replicas = self.fabric.num_gpus / (family.tensor * family.context)
         return self.searcher.batch / family.micro_batch * min(family.total_s.values()) / replicas
 
-    def _open(
-        self, family: Family
-    ) -> Iterator[tuple[float, tuple[Family, Remat, tuple[int, int, int, int], float]]]:
+    def _open(self, family: Family) -> Iterator[tuple[float, tuple[Family, Remat, tuple[int, int, int, int], float]]]:
         """The most promising corners of a family: (estimate, (family, remat, degrees and ZeRO, bound))."""
         fixed = self.constraints
         columns = self._columns(family)
         for remat in REMATS if fixed.recompute is None else (fixed.recompute,):
             if remat == "selective" and family.total_s["selective"] == family.total_s["none"]:
                 continue
-            table = corners(
-                family, remat, columns=columns, state=self.searcher.state, overlap=self._overlap
-            )
+            table = corners(family, remat, columns=columns, state=self.searcher.state, overlap=self._overlap)
             self.num_corners += len(table.pipeline)
             possible = table.least_memory_bytes <= self.most_limit
             if possible.any():
@@ -261,7 +267,9 @@ class _Search:
                 context=family.context,
                 micro_batch=family.micro_batch,
                 num_blocks=blocks,
-                pipelines=[fixed.pipeline] if fixed.pipeline else stage_numbers(fabric.num_gpus // group, max(blocks, 1)),
+                pipelines=[fixed.pipeline]
+                if fixed.pipeline
+                else stage_numbers(fabric.num_gpus // group, max(blocks, 1)),
                 virtuals=[fixed.virtual] if fixed.virtual else [1] if several else VIRTUALS,
                 datas=[fixed.data] if fixed.data else None,
                 zeros=[fixed.zero] if fixed.zero is not None else None,
@@ -275,7 +283,11 @@ class _Search:
         if key not in self._exchanges:
             ranks = replicas * family.context
             one = channel(
-                self.fabric, self.searcher.calibration, num_ranks=ranks, stride=family.tensor, span=ranks * family.tensor
+                self.fabric,
+                self.searcher.calibration,
+                num_ranks=ranks,
+                stride=family.tensor,
+                span=ranks * family.tensor,
             )
             fixed_s = one.collective_s("reduce_scatter", 0.0)
             unit = 1e9

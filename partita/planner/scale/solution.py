@@ -1,4 +1,4 @@
-"""`ScaleSolution`: how a model is to be trained on a cluster, without programs: degrees, stages, micro-batches, memory."""
+"""`ScaleSolution`: how to train a model on a cluster, without programs: degrees, stages, micro-batches, memory."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from partita.graph.graph import Phase
 from partita.planner.scale.pieces import CutModel, Piece
 from partita.planner.scale.placements import Chosen, Conversion, Problem, solve
 from partita.planner.scale.rows import inside_rows, row_dims
-from partita.planner.scale.ways import PLAIN, R, Lay, Sized, Way, is_float, sized_rules, whole_bytes
+from partita.planner.scale.ways import PLAIN, Lay, R, Sized, Way, is_float, sized_rules, whole_bytes
 from partita.sharding.calls import Op, Value
 
 
@@ -125,8 +125,7 @@ class PieceSolver:
         if key not in self._rules:
             dims = row_dims(op, other)
             found = (
-                inside_rows(rule, dims, self.model.rows[0])
-                for rule in sized_rules(op.call, context=axis == "context")
+                inside_rows(rule, dims, self.model.rows[0]) for rule in sized_rules(op.call, context=axis == "context")
             )
             self._rules[key] = tuple(dict.fromkeys(rule for rule in found if rule is not None))
         return self._rules[key]

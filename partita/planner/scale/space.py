@@ -1,18 +1,19 @@
 """The space that `partita.planner.scale.search` searches, and estimates and bounds for all of it at once.
 
-A *family* fixes tensor degree t, context degree c, samples b of a micro-batch, and whether blocks end sequence-parallel; its
-pieces have one price each. A *corner* of a family fixes also p stages of v chunks, d replicas, recomputation, ZeRO stage.
+A *family* fixes tensor degree t, context degree c, samples b of a micro-batch, and whether blocks end
+sequence-parallel; its pieces have one price each. A *corner* of a family fixes also p stages of v chunks, d replicas,
+recomputation and ZeRO stage.
 
-With N devices, B samples in a step, m = B / (d b) micro-batches, and W seconds for one micro-batch through all pieces
-(forward and backward, without pipeline), for any cut of the chain into stages with times ``w_s``, sum ``w_s = W``:
+With N devices, B samples in a step, m = B / (d b) micro-batches, Q parameters, and W seconds for one micro-batch
+through all n blocks (forward and backward), for any cut of the chain into stages with times ``w_s``, ``sum w_s = W``:
 
-    start + work + end of stage s:   step >= sum_{i<s} w_i + m w_s                       (v = 1)
-    smallest when equal for all s:   step >= W / (1 - (1 - 1/m)^p)                       (v = 1)
-    busiest stage:                   step >= m max(W / p, ceil(n / p) w_min)             (any v; n blocks of w_min or more)
-    exchange (ZeRO 2 and 3):         step >= m (bytes moved of Q / p parameters) / rate
-    update:                          + update bytes of Q / p / shards parameters over memory bandwidth
+    stage s starts, works, ends   step >= sum_{i<s} w_i + m w_s                  (v = 1)
+    least when equal for all s    step >= W / (1 - (1 - 1/m)^p)                  (v = 1)
+    busiest stage                 step >= m max(W / p, ceil(n / p) w_min)        (any v)
+    exchanges of ZeRO 2 and 3     step >= m (bytes moved of Q / p parameters) / rate
+    update                        + update bytes of Q / p / shards parameters / memory bandwidth
 
-The estimates with which corners are ordered: ``(m - 1) w_max + W`` for 1F1B and ``m w_max + (p - 1) w_max / v`` interleaved
+The estimates by which corners are ordered: ``(m - 1) w_max + W`` for 1F1B, ``m w_max + (p - 1) w_max / v`` interleaved
 (Narayanan et al. 2021, section 2.2), with ``w_max`` of ``ceil(n / (p v))`` blocks a chunk.
 """
 
@@ -35,7 +36,8 @@ VIRTUALS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 class Family:
     """Prices of one family: per piece and kind of recomputation, seconds of one micro-batch.
 
-    `times_s[remat]` has one entry per piece of the chain's alphabet; `total_s[remat]` is the chain's, priced as a whole.
+    `times_s[remat]` has one entry per piece of the chain's alphabet; `total_s[remat]` is the chain's, priced as a
+    whole.
     """
 
     tensor: int
@@ -71,17 +73,19 @@ class Corners:
 
 
 def stage_numbers(most: int, num_blocks: int) -> list[int]:
-    """Numbers of stages worth trying: all small ones, divisors of the blocks (and with embedding and head), round ones."""
+    """Numbers of stages worth trying: small ones, divisors of the blocks (and with embedding and head), round ones."""
     most = min(most, num_blocks)
     total = (num_blocks, num_blocks + 1, num_blocks + 2)
     return [
-        p for p in range(1, most + 1) if p <= 8 or any(n % p == 0 for n in total) or p % 8 == 0 or (p <= 32 and p % 2 == 0)
+        p
+        for p in range(1, most + 1)
+        if p <= 8 or any(n % p == 0 for n in total) or p % 8 == 0 or (p <= 32 and p % 2 == 0)
     ]
 
 
 @functools.lru_cache(maxsize=100_000)
 def shares_of_batch(batch: int, micro_batch: int, most: int) -> tuple[int, ...]:
-    """Numbers of replicas that divide the batch into whole micro-batches: the two largest up to ``most``, and, where the
+    """Numbers of replicas that divide the batch into whole micro-batches: the two largest up to ``most``; where the
     batch is smaller than that, those that leave 2, 4, .. 32 micro-batches (fewer devices may be faster)."""
     if batch % micro_batch or most < 1:
         return ()
@@ -111,7 +115,7 @@ def enumerated(
     zeros: Sequence[int] | None,
     exchange: Callable[[int], tuple[float, float]],
 ) -> np.ndarray:
-    """Columns of all corners of families of ``group`` devices a replica and stage: stages, chunks a stage, replicas, ZeRO
+    """Columns of all corners of families of ``group`` devices for a replica's stage: stages, chunks, replicas, ZeRO
     stage, micro-batches, and seconds for each byte, and besides, of a reduce-scatter over the replicas."""
     rows = []
     for p in pipelines:
@@ -165,7 +169,9 @@ def corners(
         tail = np.where(z == 2, state.weight_bytes, 2 * state.exchange_bytes) * (z <= 2) * share_q * byte_s + fixed_s
         tail = np.maximum(tail - overlap * 0.6 * busiest, 0.05 * tail) * (d * family.context > 1)
         send = np.where(p > 1, 2 * family.send_bytes / family.send_bytes_per_s, 0.0)
-        whole = np.where(v == 1, (m - 1) * busiest + total_s + p * (busiest - work), m * busiest + (p - 1) * busiest / v)
+        whole = np.where(
+            v == 1, (m - 1) * busiest + total_s + p * (busiest - work), m * busiest + (p - 1) * busiest / v
+        )
         filled = np.where(m > 1, total_s / -np.expm1(p * np.log1p(-1 / np.maximum(m, 1.0000001))), total_s)
         low = m * np.maximum(np.maximum(total_s / p, least_fetch), np.ceil(n / p) * least if n else 0.0)
         shards = d * family.context
@@ -218,7 +224,8 @@ def _memory(
     head = gap_works[-1].temporary_bytes + gap_works[-1].saved_bytes if gap_works else 0.0
     last_flight = np.where(v > 1, np.minimum(m * v, (v - 1) * p + 1) / v, 1.0)
     last = per_parameter * (layers * block_q + last_q) + layers * block_a * last_flight + head + fetched
-    # Of any cut: sum_s L_s = n blocks with L_s (q + a f_s) <= M for every stage gives M >= n / sum_s 1 / (q + a f_s); the
+    # Of any cut: sum_s L_s = n blocks with L_s (q + a f_s) <= M for every stage gives M >= n / sum_s 1 / (q + a f_s);
+    # the
     # sum over s of a convex function is at most the integral around the middles (Hermite and Hadamard).
     q = per_parameter * block_q
     a = max(block_a, 1.0)

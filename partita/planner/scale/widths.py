@@ -1,8 +1,9 @@
 """Plans of one architecture at any width, from captures at two widths.
 
-Every extent of a captured op is taken as an affine function of the width for fixed rows, and of the rows for fixed width;
-a third capture checks the fit. Ops and placements are those of the first width; a degree whose shares are not whole at the
-width asked for is refused. So a plan at a new width captures nothing and solves no programme.
+Every extent of a captured op is taken as an affine function of the width for fixed rows, and of the rows for fixed
+width;
+a third capture checks the fit. Ops and placements are those of the first width; a degree whose shares are not whole
+at the width asked for is refused. So a plan at a new width captures nothing and solves no programme.
 """
 
 from __future__ import annotations
@@ -57,8 +58,10 @@ class WidthPlanner:
         for other, width in zip(planners[1:], widths[1:], strict=True):
             names = [op.call.name for op in other.model.programs[0].ops]
             if names != [op.call.name for op in keys.ops] or len(other.model.chain) != len(self.base.model.chain):
-                raise InputError(f"only extents may depend on the width, but the ops at {width} are not those at {widths[0]}.")
-        fits = [fitted(keys, *one.model.programs[:2], one.model.rows) for one in planners]
+                raise InputError(
+                    f"only extents may depend on the width, but the ops at {width} are not those at {widths[0]}."
+                )
+        fits = [fitted(keys, one.model.programs[0], one.model.programs[1], one.model.rows) for one in planners]
         self._narrow, self._wide = fits[0], fits[1]
         self._check(fits[2])
 
@@ -68,16 +71,14 @@ class WidthPlanner:
             ours = (*predicted[value][0], *predicted[value][1])
             if any(abs(a - b) > 1e-6 * max(1.0, abs(b)) for a, b in zip(ours, (*base, *slopes), strict=True)):
                 raise InputError(
-                    f"every extent must be affine in the width, but {value.name} is {tuple(base)} at width {self.widths[2]}, "
+                    f"every extent must be affine in the width, but at {self.widths[2]} {value.name} is {tuple(base)}, "
                     f"not {tuple(predicted[value][0])}. Plan such a model anew for each width."
                 )
 
     def _share(self, width: int) -> float:
         return (width - self.widths[0]) / (self.widths[1] - self.widths[0])
 
-    def plan(
-        self, width: int, cluster: Cluster | Fabric, constraints: ScaleConstraints | None = None
-    ) -> ScaleSolution:
+    def plan(self, width: int, cluster: Cluster | Fabric, constraints: ScaleConstraints | None = None) -> ScaleSolution:
         """The fastest way to train the model of ``width`` on ``cluster``.
 
         Raises:

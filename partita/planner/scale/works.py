@@ -9,7 +9,8 @@ attention (half the products if causal; 2.5 times as many backward, since scores
 appendix B), and passes over memory. Chains of element-wise ops are one pass: what lies between them is never stored.
 
 Kept for the backward pass: every value made in the forward pass that a backward op of the piece reads (views count
-as what they view; weights and values shared by all blocks do not count). With selective recomputation what only passes over
+as what they view; weights and values shared by all blocks do not count). With selective recomputation what only
+passes over
 memory, and products of two activations, runs again: kept are inputs of those (Korthikanti et al. 2022, section 5).
 """
 
@@ -28,7 +29,7 @@ from partita.graph.graph import Phase
 from partita.planner.scale.pieces import CutModel, Piece
 from partita.planner.scale.placements import Conversion
 from partita.planner.scale.solve_pieces import Layout, PieceSolver
-from partita.planner.scale.ways import R, Lay, Way, conversion, is_attention, is_view
+from partita.planner.scale.ways import Lay, R, Way, conversion, is_attention, is_view
 from partita.sharding.calls import Op, Program, Value
 from partita.sharding.rules_pointwise import is_pointwise
 
@@ -153,6 +154,7 @@ class WorkMaker:
             Phase.BACKWARD: [(place, ops[place]) for place in piece.backward],
         }
         made = {v for _, op in of_phase[Phase.FORWARD] for v in op.outputs if v is not None}
+
         def whole(value: Value) -> float:
             return self.num_bytes(value, (), rows)
 
