@@ -253,7 +253,7 @@ def _differing(graph: Graph, lists: Sequence[Members]) -> str:
         for kind in sorted(set(members.kinds)):
             paths = members.captured_of(kind)
             for path in paths[1:]:
-                if not same_ops(ops[path], ops[paths[0]]):
+                if not same_ops(ops[paths[0]], ops[path]):
                     return f"'{members.captured[paths[0]]}' and '{members.captured[path]}'"
     return ""
 

@@ -36,8 +36,10 @@ def layouts(draw: st.DrawFn) -> TrainingLayout:
     tensor = draw(degree)
     return TrainingLayout(
         data=data, tensor=tensor, pipeline=pipeline, context=draw(degree), num_layers=layers, micro_batch=micro,
-        global_batch=data * micro * draw(st.integers(1, 6)), recompute=draw(st.sampled_from(["none", "selective", "full"])),
-        zero=draw(st.sampled_from([0, 1, 2, 3])) if data > 1 else 0, sequence_parallel=tensor > 1 and draw(st.booleans()),
+        global_batch=data * micro * draw(st.integers(1, 6)),
+        recompute=draw(st.sampled_from(["none", "selective", "full"])),
+        zero=draw(st.sampled_from([0, 1, 2, 3])) if data > 1 else 0,
+        sequence_parallel=tensor > 1 and draw(st.booleans()),
     )  # fmt: skip
 
 
@@ -72,8 +74,8 @@ def test_deepspeed_reads_back(layout: TrainingLayout) -> None:
 
 def test_words_of_the_engines() -> None:
     layout = TrainingLayout(
-        data=2, tensor=4, pipeline=2, context=1, num_layers=(3, 2, 2, 1), micro_batch=1, global_batch=8, recompute="full",
-        zero=1, sequence_parallel=True,
+        data=2, tensor=4, pipeline=2, context=1, num_layers=(3, 2, 2, 1), micro_batch=1, global_batch=8,
+        recompute="full", zero=1, sequence_parallel=True,
     )  # fmt: skip
     arguments = to_megatron(layout)
     assert arguments[arguments.index("--pipeline-model-parallel-layout") + 1] == "Et*3|t*2|t*2|t*1L"

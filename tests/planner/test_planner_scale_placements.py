@@ -13,7 +13,7 @@ from partita.graph.graph import Phase
 from partita.planner.scale.placements import Problem, _conversions, solve, turn_s, work_s
 from partita.planner.scale.plan import ScalePlanner
 from partita.planner.scale.solve_pieces import Layout
-from partita.planner.scale.ways import R, conversion, lay_text, ways_of
+from partita.planner.scale.ways import R, conversion, is_attention, lay_text, ways_of
 from tests.planner import scale_models as models
 
 
@@ -48,8 +48,11 @@ def test_columns_then_rows_come_out_for_a_transformer_block(gpt: ScalePlanner, s
 
 def test_heads_that_do_not_divide_are_not_cut() -> None:
     planner = ScalePlanner(*models.gpt(hidden=384, heads=3))
-    found = texts(planner, planner.maker.solver.layout(4, sequence=False))
-    assert found["blocks.*.up.weight"] == "S(0)" and found["blocks.*.qkv.weight"] != "S(0 in 3 parts)"
+    layout = planner.maker.solver.layout(4, sequence=False)
+    assert texts(planner, layout)["blocks.*.up.weight"] == "S(0)"
+    ops = planner.model.programs[0].ops
+    attention = [way for place, way in layout.ways.items() if is_attention(ops[place].call)]
+    assert attention and all(lay in (None, R) or lay[0] != 1 for way in attention for lay in way.inputs)
 
 
 def test_boundary_that_cannot_be_cut_is_refused(gpt: ScalePlanner) -> None:
@@ -71,7 +74,8 @@ def problems(planner: ScalePlanner, size: int) -> list[Problem]:
         last = [value for value in ops[-1].outputs if value is not None]
         found.append(
             Problem(
-                size=size, ops=ops, phases=[Phase.FORWARD] * 4, rules=[solver.rules(place, "tensor") for place in places],
+                size=size, ops=ops, phases=[Phase.FORWARD] * 4,
+                rules=[solver.rules(place, "tensor") for place in places],
                 parameters={}, boundary=(), boundary_out=(), free=[v for v in read if v.producer not in inside],
                 sums=last[:1], boundary_lays=[R], num_bytes=solver._num_bytes, flops=solver._flops,
             )

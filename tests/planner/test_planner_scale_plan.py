@@ -7,16 +7,16 @@ import itertools
 import pytest
 import torch
 
+from benchmarks.families.scale import Gpt
 from partita.cluster.model import Cluster
+from partita.cluster.presets import GPU_KINDS
 from partita.cost.kernels import Kernel
 from partita.cost.networks import Fabric, NodeGroup
-from partita.cluster.presets import GPU_KINDS
 from partita.errors import InfeasibleError, InputError
 from partita.planner.scale.plan import ScalePlanner, plan_at_scale, replan, state_of
 from partita.planner.scale.solution import ScaleConstraints, ScaleSolution
 from partita.planner.scale.transformer import Split, Transformer, chunks_of
 from partita.planner.scale.widths import WidthPlanner
-from benchmarks.families.scale import Gpt
 from tests.planner import scale_models as models
 
 
@@ -68,7 +68,9 @@ def test_work_of_a_captured_block_is_that_of_the_described_transformer() -> None
         reference = chunks_of(described, split, num_chunks=4)[1][0][0]
         block = next(work for work in works if work.name.startswith("blocks"))
         for ours, theirs in ((block.forward, reference.forward), (block.backward, reference.backward)):
-            flops = [sum(item.flops * item.count for item in items if isinstance(item, Kernel)) for items in (ours, theirs)]
+            flops = [
+                sum(item.flops * item.count for item in items if isinstance(item, Kernel)) for items in (ours, theirs)
+            ]
             assert flops[0] == pytest.approx(flops[1], rel=1e-3)
         assert block.parameter_elements == pytest.approx(reference.parameter_elements, rel=1e-2)
         assert block.saved_bytes == pytest.approx(reference.saved_bytes, rel=0.05)
@@ -86,16 +88,16 @@ def test_presets_are_clusters_too(gpt: ScalePlanner) -> None:
 
 
 def test_slower_machines_get_fewer_layers(gpt: ScalePlanner) -> None:
-    mixed = Fabric(groups=(NodeGroup.of(GPU_KINDS["H100"], 8), NodeGroup.of(GPU_KINDS["V100-32"], 8)))
+    mixed = Fabric(groups=(NodeGroup.of(GPU_KINDS["H100"], 8), NodeGroup.of(GPU_KINDS["A100-40"], 8)))
     planner = ScalePlanner(*models.gpt(layers=16))
-    solution = planner.plan(mixed, ScaleConstraints(pipeline=2, tensor=1))
+    solution = planner.plan(mixed, ScaleConstraints(pipeline=2, tensor=1, data=8))
     check(solution)
-    assert solution.stage_kinds == ("H100", "V100-32") and solution.num_layers[0] > solution.num_layers[1]
+    assert solution.stage_kinds == ("H100", "A100-40") and solution.num_layers[0] > solution.num_layers[1]
 
 
 def test_what_does_not_fit_says_by_how_much() -> None:
     with pytest.raises(InfeasibleError, match=r"GiB of .* GiB .* more memory"):
-        plan_at_scale(*models.gpt(layers=64, hidden=8192, heads=64), None, models.fabric("T4", 2))
+        plan_at_scale(*models.gpt(layers=64, hidden=8192, heads=64), None, models.fabric("A100-40", 2))
 
 
 def test_widths_that_were_not_captured() -> None:
