@@ -82,7 +82,6 @@ def _base_kind(text: str) -> GpuKind:
     plain = re.sub(r"[^A-Z0-9]", "", text.upper().partition("(")[0])
     plain = re.sub(r"^(NVIDIA|AMD|TESLA|GEFORCE|QUADRO|INSTINCT|HGX|DGX)+", "", plain)
     matches = [key for key in GPU_KINDS if re.sub(r"[^A-Z0-9]", "", key.split("-")[0].upper()) in plain]
-    matches += ["TITAN-X"] if "TITANX" in plain else []
     if not matches:
         known = ", ".join(sorted({key.split("-")[0] for key in GPU_KINDS}))
         raise ClusterError(f"the GPU must be one of {known}, but the text is {text!r}.")

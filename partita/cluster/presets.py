@@ -157,7 +157,7 @@ GPU_KINDS: dict[str, GpuKind] = {
                   memory_gb_per_s=732, link_gb_per_s=80, network_gbit_per_s=100, cores=5, host_gib=64,
                   generation="pascal", processors=56, power_w=300),
     # NVIDIA TITAN X (Pascal, 2016): 11 TF FP32, 12 GB at 480 GB/s, PCIe 3.0 x16; products in FP16 run at FP32's rate.
-    "TITAN-X": _kind("TITAN-X", memory_gib=11, tflops={"float32": 10.97, "float16": 10.97}, memory_gb_per_s=480,
+    "TITANX": _kind("TITANX", memory_gib=11, tflops={"float32": 10.97, "float16": 10.97}, memory_gb_per_s=480,
                      link_gb_per_s=15.75, network_gbit_per_s=40, cores=8, host_gib=64, generation="pascal",
                      processors=28, per_machine=1, power_w=250),
     # NVIDIA RTX 2080 Ti (Turing whitepaper): 13.4 TF FP32, 53.8 FP16 with FP32 sums, 11 GB at 616 GB/s, PCIe 3.0.
@@ -230,7 +230,7 @@ GPU_KINDS: dict[str, GpuKind] = {
                     cores=24, host_gib=256, generation="cdna3", processors=304, power_w=750),
 }  # fmt: skip
 ALIASES = {"V100": "V100-16", "A100": "A100-80", "V100-16GB": "V100-16", "V100-32GB": "V100-32",
-           "A100-40GB": "A100-40", "A100-80GB": "A100-80", "TITANX": "TITAN-X"}  # fmt: skip
+           "A100-40GB": "A100-40", "A100-80GB": "A100-80", "TITAN-X": "TITANX"}  # fmt: skip
 
 # A described CPU core, until `partita profile` measured a real one: 3.0 GHz x 8 float32 lanes (AVX2) x 2 FMA units x 2
 # FLOP = 96 GFLOP/s at the peak (Agner Fog, "Instruction tables": two 256-bit FMAs a cycle since Haswell and Zen 2).
@@ -240,6 +240,16 @@ CPU_FLOPS_PER_S_PER_CORE = 96e9
 CPU_MEMORY_BYTES_PER_S_PER_CHANNEL = 25.6e9
 CPU_CORES_PER_CHANNEL = 8
 CPU_MEMORY_BYTES_PER_CORE = 4 * 2**30  # the "general purpose" ratio of cloud hosts
+# Processors by name, one in each machine: cores, float32 FLOP/s of one core at base frequency (32 FLOP a cycle with two
+# 256-bit FMA units or four of 128 bits, 64 with two of 512), bytes/s of all memory channels. Sources: AMD's and
+# Intel's product pages, NVIDIA's Grace datasheet.
+CPU_KINDS: dict[str, tuple[int, float, float]] = {
+    "EPYC-7763": (64, 2.45e9 * 32, 204.8e9),  # 8 channels of DDR4-3200
+    "EPYC-9654": (96, 2.4e9 * 32, 460.8e9),  # 12 channels of DDR5-4800; 512-bit operations take two cycles
+    "XEON-8380": (40, 2.3e9 * 64, 204.8e9),  # 8 channels of DDR4-3200
+    "XEON-8480": (56, 2.0e9 * 64, 307.2e9),  # 8480+: 8 channels of DDR5-4800
+    "GRACE": (72, 3.1e9 * 32, 500e9),  # LPDDR5X
+}
 CPU_NETWORK = Link(bytes_per_s=10e9 / 8, latency_s=5e-5)  # 10 Gbit/s Ethernet (IEEE 802.3ae); TCP round trips of 100 us
 # gloo over the loopback interface: the order of magnitude of one TCP stream, until `partita profile` measured it.
 LOOPBACK = Link(bytes_per_s=2e9, latency_s=3e-5)
@@ -269,6 +279,8 @@ def preset(name: str) -> Cluster:
     cpu = re.fullmatch(r"cpu-(\d+)", kind, flags=re.IGNORECASE)
     if cpu is not None:
         return _cpu_cluster(name, machine_count, process_count, int(cpu[1]))
+    if kind.upper() in CPU_KINDS:
+        return _cpu_cluster(name, machine_count, process_count, *CPU_KINDS[kind.upper()])
     found = find_kind(kind)
     if found is None:
         raise ClusterError(_unknown(name, kind))
@@ -307,7 +319,14 @@ def gpu_by_name(driver_name: str, memory_bytes: int) -> GpuKind | None:
     return min(matches, key=lambda kind: abs(kind.gpu.memory_bytes - memory_bytes), default=None)
 
 
-def _cpu_cluster(name: str, num_machines: int, num_processes: int, num_cores: int) -> Cluster:
+def _cpu_cluster(
+    name: str,
+    num_machines: int,
+    num_processes: int,
+    num_cores: int,
+    flops_per_s: float = CPU_FLOPS_PER_S_PER_CORE,
+    memory_bytes_per_s: float | None = None,
+) -> Cluster:
     from partita.cluster.model import Cluster
 
     if num_cores < num_processes:
@@ -320,8 +339,8 @@ def _cpu_cluster(name: str, num_machines: int, num_processes: int, num_cores: in
         cores=tuple(range(num_cores)),
         memory_bytes=num_cores * CPU_MEMORY_BYTES_PER_CORE,
         numa_nodes=(tuple(range(num_cores)),),
-        flops_per_s_per_core=CPU_FLOPS_PER_S_PER_CORE,
-        memory_bytes_per_s=_memory_rate(num_cores),
+        flops_per_s_per_core=flops_per_s,
+        memory_bytes_per_s=memory_bytes_per_s or _memory_rate(num_cores),
     )
     return Cluster(
         machines=_named(machine, num_machines),
@@ -358,11 +377,11 @@ def _processes(machine: Machine, num_machines: int, per_machine: int) -> tuple[P
 
 
 def _unknown(name: str, kind: str) -> str:
-    known = [*GPU_KINDS, *ALIASES, "cpu-16"]
+    known = [*GPU_KINDS, *ALIASES, *CPU_KINDS, "cpu-16"]
     upper = {key.upper(): key for key in known}
     near = difflib.get_close_matches(kind.upper(), list(upper), n=3, cutoff=0.4)
     nearest = ", ".join(repr(upper[key]) for key in near) or "none is close"
     return (
         f"unknown preset {name!r}: there is no kind {kind!r}. Nearest: {nearest}. Known kinds: {', '.join(GPU_KINDS)}, "
-        f"cpu-N. The grammar is {GRAMMAR}."
+        f"{', '.join(CPU_KINDS)}, cpu-N. The grammar is {GRAMMAR}."
     )

@@ -13,7 +13,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from partita.cache import cache_dir
 from partita.errors import InputError
+
+CACHE_NAME = "calibration.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class Constants:
     depth: float = 150.0
     memory: float = 0.75
     attention: float = 0.50
-    launch_s: float = 12e-6
+    launch_s: float = 30e-6
     kernel_s: float = 3e-6
     exchange_s: float = 15e-6
     link: float = 0.75
@@ -57,23 +60,23 @@ GENERATIONS: Mapping[str, Constants] = {
     # Set by hand to Megatron-LM's published V100 rates (72 TF on one GPU, recomputation counted): no complete row.
     "volta": Constants(matmul=0.85, memory=0.8, launch_s=4e-5),
     "ampere": Constants(
-        matmul=0.802, matmul_low=0.7, depth=131.0, memory=0.845, attention=0.575,
-        launch_s=5.11e-05, kernel_s=2.67e-06, exchange_s=1.39e-05, link=0.748, network=0.726,
-        latency=1.26, overlap=0.677,
+        matmul=0.802, matmul_low=0.7, depth=128.0, memory=0.855, attention=0.574,
+        launch_s=5.07e-05, kernel_s=2.66e-06, exchange_s=1.4e-05, link=0.751, network=0.724,
+        latency=1.29, overlap=0.675,
     ),
     "hopper": Constants(
-        matmul=0.713, matmul_low=0.909, depth=172.0, memory=0.642, attention=0.331,
-        launch_s=1.2e-05, kernel_s=3.22e-06, exchange_s=1.17e-05, link=0.903, network=0.868,
-        latency=1.18, overlap=0.584,
+        matmul=0.713, matmul_low=0.911, depth=171.0, memory=0.642, attention=0.331,
+        launch_s=2.97e-05, kernel_s=3.21e-06, exchange_s=1.16e-05, link=0.903, network=0.871,
+        latency=1.18, overlap=0.583,
     ),
     "blackwell": Constants(
-        matmul=0.761, matmul_low=0.76, depth=154.0, memory=0.68, attention=0.244,
-        launch_s=1.21e-05, kernel_s=3.25e-06, exchange_s=1.86e-05, link=0.762, network=0.931,
-        latency=0.937, overlap=0.718,
+        matmul=0.761, matmul_low=0.76, depth=154.0, memory=0.679, attention=0.245,
+        launch_s=3.22e-05, kernel_s=3.24e-06, exchange_s=1.83e-05, link=0.765, network=0.94,
+        latency=0.933, overlap=0.715,
     ),
     "blackwell_ultra": Constants(
-        matmul=0.776, matmul_low=0.918, depth=146.0, memory=0.699, attention=0.349,
-        launch_s=1.2e-05, kernel_s=3.04e-06, exchange_s=1.68e-05, link=0.773, network=0.729,
+        matmul=0.776, matmul_low=0.918, depth=146.0, memory=0.7, attention=0.35,
+        launch_s=3e-05, kernel_s=3.03e-06, exchange_s=1.68e-05, link=0.775, network=0.729,
         latency=1.12, overlap=0.818,
     ),
 }
@@ -93,7 +96,7 @@ PRIOR_SPREADS: Mapping[str, float] = {
     "depth": 0.5,
     "memory": 0.15,
     "attention": 0.3,
-    "launch_s": 0.7,
+    "launch_s": 0.4,
     "kernel_s": 0.4,
     "exchange_s": 0.7,
     "link": 0.15,
@@ -112,7 +115,7 @@ class Calibration:
     """The constants of all generations.
 
     Example:
-        >>> Calibration().of("turing") == Calibration().of("volta")
+        >>> Calibration().of("pascal") == Calibration().of("volta")
         True
     """
 
@@ -137,11 +140,19 @@ class Calibration:
         changed = replace(self.of(generation), **values)
         return Calibration(generations={**self.generations, generation: changed})
 
-    def save(self, path: Path) -> None:
-        """Write the constants as JSON: generation to constant to value."""
+    def save(self, path: Path | None = None) -> Path:
+        """Write the constants as JSON (generation to constant to value) to `path`, or to the cache; tells where."""
+        path = path or cache_dir() / CACHE_NAME
         values = {name: asdict(constants) for name, constants in self.generations.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values, indent=1) + "\n")
+        return path
+
+    @staticmethod
+    def cached() -> Calibration:
+        """The constants that `partita profile --from-runs` left in the cache, or the shipped ones."""
+        path = cache_dir() / CACHE_NAME
+        return Calibration.load(path) if path.exists() else Calibration()
 
     @staticmethod
     def load(path: Path) -> Calibration:

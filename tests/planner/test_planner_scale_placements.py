@@ -85,7 +85,7 @@ def problems(planner: ScalePlanner, size: int) -> list[Problem]:
 
 def enumerated_cost(problem: Problem) -> float:
     def parts(op: Any, rule: Any) -> list[Any]:
-        from partita.planner.scale.rows import PartsOf
+        from partita.planner.scale.one_row import PartsOf
 
         return PartsOf(problem.ops, problem.rules).of_rule(op, rule)
 

@@ -7,34 +7,27 @@ With constants c (positive; u = log c), runs i with measured time y_i and predic
 `rho` is Huber's loss (quadratic up to `HUBER`: single measurements are off by tens of per cent). `w_i` shares
 `SOURCE_WEIGHT` among the runs of one source beyond its first ones, so that a sweep of hundreds does not outvote the
 rest. The second term is a prior of `s_j` (as a share of the constant) that keeps what the runs do not determine.
-Solved by Levenberg-Marquardt with differences (Moré, 1978); the constants that any of the runs depends on are the
-unknowns.
+Solved by Levenberg-Marquardt with differences (Moré, 1978), one generation after the other.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from partita.cost.calibration import LIMITS, PRIOR_SPREADS, Calibration
 from partita.errors import InputError
-from partita.planner.scale.runs import Run
+from partita.planner.scale.runs import Measured
 
+Vector = np.ndarray[Any, np.dtype[np.float64]]
 HUBER = 0.15
 SOURCE_RUNS = 30  # a source's runs count fully up to about this many
 MAX_ROUNDS = 25
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A run, its measured step time and where it comes from."""
-
-    run: Run
-    step_time_s: float
-    source: str = ""
+SCALE = 0.1  # the error of a run that weighs as much as one spread of a constant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,22 +49,10 @@ def fit(measured: Sequence[Measured], start: Calibration | None = None) -> Fit:
     if not measured:
         raise InputError("a calibration must have at least one measured run that can be predicted, but got none.")
     start = start or Calibration()
-    names = _unknowns(measured, start)
-    origin = np.array([np.log(getattr(start.of(generation), name)) for generation, name in names])
-    spreads = np.array([PRIOR_SPREADS[name] for _, name in names])
-    counts = Counter(one.source for one in measured)
-    weights = np.array([min(1.0, SOURCE_RUNS / counts[one.source]) ** 0.5 for one in measured])
-    targets = np.log([one.step_time_s for one in measured])
-
-    def residuals(point: np.ndarray) -> np.ndarray:
-        calibration = _calibration(start, names, point)
-        errors = np.log([one.run.predict(calibration).step_time_s for one in measured]) - targets
-        size = np.abs(errors)
-        huber = np.where(size > HUBER, np.sign(errors) * np.sqrt(np.maximum(2 * HUBER * size - HUBER**2, 0)), errors)
-        return np.concatenate([weights * huber, SCALE * (point - origin) / spreads])
-
-    point = _minimise(residuals, origin, names)
-    found = _calibration(start, names, point)
+    found = start
+    for generation in sorted({name for one in measured for name in _generations(one, start)}):
+        own = [one for one in measured if generation in _generations(one, start)]
+        found = _fit_generation(own, found, generation)
     return Fit(
         calibration=found,
         error_before=mean_error(measured, start),
@@ -80,7 +61,26 @@ def fit(measured: Sequence[Measured], start: Calibration | None = None) -> Fit:
     )
 
 
-SCALE = 0.1  # the error of a run that weighs as much as one spread of a constant
+def _generations(one: Measured, calibration: Calibration) -> set[str]:
+    return {calibration.name_of(group.kind.generation) for group in one.run.fabric.groups}
+
+
+def _fit_generation(measured: list[Measured], start: Calibration, generation: str) -> Calibration:
+    names = list(PRIOR_SPREADS)
+    origin = np.log([getattr(start.of(generation), name) for name in names])
+    spreads = np.array([PRIOR_SPREADS[name] for name in names])
+    counts = Counter(one.source for one in measured)
+    weights = np.array([min(1.0, SOURCE_RUNS / counts[one.source]) ** 0.5 for one in measured])
+    targets = np.log([one.step_time_s for one in measured])
+
+    def residuals(point: Vector) -> Vector:
+        calibration = _at(start, generation, names, point)
+        errors = np.log([one.run.predict(calibration).step_time_s for one in measured]) - targets
+        size = np.abs(errors)
+        huber = np.where(size > HUBER, np.sign(errors) * np.sqrt(np.maximum(2 * HUBER * size - HUBER**2, 0)), errors)
+        return np.concatenate([weights * huber, SCALE * (point - origin) / spreads])
+
+    return _at(start, generation, names, _minimise(residuals, origin))
 
 
 def mean_error(measured: Sequence[Measured], calibration: Calibration) -> float:
@@ -89,27 +89,20 @@ def mean_error(measured: Sequence[Measured], calibration: Calibration) -> float:
     return float(np.mean(np.abs(np.array(ratios) - 1)))
 
 
-def _unknowns(measured: Sequence[Measured], start: Calibration) -> list[tuple[str, str]]:
-    generations = sorted({start.name_of(g.kind.generation) for one in measured for g in one.run.fabric.groups})
-    return [(generation, name) for generation in generations for name in PRIOR_SPREADS]
-
-
-def _calibration(start: Calibration, names: list[tuple[str, str]], point: np.ndarray) -> Calibration:
-    values: dict[str, dict[str, float]] = {}
-    for (generation, name), log_value in zip(names, point, strict=True):
+def _at(start: Calibration, generation: str, names: list[str], point: Vector) -> Calibration:
+    values = {}
+    for name, log_value in zip(names, point, strict=True):
         low, high = LIMITS.get(name, (0.0, float("inf")))
-        values.setdefault(generation, {})[name] = float(min(max(np.exp(log_value), low), high))
-    for generation, constants in values.items():
-        start = start.with_constants(generation, **constants)
-    return start
+        values[name] = float(min(max(np.exp(log_value), low), high))
+    return start.with_constants(generation, **values)
 
 
-def _minimise(residuals, origin: np.ndarray, names: list[tuple[str, str]]) -> np.ndarray:  # type: ignore[no-untyped-def]
+def _minimise(residuals: Callable[[Vector], Vector], origin: Vector) -> Vector:
     """Levenberg-Marquardt with a forward-difference Jacobian."""
     point, damping = origin.copy(), 1e-2
     current = residuals(point)
     for _ in range(MAX_ROUNDS):
-        jacobian = np.stack([(residuals(point + step) - current) / 0.02 for step in 0.02 * np.eye(len(names))], axis=1)
+        jacobian = np.stack([(residuals(point + step) - current) / 0.02 for step in 0.02 * np.eye(len(origin))], axis=1)
         gradient, hessian = jacobian.T @ current, jacobian.T @ jacobian
         improved = False
         for _ in range(8):

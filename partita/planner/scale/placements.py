@@ -34,7 +34,7 @@ import numpy as np
 
 from partita.errors import InfeasibleError
 from partita.graph.graph import Phase
-from partita.planner.scale.rows import PartsOf
+from partita.planner.scale.one_row import PartsOf
 from partita.planner.scale.ways import (
     Lay,
     P,

@@ -1,109 +1,188 @@
-"""Rules for one sample: what the rows of a micro-batch have in common is cut inside every row.
+"""What a row of a measured run says about its model: `Transformer`, and the measured time in seconds.
 
-A captured step has several rows (samples); a dim whose extent changes with their number holds the rows (``[rows, ..]``,
-``[rows * tokens, ..]``). Cutting rows apart is the data axis' business. Along the tensor and context axes a dim that
-holds rows is cut inside each row: ``parts`` then describe one row, and a rule's blocks are those of one row. So the
-programme of placements is that of a single sample, however many rows were captured.
+Facts that the row leaves out come from the published configuration of its family (`FAMILIES`), and are named;
+everything else that is absent is refused.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from partita.planner.scale.ways import PLAIN, Lay, Parts, Sized, Way
-from partita.sharding.calls import Op, Value
+from partita.errors import InputError
+from partita.planner.scale.transformer import Transformer
 
-MAX_PARTS = 6  # fused projections have two or three; dims cut inside each of many heads help nothing
-Dims = frozenset[int]
-
-
-def row_dims(op: Op, other: Op) -> tuple[tuple[Dims, ...], tuple[Dims, ...]]:
-    """Of every input and output of ``op``, the dims that differ in ``other``, the same op with other rows."""
-
-    def changed(left: Sequence[object], right: Sequence[object]) -> tuple[Dims, ...]:
-        return tuple(
-            frozenset()
-            if one is None or two is None
-            else frozenset(d for d, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b)  # type: ignore[attr-defined]
-            for one, two in zip(left, right, strict=True)
-        )
-
-    return changed(op.call.inputs, other.call.inputs), changed(op.call.outputs, other.call.outputs)
+Row = Mapping[str, Any]
+TOLERANCE = 0.2  # of the parameters that the sizes give against `params_b`
 
 
-def inside_rows(rule: Sized, dims: tuple[tuple[Dims, ...], tuple[Dims, ...]], rows: int) -> Sized | None:
-    """``rule`` for one row; None if it cuts rows apart or composes a dim of too many parts."""
-    if rule.extent == 0:
-        return rule
-    cuts = [
-        (lay, lay[0] in changed)
-        for lay, changed in zip((*rule.way.inputs, *rule.way.outputs), (*dims[0], *dims[1]), strict=True)
-        if isinstance(lay, tuple)
-    ]
-    by_rows = [len(lay[1]) % rows == 0 and len(set(lay[1])) == 1 for lay, varies in cuts if varies]
-    extent = rule.extent
-    if by_rows and not all(by_rows):
-        if any(by_rows) or len(by_rows) != len(cuts) or extent % rows or extent == rows:
-            return None
-        extent //= rows  # a rule for any blocks: those of one row
-    inputs = tuple(_one_row(lay, changed, rows) for lay, changed in zip(rule.way.inputs, dims[0], strict=True))
-    outputs = tuple(_one_row(lay, changed, rows) for lay, changed in zip(rule.way.outputs, dims[1], strict=True))
-    found = Sized(Way(inputs, outputs), extent)
-    return None if any(len(parts) > MAX_PARTS for parts in found.parts) else found
+class Refusal(InputError):
+    """A row that lacks what a prediction needs, or contradicts itself."""
 
 
-def _one_row(lay: Lay | None, changed: Dims, rows: int) -> Lay | None:
-    if isinstance(lay, tuple) and lay[0] in changed and len(lay[1]) % rows == 0:
-        return lay[0], (1,) * (len(lay[1]) // rows)
-    return lay
+# Names of models with experts, and of models that are no stack of equal decoder (or encoder) blocks.
+EXPERTS = r"moe\b|mixtral|deepseek|dbrx|kimi|gpt[-_ ]?oss|\dx\d+b|[-_]a\d+b|nemotron[-_]3[-_]"
+OTHER = r"\bt5|\bbart|\bvit\b|swin|resnet|unet|\bdit\b|diffusion|\bmamba|whisper|clip"
 
 
-# -- which parts a dim can be composed of ----------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What models of one name share. Sources: the models' published configurations."""
 
-_Place = tuple[Value, int]  # a value and one of its dims
-
-
-class PartsOf:
-    """The ways in which dims are composed of parts, carried along ops that keep dims as they are."""
-
-    def __init__(self, ops: Sequence[Op], rules: Sequence[tuple[Sized, ...]]) -> None:
-        self._root: dict[_Place, _Place] = {}
-        origins: list[tuple[_Place, Parts]] = []
-        for op, of_op in zip(ops, rules, strict=True):
-            for rule in of_op:
-                places = list(_places(op, rule))
-                if rule.parts - {PLAIN}:
-                    origins += [(place, parts) for place, parts in places if parts != PLAIN]
-                else:
-                    for place, _ in places[1:]:
-                        self._join(places[0][0], place)
-        found: dict[_Place, set[Parts]] = defaultdict(set)
-        for place, parts in origins:
-            found[self._find(place)].add(parts)
-        self._found: Mapping[_Place, set[Parts]] = found
-
-    def _find(self, place: _Place) -> _Place:
-        path = []
-        while (above := self._root.setdefault(place, place)) != place:
-            path.append(place)
-            place = above
-        for below in path:
-            self._root[below] = place
-        return place
-
-    def _join(self, left: _Place, right: _Place) -> None:
-        self._root[self._find(left)] = self._find(right)
-
-    def of_value(self, value: Value, dim: int) -> list[Parts]:
-        return [PLAIN, *sorted(self._found.get(self._find((value, dim)), ()))]
-
-    def of_rule(self, op: Op, rule: Sized) -> list[Parts]:
-        for (value, dim), _ in _places(op, rule):
-            return self.of_value(value, dim)
-        return [PLAIN]
+    pattern: str
+    vocab: int | None
+    gated: bool = False
+    bias: bool = True
+    rotary: bool = False
+    tied: bool = True
+    dropout: bool = False
 
 
-def _places(op: Op, rule: Sized) -> list[tuple[_Place, Parts]]:
-    pairs = [*zip(op.inputs, rule.way.inputs, strict=True), *zip(op.outputs, rule.way.outputs, strict=True)]
-    return [((value, lay[0]), lay[1]) for value, lay in pairs if value is not None and isinstance(lay, tuple)]
+FAMILIES: tuple[Family, ...] = (
+    # Touvron et al. 2023; Dubey et al. 2024 (Llama 3: 128,256 tokens)
+    Family(pattern=r"llama[-_ ]?2", vocab=32000, gated=True, bias=False, rotary=True, tied=False),
+    Family(pattern=r"llama[-_ ]?3", vocab=128256, gated=True, bias=False, rotary=True, tied=False),
+    Family(pattern=r"llama|mistral|mixtral|qwen|yi-", vocab=None, gated=True, bias=False, rotary=True, tied=False),
+    # Nemotron-4 (Parmar et al. 2024): squared ReLU, rotary positions, 256,000 tokens, no biases
+    Family(pattern=r"nemotron", vocab=256000, bias=False, rotary=True, tied=False),
+    # MosaicML MPT: no biases, tied; GPT-NeoX tokenizer padded to 50,368
+    Family(pattern=r"\bmpt", vocab=50368, bias=False),
+    # GPT-2's tokenizer (50,257) padded to a multiple of 128 x tensor ways: 51,200 in Megatron-LM's runs
+    Family(pattern=r"gpt[-_ ]?3", vocab=51200),
+    Family(pattern=r"gpt|megatron|bert|opt\b", vocab=51200, dropout=True),
+)
+LOW = {"fp8": "float8_e4m3fn", "float8": "float8_e4m3fn", "mxfp8": "float8_e4m3fn", "nvfp4": "float4_e2m1fn",
+       "fp4": "float4_e2m1fn"}  # fmt: skip
+
+
+def measured_step_time_s(row: Row) -> float | None:
+    """The measured seconds of one step: given, or from tokens per second, or from flop/s by the source's convention.
+
+    Flops: 72 B s l h^2 (1 + s / 6 h + V / 12 l h), four thirds of the first two terms where recomputation counts
+    (Narayanan et al. 2021, appendix A); for gated models the same sum over their own matrices.
+    """
+    if row.get("step_time_s"):
+        return float(row["step_time_s"])
+    batch, seq, gpus = row.get("global_batch"), row.get("seq"), row.get("n_gpus")
+    if not (batch and seq and gpus):
+        return None
+    if row.get("tokens_per_s_per_gpu"):
+        return float(batch * seq / (float(row["tokens_per_s_per_gpu"]) * gpus))
+    rate, convention = row.get("tflops_per_gpu"), row.get("flops_convention")
+    if not rate or not convention:
+        return None
+    try:
+        model = read_model(row, True, "", [])
+    except Refusal:
+        return None
+    tokens = float(batch) * seq
+    block = 2.0 * tokens * model.layers * (model.block_parameters + 2.0 * seq * model.hidden)
+    head = 2.0 * tokens * model.vocab * model.hidden
+    flops = (4 if str(convention).startswith("hardware") else 3) * block + 3 * head
+    return float(flops / (float(rate) * 1e12 * gpus))
+
+
+def text_of(row: Row, name: str) -> str:
+    """A field as lower-case text; empty where it is absent. Names of GPUs keep their case."""
+    return str(row.get(name) or "").lower() if name != "gpu" else str(row.get(name) or "")
+
+
+def integer_of(row: Row, name: str) -> int | None:
+    """A field as a whole number of at least 1, or None where it is absent."""
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+        raise Refusal(f"{name} must be a whole number of at least 1, but is {value!r}")
+    return int(value)
+
+
+def needed(row: Row, name: str) -> int:
+    """The same for a field that must be there."""
+    value = integer_of(row, name)
+    if value is None:
+        raise Refusal(f"{name} is absent")
+    return value
+
+
+def read_model(row: Row, modern: bool, notes: str, assumed: list[str]) -> Transformer:
+    """The model of a row; `modern`: its GPUs are of a generation whose software fuses attention. Adds to `assumed`."""
+    name = text_of(row, "model")
+    family = next((one for one in FAMILIES if re.search(one.pattern, name)), None)
+    if (integer_of(row, "ep") or 1) > 1 or re.search(EXPERTS, name):
+        raise Refusal("the model has experts, but their number, sizes and how many a token takes are absent")
+    if found := re.search(OTHER, name):
+        raise Refusal(f"{found[0]} is not a stack of equal transformer blocks, and how its parts differ is absent")
+    layers, hidden, heads, seq = (needed(row, field) for field in ("layers", "hidden", "heads", "seq"))
+    plain = family is not None and not family.gated
+    ffn = integer_of(row, "ffn")
+    if ffn is None:
+        if not plain:
+            raise Refusal("ffn is absent")
+        ffn = 4 * hidden
+        assumed.append("ffn = 4 hidden")
+    kv_heads = integer_of(row, "kv_heads")
+    if kv_heads is None:
+        if not plain:
+            raise Refusal("kv_heads is absent")
+        assumed.append("kv_heads = heads")
+    vocab = integer_of(row, "vocab")
+    if vocab is None:
+        if family is None or family.vocab is None:
+            raise Refusal("vocab is absent")
+        vocab = family.vocab
+        assumed.append(f"vocab = {vocab}")
+    gated = family.gated if family is not None else ffn != 4 * hidden
+    dtype = _dtype(row, assumed)
+    fused = "flash" in notes or modern or dtype == "bfloat16"
+    # Fully sharded PyTorch modules ("fsdp2 full", "fsdp FULL_SHARD ..."; Megatron's own is plain "fsdp") run eagerly
+    # unless the row says that they are compiled (torchtitan's float8 always is); Megatron's kernels are fused.
+    sharding = text_of(row, "zero_fsdp")
+    pytorch = "fsdp" in sharding and sharding != "fsdp"
+    eager = "eager" in notes or (pytorch and "compile" not in notes and "float8" not in text_of(row, "dtype"))
+    if hidden % heads:
+        raise Refusal(f"heads must divide hidden, but {heads} does not divide {hidden}")
+    model = Transformer(
+        layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn, vocab=vocab, seq=seq, gated=gated,
+        bias=family.bias if family else not gated, rotary=family.rotary if family else gated,
+        tied=family.tied if family else not gated, dropout=bool(family and family.dropout and not fused),
+        fused_attention=fused, fused=not eager,
+        tuned_attention=not pytorch, fused_loss=fused and not (pytorch and gated), dtype=dtype,
+    )  # fmt: skip
+    billions = row.get("params_b")
+    if billions and not 1 - TOLERANCE < model.num_parameters / (float(billions) * 1e9) < 1 + TOLERANCE:
+        raise Refusal(f"the sizes give {model.num_parameters / 1e9:.3g} billion parameters, but params_b is {billions}")
+    return model
+
+
+def _dtype(row: Row, assumed: list[str]) -> str:
+    text = text_of(row, "dtype")
+    low = next((value for key, value in LOW.items() if key in text), None)
+    if low:
+        return low
+    if "bf16" in text or "bfloat16" in text:
+        return "bfloat16"
+    if not text:
+        assumed.append("dtype = half precision")
+    elif "32" in text:
+        return "float32"
+    return "float16"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of measured runs.
+
+    Raises:
+        InputError: the file cannot be read, or is not a JSON list of objects.
+    """
+    try:
+        rows = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} must be a readable JSON file, but: {error}.") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path} must hold a JSON list of objects, one for each run.")
+    return rows

@@ -69,6 +69,11 @@ def _validate(num_chunks: int, num_backwards: int, num_stages: int, num_microbat
             f"there must be a microbatch, but got {num_chunks} forward and {num_backwards} backward times and "
             f"{num_microbatches} microbatches."
         )
+    if num_chunks > num_stages and schedule == "interleaved" and num_microbatches % num_stages and num_stages > 1:
+        raise InputError(
+            f"the interleaved schedule passes whole groups of as many microbatches as stages through the chunks, so "
+            f"microbatches must be a multiple of the {num_stages} stages, but there are {num_microbatches}."
+        )
     if num_chunks > num_stages and schedule not in ("interleaved", "gpipe"):
         raise InputError(
             f"only the interleaved and gpipe schedules run several chunks on a stage, but got {schedule!r} with "

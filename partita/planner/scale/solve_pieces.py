@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 
 from partita.errors import InfeasibleError
 from partita.graph.graph import Phase
+from partita.planner.scale.one_row import inside_rows, row_dims
 from partita.planner.scale.pieces import CutModel, Piece
 from partita.planner.scale.placements import Chosen, Conversion, Problem, solve
-from partita.planner.scale.rows import inside_rows, row_dims
 from partita.planner.scale.ways import PLAIN, Lay, R, Sized, Way, is_float, sized_rules, whole_bytes
 from partita.sharding.calls import Op, Value
 
