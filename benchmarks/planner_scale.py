@@ -31,8 +31,8 @@ PLAN_LIMIT_S, REPLAN_LIMIT_S = 30.0, 0.1
 COLUMNS = ("model", "kind", "devices", "layers", "seconds", "step_time_s", "gap", "tflops", "plan", "published")
 
 # Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM", SC 2021, table 1
-# (80 GB A100, sequences of 2,048 tokens); Grattafiori et al., "The Llama 3 Herd of Models", 2024, table 4 (H100; a batch of
-# 16 million tokens in sequences of 8,192; micro-batch and recomputation are not told and are left to the search).
+# (80 GB A100, sequences of 2,048 tokens); Grattafiori et al., "The Llama 3 Herd of Models", 2024, table 4 (H100;
+# batches of 16 million tokens in sequences of 8,192; micro-batch and recomputation are left to the search).
 PUBLISHED: tuple[dict[str, Any], ...] = (
     {
         "model": "GPT-3 145.6B", "gpu": "A100-80", "devices": 1536, "batch": 2304, "layers": 80, "tflops": 148.0,
