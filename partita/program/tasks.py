@@ -168,16 +168,17 @@ def _stage_of_result(node: fx.Node, staging: Staging) -> int:
 
 
 def _share_exchanges(staged: Sequence[_Staged]) -> None:
-    """An exchange of free values (a norm of weights, say) runs on the stages that need what comes of it, on all workers
-    of its axis: also where a worker has zeros in its place and does not read it."""
+    """An exchange runs on the same stages on all workers of its axis: also where a worker does not read what comes of
+    it, or where what it brings is free of data (zeros in the place of a summand)."""
     wanted: dict[tuple[int, Phase], set[str]] = defaultdict(set)
     for item in staged:
         for key, group in item.members.items():
-            wanted[key] |= {node.name for node in group if is_exchange(node) and node.name in item.staging.free}
+            wanted[key] |= {node.name for node in group if is_exchange(node)}
     for item in staged:
         for (stage, phase), names in wanted.items():
-            for node in [node for node in item.module.graph.nodes if node.name in names]:
-                _add_with_sources(node, item.members[stage, phase], item.staging)
+            for node in item.module.graph.nodes:
+                if node.name in names and node.name in item.staging.free:
+                    _add_with_sources(node, item.members[stage, phase], item.staging)
 
 
 def _add_with_sources(node: fx.Node, group: set[fx.Node], staging: Staging) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from partita.sharding.calls import OpCall, TensorSpec
 from partita.sharding.found import is_searched, rule_book
-from partita.sharding.rules import PARTIAL, Bounds, Cut, Reach, Rule, parse_rules, written_rules
+from partita.sharding.placement import Partial, Replicate
+from partita.sharding.rules import PARTIAL, Bounds, Cut, Ignored, Reach, Rule, parse_rules, written_rules
 
 
 def rules_of(call: OpCall) -> list[Rule]:
@@ -27,6 +28,13 @@ def rules_of(call: OpCall) -> list[Rule]:
 def _cuts_something(rule: Rule) -> bool:
     cuts = any(isinstance(spec, (Cut, Bounds, Reach)) for spec in (*rule.inputs, *rule.outputs))
     return rule.extent > 1 if cuts else rule.extent == 0
+
+
+def plain_rules_of(call: OpCall) -> list[Rule]:
+    """The rules whose values are whole, summands or cut: neither windows over neighbours' rows nor extremes, whose
+    conversions take several exchanges."""
+    plain = (Replicate, Partial, Cut, Ignored, type(None))
+    return [rule for rule in rules_of(call) if all(isinstance(spec, plain) for spec in (*rule.inputs, *rule.outputs))]
 
 
 def find_rules_of(calls: Iterable[OpCall]) -> None:

@@ -25,7 +25,7 @@ from partita.sharding.rules import (
     replicate_rule,
     rule_source,
 )
-from partita.sharding.ruleset import rules_of
+from partita.sharding.ruleset import plain_rules_of
 from partita.units import split_evenly
 
 MeshPlacement = tuple[Placement, ...]
@@ -117,7 +117,7 @@ class Ways:
     def rules(self, call: OpCall) -> list[Rule]:
         """The call's rules; running it whole comes last. Random ops draw whole, on every worker alike."""
         if call.key not in self._rules:
-            self._rules[call.key] = [*([] if call.is_random else rules_of(call)), replicate_rule(call)]
+            self._rules[call.key] = [*([] if call.is_random else plain_rules_of(call)), replicate_rule(call)]
         return self._rules[call.key]
 
     def split(self, extent: int, size: int) -> tuple[int, ...]:

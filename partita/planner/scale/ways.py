@@ -16,7 +16,7 @@ from typing import Any
 
 from partita.sharding.calls import Op, OpCall, TensorSpec
 from partita.sharding.rules import PARTIAL, REPLICATE, Cut, InputSpec, OutputSpec, Rule, replicate_rule
-from partita.sharding.ruleset import rules_of
+from partita.sharding.ruleset import plain_rules_of
 
 R, P = "R", "P"
 Parts = tuple[int, ...]
@@ -51,7 +51,7 @@ class Sized:
 
 def sized_rules(call: OpCall, *, context: bool) -> tuple[Sized, ...]:
     """All rules of ``call``, running it whole included. ``context`` adds the cut of attention along its queries."""
-    rules: list[Rule] = [] if call.is_random else list(rules_of(call))
+    rules: list[Rule] = [] if call.is_random else list(plain_rules_of(call))
     rules.append(replicate_rule(call))
     found = [_sized(rule) for rule in rules if not rule.averaged]
     found += _part_rules(call)
@@ -62,7 +62,7 @@ def sized_rules(call: OpCall, *, context: bool) -> tuple[Sized, ...]:
 
 def has_cuts(call: OpCall) -> bool:
     """Whether any rule of ``call`` cuts something."""
-    return call.is_random or any(rule.extent for rule in rules_of(call)) or bool(_part_rules(call))
+    return call.is_random or any(rule.extent for rule in plain_rules_of(call)) or bool(_part_rules(call))
 
 
 def _sized(rule: Rule) -> Sized:
