@@ -67,7 +67,7 @@ def expected() -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
     for number, batch in enumerate([*batches, *batches, batches[0]]):
         if number == 2 * len(batches):
             state = {name: value.clone() for name, value in model.state_dict().items()}
-            moments = [float(value["exp_avg"].sum()) for value in optimizer.state.values()]
+            moments = [float(optimizer.state[item]["exp_avg"].sum()) for item in model.parameters()]
         optimizer.zero_grad()
         loss = script.loss_fn(model, batch)
         loss.backward()
@@ -76,7 +76,7 @@ def expected() -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
     return losses, state, moments
 
 
-@pytest.mark.parametrize("corner", ["data", "pipeline", "block"])
+@pytest.mark.parametrize("corner", ["data", "pipeline", "tensor", "fully sharded", "tensor and fully sharded", "block"])
 def test_two_processes_equal_plain_pytorch(corner: str, tmp_path: Path) -> None:
     results = run_job(corner, tmp_path)
     losses, state, moments = expected()

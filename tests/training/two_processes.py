@@ -16,6 +16,22 @@ from partita import Constraints
 CORNERS = {
     "data": Constraints(data=2, pipeline=1, compiled=False),
     "pipeline": Constraints(data=1, pipeline=2, compiled=False),
+    "tensor": Constraints(
+        data=1,
+        pipeline=1,
+        tensor=2,
+        compiled=False,
+        inputs={"0.*": {"tensor": "S(0)"}, "2.weight": {"tensor": "S(1)"}, "4.weight": {"tensor": "S(1)"}},
+    ),
+    "fully sharded": Constraints(data=2, pipeline=1, compiled=False, fully_sharded=True),
+    "tensor and fully sharded": Constraints(
+        data=2,
+        pipeline=1,
+        tensor=2,
+        compiled=False,
+        fully_sharded=True,
+        inputs={"0.*": {"tensor": "S(0)"}, "2.weight": {"tensor": "S(1)"}},
+    ),
     "block": None,
 }
 
@@ -57,7 +73,7 @@ def main(corner: str, folder: str, rank: int) -> None:
         step.save(f"{folder}/checkpoints")
         step.sync_to(model)
         state = {name: value.tolist() for name, value in model.state_dict().items()}
-        moments = [float(value["exp_avg"].sum()) for value in optimizer.state.values()]
+        moments = [float(optimizer.state[item]["exp_avg"].sum()) for item in model.parameters()]
         step.load(f"{folder}/checkpoints")
         losses.append(step(first).loss)
     with open(f"{folder}/{rank}.json", "w") as file:
