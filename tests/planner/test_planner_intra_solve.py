@@ -156,9 +156,7 @@ def two_placements(memory_bytes: int) -> IntraProblem:
     return IntraProblem(
         values=(weight, Value("y", ("R",), (8,))),
         ops=(Op("mm", Window.FORWARD, (0,), (1,), choices),),
-        inputs=(
-            Input("w", 0, (InputChoice("R", 0, fixed_bytes=2 * GIB), InputChoice("S", 1, fixed_bytes=GIB))),
-        ),
+        inputs=(Input("w", 0, (InputChoice("R", 0, fixed_bytes=2 * GIB), InputChoice("S", 1, fixed_bytes=GIB))),),
         memory_bytes=memory_bytes,
     )
 
