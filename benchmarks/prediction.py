@@ -50,12 +50,13 @@ PLANS: Mapping[str, dict[str, Any]] = {
     "data 2": {"data": 2, "pipeline": 1, "num_microbatches": 1},
     "pipeline 2": {"data": 1, "pipeline": 2, "num_microbatches": 1},
     "pipeline 2, 4 microbatches": {"data": 1, "pipeline": 2, "num_microbatches": 4},
+    "tensor 2": {"data": 1, "pipeline": 1, "tensor": 2, "num_microbatches": 1},
 }
 
 
 def constraints_of(message: Message) -> partita.Constraints:
     extents = PLANS[message["plan"]]
-    num_workers = extents["data"] * extents["pipeline"]
+    num_workers = extents["data"] * extents["pipeline"] * extents.get("tensor", 1)
     return partita.Constraints(
         **extents, num_workers=num_workers, threads_per_worker=1, compiled=bool(message["compiled"])
     )
@@ -217,17 +218,21 @@ def measure(message: Message, timer: Child, timeout_s: float) -> Row:
 def main() -> int:
     parser = option_parser(__doc__ or "")
     parser.add_argument("--compiled", action="store_true", help="compile the segments")
+    parser.add_argument("--plans", metavar="A;B", help="only these plans: " + "; ".join(PLANS))
     parser.add_argument("--seconds", type=float, default=2.0, help="of measured steps for one pair")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one pair")
     options = parser.parse_args()
     if options.child:
         serve(run_pair)
         return 0
+    plans = [name.strip() for name in options.plans.split(";")] if options.plans else list(PLANS)
+    if not set(plans) <= PLANS.keys():
+        parser.error(f"--plans must name some of {list(PLANS)}, but got {plans}")
     settings = {"compiled": options.compiled, "seconds": options.seconds, "scale": "small", "optimizer": "AdamW"}
     report = Report("prediction", settings, path=options.json)
     timer: Child | None = None
     for family in families.select(options.families or FAMILIES):
-        for plan in PLANS:
+        for plan in plans:
             key = {"family": family.name, "plan": plan}
             timer = timer or Child("benchmarks.prediction", "time")
             try:

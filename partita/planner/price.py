@@ -2,10 +2,10 @@
 
     step = fixed + [sum_s t_s + (m - 1) max_s t_s + transfers] + max_s (r_s + u_s) + instructions
 
-t_s: forward and backward of one microbatch on stage s (worker with the most rows); r_s: reduction of the stage's
-gradients over its data workers; u_s: optimizer on the slice of one worker. The bracket is minimised exactly by
-`partita.planner.stages`; r and u follow from its solution. Simulation of the lowered programs, where the caller offers
-it, replaces the formula for the best plans.
+t_s: forward and backward of one microbatch on stage s (worker with the most rows), divided by the tensor axis; r_s:
+reduction of the stage's gradients over its data workers; u_s: optimizer on the slice of one worker. The bracket is
+minimised exactly by `partita.planner.stages`; r and u follow from its solution. Simulation of the lowered programs,
+where the caller offers it, replaces the formula for the best plans.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ class Pricer:
             return self._op_times[key]
 
         floor_s = min((time_s for node in self._work.nodes if (time_s := op_time_s(node)) > 0), default=0.0)
-        times = self._work.times(op_time_s, self._fraction(corner), floor_s)
+        # Split over a tensor axis, ops take at best an equal part of their time: a bound, which simulation replaces.
+        times = self._work.times(op_time_s, self._fraction(corner), floor_s) / corner.tensor
         return times * self._compiled_factor(worker, active) if corner.compiled else times
 
     def _compiled_factor(self, worker: Worker, active: int) -> float:
@@ -240,7 +241,7 @@ class Pricer:
         return update_s + self._cost.collective_time_s("all_reduce", int(self._work.parameter_bytes[ops].sum()), group)
 
     def _bytes_sent(self, corner: Corner, edges: tuple[int, ...]) -> int:
-        by_mesh = {(worker.stage, worker.data): worker for worker in corner.workers}
+        by_mesh = {(worker.stage, worker.data): worker for worker in corner.workers if worker.tensor == 0}
         sent = 0.0
         for stage in range(corner.pipeline):
             processes = len({worker.process for worker in self._of_stage(corner, stage)})

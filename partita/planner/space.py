@@ -34,7 +34,7 @@ def corners(
     """
     reasons: list[str] = []
     found: list[Corner] = []
-    for threads, data, pipeline, tensor in _meshes(cluster, constraints, num_ops):
+    for threads, data, pipeline, tensor in _meshes(cluster, constraints, num_ops, batch_size):
         if data > max(batch_size, 1):
             reasons.append(
                 f"data must be at most the {batch_size} rows of the batch, but got data={data}. Use a larger batch."
@@ -71,31 +71,49 @@ def corners(
     return tuple(found)
 
 
-def _meshes(cluster: Cluster, constraints: Constraints, num_ops: int) -> Iterator[tuple[int, int, int, int]]:
+def _meshes(
+    cluster: Cluster, constraints: Constraints, num_ops: int, batch_size: int
+) -> Iterator[tuple[int, int, int, int]]:
     """(threads a worker, data, pipeline, tensor)."""
-    tensor = constraints.tensor or 1
     limit = min((len(process.cores) for process in cluster.processes if not process.gpus), default=1)
     thread_counts = range(1, limit + 1) if constraints.threads_per_worker is None else (constraints.threads_per_worker,)
     for threads in thread_counts:
         most = max(sum(room(process, threads) for process in cluster.processes), len(cluster.processes))
-        if constraints.num_workers is not None:
-            totals: tuple[int, ...] = (constraints.num_workers,)
-        elif constraints.data is not None and constraints.pipeline is not None:
-            totals = (constraints.data * constraints.pipeline * tensor,)
-        else:
-            least = max(constraints.data or 1, constraints.pipeline or 1) * tensor
-            totals = tuple(range(len(cluster.processes), most + 1)) if least <= most else (least,)
-        for total in totals:
-            if total > most and threads > 1 and constraints.threads_per_worker is None:
-                continue  # more workers than cores are forced: more threads each would only share them further
-            for pipeline in range(1, total + 1):
-                data, rest = divmod(total, pipeline * tensor)
-                if data < 1:
-                    continue
-                wanted = constraints.pipeline in (None, pipeline) and constraints.data in (None, data)
-                named = constraints.stage_starts is None or len(constraints.stage_starts) == pipeline - 1
-                if not rest and wanted and named and pipeline <= max(num_ops, 1):
-                    yield threads, data, pipeline, tensor
+        for tensor in _tensor_extents(constraints, batch_size, most):
+            yield from _meshes_of(cluster, constraints, num_ops, threads, most, tensor)
+
+
+def _tensor_extents(constraints: Constraints, batch_size: int, most: int) -> tuple[int, ...]:
+    """A tensor axis is placed by an integer programme of seconds, so where nobody asks for one it is only looked at if
+    the batch has too few rows for the workers."""
+    if constraints.tensor is not None:
+        return (constraints.tensor,)
+    if constraints.data is None and 1 <= batch_size < most:
+        return (1, *(extent for extent in range(2, most + 1) if most % extent == 0))
+    return (1,)
+
+
+def _meshes_of(
+    cluster: Cluster, constraints: Constraints, num_ops: int, threads: int, most: int, tensor: int
+) -> Iterator[tuple[int, int, int, int]]:
+    if constraints.num_workers is not None:
+        totals: tuple[int, ...] = (constraints.num_workers,)
+    elif constraints.data is not None and constraints.pipeline is not None:
+        totals = (constraints.data * constraints.pipeline * tensor,)
+    else:
+        least = max(constraints.data or 1, constraints.pipeline or 1) * tensor
+        totals = tuple(range(len(cluster.processes), most + 1)) if least <= most else (least,)
+    for total in totals:
+        if total > most and threads > 1 and constraints.threads_per_worker is None:
+            continue  # more workers than cores are forced: more threads each would only share them further
+        for pipeline in range(1, total + 1):
+            data, rest = divmod(total, pipeline * tensor)
+            if data < 1:
+                continue
+            wanted = constraints.pipeline in (None, pipeline) and constraints.data in (None, data)
+            named = constraints.stage_starts is None or len(constraints.stage_starts) == pipeline - 1
+            if not rest and wanted and named and pipeline <= max(num_ops, 1):
+                yield threads, data, pipeline, tensor
 
 
 def _microbatch_counts(constraints: Constraints, rows: int, allowed: bool) -> tuple[int, ...]:
