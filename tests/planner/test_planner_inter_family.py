@@ -8,10 +8,10 @@ from itertools import product
 import pytest
 from hypothesis import given
 
+from benchmarks.inter_cases import chain_problem, problems
 from partita.errors import InputError
 from partita.planner.inter import InterProblem
 from partita.planner.inter.family import family_of
-from tests.planner.inter_cases import chain_problem, problems
 
 
 @given(problems())

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.inter_cases import chain_problem, long_pipelines
 from partita.planner.inter.family import family_of
 from partita.planner.inter.incumbent import even_pipelines, fits_memory
 from partita.planner.inter.pipeline import Setting
 from partita.planner.inter.tables import Tables
-from tests.planner.inter_cases import chain_problem, long_pipelines
 
 
 @given(long_pipelines(), st.integers(1, 2))

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
+from benchmarks.inter_cases import best_by_enumeration, chain_problem, problems
 from partita.errors import InfeasibleError
 from partita.planner.inter import InterProblem, solve_inter
 from partita.planner.inter.family import family_of
 from partita.planner.inter.infeasible import least_memory_factor
 from partita.planner.inter.tables import Tables
-from tests.planner.inter_cases import best_by_enumeration, chain_problem, problems
 
 
 def scaled(problem: InterProblem, factor: float) -> InterProblem:

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.inter_cases import chain_problem
 from partita.planner.inter import InterProblem, InterSolution, solve_inter
 from partita.planner.inter.price import price_inter
-from tests.planner.inter_cases import chain_problem
 
 
 @pytest.fixture

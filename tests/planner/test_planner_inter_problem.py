@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks.inter_cases import chain_problem
 from partita.errors import InputError
 from partita.planner.inter import Links, solve_inter
-from tests.planner.inter_cases import chain_problem
 
 PROBLEM = chain_problem(3, ("a", "b"), num_microbatches=2, batch_rows=4, row_s={"a": 1.0, "b": 1.0})
 

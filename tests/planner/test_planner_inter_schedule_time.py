@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.inter_cases import makespan, orders_of
 from partita.planner.inter import StageOption
 from partita.planner.inter.problem import SCHEDULES
 from partita.planner.inter.schedule_time import PipelineTimes, chunk_peaks, in_flight, makespan_s, passes_of_group
-from tests.planner.inter_cases import makespan, orders_of
 
 SIZES = st.tuples(st.integers(1, 5), st.integers(1, 9))
 

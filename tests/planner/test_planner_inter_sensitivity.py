@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from benchmarks.inter_cases import chain_problem, problems
 from partita.errors import InfeasibleError
 from partita.planner.inter import InterProblem, solve_inter
 from partita.planner.inter.price import price_inter
 from partita.planner.inter.sensitivity import sensitivities
-from tests.planner.inter_cases import chain_problem, problems
 
 
 @given(problems(max_ops=4, max_devices=3))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from benchmarks.inter_cases import best_by_enumeration, chain_problem, long_pipelines, problems
 from partita.errors import InfeasibleError
 from partita.planner.inter import InterDevice, InterProblem, Links, solve_inter
 from partita.planner.inter.price import price_inter
-from tests.planner.inter_cases import best_by_enumeration, chain_problem, long_pipelines, problems
 
 SLOW = list(HealthCheck)
 
