@@ -26,7 +26,7 @@ def placed_inputs(
     found: dict[str, dict[str, str]] = {name: dict(by_axis) for name, by_axis in chosen.items()}
     items = [item for kind in (InputKind.PARAMETER, InputKind.BATCH) for item in graph.inputs_of(kind)]
     for pattern, by_axis in (constraints.inputs or {}).items():
-        matching = [item for item in items if fnmatchcase(item.name, pattern)]
+        matching = [item for item in items if item.name == pattern or fnmatchcase(item.name, pattern)]
         if not matching:
             names = ", ".join(item.name for item in items[:6])
             raise PlanError(

@@ -88,7 +88,7 @@ class _Writer:
         return self._emit(aten.constant_pad_nd.default, (Slot(0), pads, fill), node)
 
     def _emit(self, target: Any, args: tuple[Any, ...], node: fx.Node) -> fx.Node:
-        name = f"{self.step.value.name}_{self.step.kind}"
+        name = self.step.name(self.localizer.layout.axis)
         new = self.localizer._emit(target, args, {}, (node,), name, self.meta)
         self.localizer._local_info(new, self.step.value)
         return new
@@ -97,7 +97,7 @@ class _Writer:
         localizer, step, dim = self.localizer, self.step, self.window.dim
         options: dict[str, Any] = {"axis": localizer.layout.axis, "dim": dim, "sizes": sizes}
         options |= {"starts": self.starts, "ends": self.ends}
-        name = f"{step.value.name}_{step.kind}"
+        name = step.name(localizer.layout.axis)
         new = localizer.graph.create_node("call_function", function, (node,), options, name)
         after = Windows(dim, self.starts, self.ends) if function is communication.halo_exchange else Shard(dim, sizes)
         shape = local_shape(self.shape, after, localizer.coordinate)

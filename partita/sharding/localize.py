@@ -270,7 +270,7 @@ class Localizer:
         else:
             function = getattr(communication, step.kind)
             arguments = self._exchange_arguments(step.kind, source, target)
-            node = self.graph.create_node("call_function", function, (node,), arguments, f"{value.name}_{step.kind}")
+            node = self.graph.create_node("call_function", function, (node,), arguments, step.name(self.layout.axis))
             node.meta = {**meta, "val": self.runner.empty(_local(shape, target, self.coordinate), value.meta)}
         if runs > 1:
             node = self._reshape(node, local_shape(value.spec, step.target, self.coordinate), meta, value)
@@ -278,7 +278,7 @@ class Localizer:
 
     def _take_extreme(self, step: Conversion, node: fx.Node, meta: dict[str, Any]) -> fx.Node:
         """Gather the workers' entries in a new dim 0 and take the largest (smallest) along it."""
-        value, name, size = step.value, f"{step.value.name}_{step.kind}", self.layout.size
+        value, name, size = step.value, step.name(self.layout.axis), self.layout.size
         assert isinstance(step.source, Extremum)
         row = self._emit(aten.unsqueeze.default, (Slot(0), 0), {}, (node,), name, meta)
         self._local_info(row, value)
@@ -291,7 +291,7 @@ class Localizer:
         return result
 
     def _reshape(self, node: fx.Node, shape: tuple[int, ...], meta: dict[str, Any], value: Value) -> fx.Node:
-        name = f"{value.name}_runs"
+        name = f"{value.name}_runs_{self.layout.axis}"
         new = self._emit(aten.view.default, (Slot(0), list(shape)), {}, (node,), name, meta)
         self._local_info(new, value)
         return new
@@ -317,7 +317,7 @@ class Localizer:
         meta: dict[str, Any],
     ) -> fx.Node:
         """Slice, keep or pad ``node``, whose whole value has ``shape``."""
-        value, name = step.value, f"{step.value.name}_{step.kind}"
+        value, name = step.value, step.name(self.layout.axis)
         if step.kind == "slice":
             assert isinstance(target, Shard)
             start = target.offset(self.coordinate)

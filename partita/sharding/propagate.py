@@ -36,7 +36,7 @@ from partita.sharding.conversions import (
     is_exchange,
 )
 from partita.sharding.decompositions import decompose
-from partita.sharding.placement import Placement, Replicate, Shard, WindowSums
+from partita.sharding.placement import Placement, Replicate, Shard, Windows, WindowSums
 from partita.sharding.rules import PARTIAL, REPLICATE, Blocks, Bounds, Cut, Ignored, Reach, Rule, replicate_rule
 from partita.sharding.rules_contractions import local_batch_norm_rules
 from partita.sharding.rules_exchanges import exchange_rules, is_exchange_call
@@ -68,6 +68,14 @@ class Conversion:
     @property
     def kind(self) -> str:
         return conversion_kind(self.source, self.target)
+
+    def name(self, axis: str) -> str:
+        """Tells axis and result, so that neither an op nor a conversion of another axis has it: workers know each
+        other's exchanges by their names."""
+        target = self.target
+        where = f"{target.dim}" if isinstance(target, (Shard, Windows, WindowSums)) else ""
+        runs = f"in{target.outer}" if isinstance(target, Shard) and target.outer > 1 else ""
+        return f"{self.value.name}_{self.kind}{where}{runs}_{axis}"
 
 
 Step = Call | Conversion

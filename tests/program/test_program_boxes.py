@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partita.errors import PlanError
@@ -26,6 +26,7 @@ def boxes(draw: st.DrawFn, shape: tuple[int, ...]) -> Box:
     return Box(tuple(a for a, _ in edges), tuple(b - a for a, b in edges))
 
 
+@settings(deadline=None)
 @given(st.data(), SHAPES)
 def test_a_box_is_a_view_of_its_entries(data: st.DataObject, shape: tuple[int, ...]) -> None:
     box = data.draw(boxes(shape))
@@ -36,6 +37,7 @@ def test_a_box_is_a_view_of_its_entries(data: st.DataObject, shape: tuple[int, .
     assert box.of(value).untyped_storage().data_ptr() == value.untyped_storage().data_ptr()
 
 
+@settings(deadline=None)
 @given(st.data(), SHAPES)
 def test_the_hull_is_the_least_box_around_two(data: st.DataObject, shape: tuple[int, ...]) -> None:
     first, second = data.draw(boxes(shape)), data.draw(boxes(shape))
@@ -50,6 +52,7 @@ def test_the_hull_is_the_least_box_around_two(data: st.DataObject, shape: tuple[
     assert torch.equal(first.within(hull).of(hull.of(value)), first.of(value))
 
 
+@settings(deadline=None)
 @given(st.data(), SHAPES)
 def test_cuts_nest(data: st.DataObject, shape: tuple[int, ...]) -> None:
     value = torch.rand(shape)
