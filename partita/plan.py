@@ -85,8 +85,9 @@ class Constraints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     `local_statistics` lets ops that couple samples (BatchNorm) use the statistics of their own shard or microbatch.
     `inputs` says how inputs of the step lie along mesh axes, by their names or patterns of them (`fnmatch`):
     ``{"*.up.weight": {"tensor": "S(0)"}, "*.down.weight": {"tensor": "S(1)"}, "batch*": {"tensor": "S(1)"}}``;
-    parameters go by their dotted names, tensors of the batch by ``batch`` and their path. `fully_sharded` cuts every parameter that is large
-    enough over the data axis: each worker stores and updates its part, and gathers the whole where it is read.
+    parameters go by their dotted names, tensors of the batch by ``batch`` and their path. `fully_sharded` cuts every
+    parameter that is large enough over the data axis: each worker stores and updates its part, and gathers the whole
+    where it is read.
     """
 
     data: int | None = None

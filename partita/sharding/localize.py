@@ -23,6 +23,8 @@ from partita.sharding.rules import part_of
 from partita.sharding.rules_exchanges import is_exchange_call
 
 aten = torch.ops.aten
+# Kernels that refuse what is not contiguous, which only running them tells; the ops themselves copy it before.
+_WANTS_DENSE = frozenset({aten._pdist_forward.default, aten._pdist_backward.default})
 LOCAL_KINDS = frozenset({"slice", "keep", "pad"})
 
 
@@ -150,6 +152,8 @@ class Localizer:
         self, target: Any, args: Any, kwargs: Any, inputs: tuple[fx.Node | None, ...], name: str, meta: dict[str, Any]
     ) -> fx.Node:
         used = _used_slots(args, kwargs)
+        if target in _WANTS_DENSE:
+            inputs = tuple(self._dense(node, meta) for node in inputs)
         compact = {index: place for place, index in enumerate(used)}
         small_args, small_kwargs = fx.node.map_aggregate(
             (args, dict(kwargs)), lambda item: Slot(compact[item.index]) if isinstance(item, Slot) else item
@@ -205,6 +209,12 @@ class Localizer:
                 f"{step.op.name} ({step.op.call.name}) by rule {step.rule.text()}: local output {index} must have "
                 f"shape {shape}, but has {actual}"
             )
+
+    def _dense(self, node: fx.Node | None, meta: dict[str, Any]) -> fx.Node | None:
+        if node is None or node.meta["val"].is_contiguous():
+            return node
+        options = {"memory_format": torch.contiguous_format}
+        return self._emit(aten.clone.default, (Slot(0),), options, (node,), f"{node.name}_dense", meta)
 
     def _take_outputs(self, step: Call, node: fx.Node, shapes: tuple[tuple[int, ...] | None, ...]) -> None:
         for index, (value, placement) in enumerate(zip(step.op.outputs, step.output_placements, strict=True)):
