@@ -78,7 +78,7 @@ def _config(path: Path, transformers: Any) -> Any:
         raise InputError(f"--config must be a model's config.json, but {str(path)!r} is no JSON: {error}.") from error
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(kind, str):
-        raise InputError(f"--config must name its model_type, as config.json of transformers, but {str(path)!r} does not.")
+        raise InputError(f"--config must name its model_type, as a config.json does, but {str(path)!r} does not.")
     try:
         return transformers.AutoConfig.for_model(**raw)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
