@@ -223,7 +223,7 @@ def comparison(plan: Plan, other: Plan) -> str:
             lines += [f"{name}: {len(keys) - _MOST_KEYS} more differ"] if len(keys) > _MOST_KEYS else []
         else:
             lines.append(f"{name}: {_short(one)} -> {_short(two)}")
-    if plan.workers != other.workers:
+    if plan.num_workers != other.num_workers:
         lines.append(f"workers: {plan.num_workers} -> {other.num_workers}")
     if plan.layout is not None and other.layout is not None and plan.layout.num_layers != other.layout.num_layers:
         lines.append(f"blocks by chunk: {_short(plan.layout.num_layers)} -> {_short(other.layout.num_layers)}")

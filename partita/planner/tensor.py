@@ -95,6 +95,8 @@ def _link(cost: CostModel, workers: tuple[Worker, ...]) -> Link:
     """Latency and bandwidth that give the cost model's times of a small and a large exchange."""
     kind: CollectiveKind = "reduce_scatter"
     size = len(workers)
+    if size < 2:
+        return Link(size=1, latency_s=0.0, bytes_per_s=1.0)  # nothing is exchanged
     small_s = cost.collective_time_s(kind, _SMALL_BYTES, workers)
     large_s = cost.collective_time_s(kind, _LARGE_BYTES, workers)
     per_byte_s = max((large_s - small_s) / (_LARGE_BYTES - _SMALL_BYTES), 1e-15)

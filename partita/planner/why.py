@@ -1,4 +1,4 @@
-"""Why something lies as it does: its placements, the exchanges that they cause, and what else was possible and its price.
+"""Why something lies as it does: its placements, the exchanges that they cause, and what others would cost.
 
 `Why` is the answer for a module, parameter or op; `partita.planner.scale.why` gives it for described GPUs and
 `partita.planner.intra.why` for the machines here.
@@ -79,8 +79,9 @@ def is_in(pattern: str, name: str) -> bool:
     (True, False)
     """
     parts, wanted = pattern.split("."), name.split(".")
+    pairs = zip(parts, wanted, strict=False)
     return len(wanted) <= len(parts) and all(
-        part == one or (part.startswith("*") and (one.isdigit() or one == "*")) for part, one in zip(parts, wanted, strict=False)
+        part == one or (part.startswith("*") and (one.isdigit() or one == "*")) for part, one in pairs
     )
 
 

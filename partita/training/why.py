@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import torch
 
 from partita.cluster import Cluster
 from partita.constraints import Constraints
+from partita.cost.model import CollectiveKind
 from partita.cost.table import CostTable
 from partita.errors import InfeasibleError, InputError
-from partita.graph.graph import Graph, InputKind
+from partita.graph.graph import Graph, InputKind, OutputKind
 from partita.plan import Plan, Worker
+from partita.plan_layout import Exchange
 from partita.planner.intra import solve_intra, stage_from_graph
 from partita.planner.intra.from_graph import Stage
-from partita.planner.intra.problem import IntraProblem
-from partita.planner.intra.why import exchanges_of_ops, ops_in, other_ways, placements_of_ops, with_inputs
+from partita.planner.intra.why import exchanges_of_ops, in_full, ops_in, other_ways, placements_of_ops, with_rules
 from partita.planner.scale.helps import MEMORY_FACTOR, RATE_FACTOR, Help
 from partita.planner.tensor import rates_on
-from partita.planner.why import Why, is_in, unknown
-from partita.sharding.placement import Shard
+from partita.planner.why import Other, Why, is_in, unknown
 from partita.training.optimizers import OptimizerFacts
 from partita.training.planning import best_plan
+from partita.units import format_time
 
 TIME_LIMIT_S = 30.0
 
@@ -28,8 +31,10 @@ TIME_LIMIT_S = 30.0
 def why_here(
     plan: Plan, graph: Graph, cluster: Cluster, optimizer: torch.optim.Optimizer | None, name: str
 ) -> Why:
-    """Placements of the ops of a module (or of one op, or those that read a parameter) over the data and tensor axes,
-    derived again by the intra-stage programme with the plan's inputs placed as the plan says.
+    """How the ops of a module (or one op, or those that read a parameter) are placed, and why.
+
+    Along the tensor axis the intra-stage programme is set up again, with ops run by the plan's rules; along the data
+    axis every op has its rows, and the gradients of parameters are reduced (and sharded parameters gathered).
 
     Raises:
         PlanError: the plan is of another model or cluster.
@@ -38,77 +43,98 @@ def why_here(
     plan.validate(graph, cluster)
     if plan.mode != "graph":
         raise InputError('--why needs a plan of mode "graph"; this one runs plain PyTorch as one block.')
-    groups = _groups(plan)
-    inputs = {item.name: axes for item in graph.inputs if (axes := plan.inputs.get(item.name)) is not None}
-    if not groups:
-        return Why(name=name, placements={}, exchanges=(), notes=("one worker a stage: nothing is cut or exchanged.",))
-    facts = OptimizerFacts.of(optimizer)
+    facts, cost = OptimizerFacts.of(optimizer), CostTable(cluster)
+    first = [worker for worker in plan.workers if worker.stage == 0]
+    tensor = tuple(worker for worker in first if worker.data == 0)
+    data = tuple(worker for worker in first if worker.tensor == 0)
     state = facts.state_bytes_per_element
-    costs = rates_on(
-        groups, len(plan.workers), cluster, CostTable(cluster), state_bytes_per_element=state
-    )
+    groups = {"tensor": tensor} if len(tensor) > 1 else {"tensor": tensor[:1]}
+    costs = rates_on(groups, len(plan.workers), cluster, cost, state_bytes_per_element=state)
     mesh = {axis: len(workers) for axis, workers in groups.items()}
     stage = stage_from_graph(graph, mesh, costs=costs, state_bytes_per_element=state, recompute=False)
-    problem = _as_planned(stage, graph, plan)
     ops = _ops_of(stage, graph, name)
-    solution = solve_intra(problem, time_limit_s=TIME_LIMIT_S)
-    exchanges = exchanges_of_ops(stage, solution, ops)
-    placed = {key: axes for key, axes in inputs.items() if is_in(key, name)}
-    notes = (
-        "derived for the whole batch from rates of this cluster (a roofline, latencies and bandwidths), "
-        f"inputs placed as the plan says; the step by these rates: {solution.objective_s:.3g} s.",
-    )
+    parameters = _parameters_of(stage, graph, ops, name)
+    placed = {one: plan.inputs.get(one, {}) for one in parameters}
+    exchanges = _of_data(plan, graph, parameters, data, cost)
+    others: list[Other] = []
+    notes = ["along the data axis every worker has its rows of the batch."] if len(data) > 1 else []
+    if len(tensor) > 1:
+        planned = with_rules(stage, plan.rules)
+        solution = solve_intra(planned, time_limit_s=TIME_LIMIT_S)
+        taken = in_full(stage, planned, solution)
+        exchanges += exchanges_of_ops(stage, solution, ops)
+        others = other_ways(stage, taken, solution.objective_s, ops)
+        placed |= placements_of_ops(stage, taken, ops)
+        notes.append(
+            "the tensor axis is priced for the whole batch by rates of this cluster (a roofline, latencies and "
+            f"bandwidths), by which the step takes {format_time(solution.objective_s)} with the plan's rules."
+        )
     return Why(
         name=name,
-        placements={**placed, **placements_of_ops(stage, solution, ops)},
+        placements=placed,
         exchanges=tuple(sorted(exchanges, key=lambda item: -item.time_s)),
-        others=tuple(other_ways(stage, problem, solution, ops)),
-        notes=notes,
+        others=tuple(others),
+        notes=tuple(notes or ["one worker a stage: nothing is cut or exchanged."]),
     )
-
-
-def _groups(plan: Plan) -> dict[str, tuple[Worker, ...]]:
-    """One group of workers along every axis that has several, on the first stage."""
-    first = [worker for worker in plan.workers if worker.stage == 0]
-    found = {
-        "data": tuple(worker for worker in first if worker.tensor == 0),
-        "tensor": tuple(worker for worker in first if worker.data == 0),
-    }
-    return {axis: workers for axis, workers in found.items() if len(workers) > 1}
-
-
-def _as_planned(stage: Stage, graph: Graph, plan: Plan) -> IntraProblem:
-    """Inputs lie as the plan says: rows of the batch along the data axis, what `plan.inputs` names, all else whole."""
-    named = {item.node: item for item in graph.inputs}
-
-    def wanted(index: int, choice: int) -> bool:
-        item = named.get(stage.names[index])
-        if item is None or item.kind not in (InputKind.PARAMETER, InputKind.BATCH):
-            return True
-        for axis, placement in zip(stage.axes, stage.stored[index][choice].stored, strict=True):
-            rows = item.kind is InputKind.BATCH and axis == "data" and graph.batch_size in item.shape[:1]
-            text = plan.inputs.get(item.name, {}).get(axis, "S(0)" if rows else "R")
-            if (f"S({placement.dim})" if isinstance(placement, Shard) else "R") != text:
-                return False
-        return True
-
-    return with_inputs(stage.problem, wanted)
 
 
 def _ops_of(stage: Stage, graph: Graph, name: str) -> list[int]:
-    parameters = {item.node for item in graph.inputs_of(InputKind.PARAMETER) if item.name == name}
-    if parameters:
-        readers = [
+    nodes = {item.node for item in graph.inputs_of(InputKind.PARAMETER) if item.name == name}
+    if nodes:
+        seen = {value for item in stage.items if item is not None for value, _ in item.inputs if value.name in nodes}
+        for item in stage.items:  # views of the parameter stand for it
+            if item is not None and item.is_view and item.op.inputs[0] in seen:
+                seen |= {value for value in item.op.outputs if value is not None}
+        return [
             index
             for index, item in enumerate(stage.items)
-            if item is not None and any(value.name in parameters for value, _ in item.inputs)
+            if item is not None and not item.is_view and any(value in seen for value, _ in item.inputs)
         ]
-        return readers
     found = ops_in(stage, lambda module, op: is_in(module, name) or op == name)
     if not found:
         items = [item for item in stage.items if item is not None]
         modules = [item.op.info.module for item in items if item.op.info is not None]
         raise unknown(name, [*modules, *(item.op.name for item in items), *(i.name for i in graph.inputs)])
+    return found
+
+
+def _parameters_of(stage: Stage, graph: Graph, ops: list[int], name: str) -> list[str]:
+    """The parameter called `name`, those of the module, or those that the op reads."""
+    names = {item.node: item.name for item in graph.inputs_of(InputKind.PARAMETER)}
+    inside = [one for one in names.values() if is_in(one, name)]
+    items = [stage.items[index] for index in ops]
+    read = [names[v.name] for item in items if item is not None for v, _ in item.inputs if v.name in names]
+    return inside or list(dict.fromkeys(read))
+
+
+def _of_data(
+    plan: Plan, graph: Graph, parameters: list[str], group: tuple[Worker, ...], cost: CostTable
+) -> list[Exchange]:
+    """Gradients' sums over the data axis; sharded parameters are gathered as well."""
+    if len(group) < 2:
+        return []
+    inputs = {item.name: item for item in graph.inputs_of(InputKind.PARAMETER)}
+    trained = {output.target for output in graph.outputs_of(OutputKind.GRADIENT)}
+    tensor, found = plan.axes.get("tensor", 1), []
+    across = len({worker.process for worker in group}) > 1
+    for name in parameters:
+        placed = plan.inputs.get(name, {})
+        item = inputs[name]
+        num_bytes = math.prod(item.shape) * item.dtype.itemsize // (tensor if "tensor" in placed else 1)
+        kinds: list[tuple[str, CollectiveKind]] = []
+        if "data" in placed:
+            kinds = [("forward", "all_gather"), *([("backward", "reduce_scatter")] if name in trained else [])]  # type: ignore[list-item]
+        elif name in trained:
+            kinds = [("backward", "all_reduce" if across else "reduce_scatter")]
+        for phase, kind in kinds:
+            found.append(
+                Exchange(
+                    block="", value=name, module=name.rpartition(".")[0], phase=phase, axis="data", kind=kind,
+                    source=placed.get("data", "R") if kind == "all_gather" else "P",
+                    target="R" if kind != "reduce_scatter" else "S", num_bytes=float(num_bytes),
+                    time_s=cost.collective_time_s(kind, num_bytes, group), count=1,
+                )
+            )  # fmt: skip
     return found
 
 

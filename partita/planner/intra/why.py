@@ -23,18 +23,31 @@ MOST_OPS, MOST_WAYS = 4, 6  # that are tried, each with a solve of its own
 TIME_LIMIT_S = 10.0
 
 
-def with_inputs(problem: IntraProblem, wanted: Callable[[int, int], bool]) -> IntraProblem:
-    """`problem` with only those ways of storing input ``i`` for which ``wanted(i, choice)``; all where none is."""
+def with_rules(stage: Stage, rules: Mapping[str, Mapping[str, str]]) -> IntraProblem:
+    """The problem with ops run by the rules that ``rules`` (op -> axis -> text) names; all ways where it names none."""
     kept: dict[object, list[int]] = {}
-    for index, item in enumerate(problem.inputs):
-        key = item.tie if item.tie is not None else index
-        before = kept.get(key, list(range(len(item.choices))))
-        kept[key] = [number for number in before if wanted(index, number)] or before
-    inputs = tuple(
-        replace(item, choices=tuple(item.choices[number] for number in kept[item.tie if item.tie is not None else i]))
-        for i, item in enumerate(problem.inputs)
+    for index, (op, item) in enumerate(zip(stage.problem.ops, stage.items, strict=True)):
+        wanted = rules.get(item.op.name) if item is not None and not item.again else None
+        key = op.tie if op.tie is not None else index
+        before = kept.get(key, list(range(len(op.choices))))
+        if wanted is not None:
+            same = [n for n in before if dict(zip(stage.axes, stage.ways[index][n].rules, strict=True)) == wanted]
+            before = same or before
+        kept[key] = before
+    ops = tuple(
+        replace(op, choices=tuple(op.choices[n] for n in kept[op.tie if op.tie is not None else index]))
+        for index, op in enumerate(stage.problem.ops)
     )
-    return replace(problem, inputs=inputs)
+    return replace(stage.problem, ops=ops)
+
+
+def in_full(stage: Stage, planned: IntraProblem, solution: IntraSolution) -> tuple[int, ...]:
+    """A solution's choices of ops of `with_rules`' problem, numbered as in the stage's own."""
+    found = []
+    for index, choice in enumerate(solution.assignment.ops):
+        taken = planned.ops[index].choices[choice]
+        found.append(next(n for n, one in enumerate(stage.problem.ops[index].choices) if one is taken))
+    return tuple(found)
 
 
 def forced(problem: IntraProblem, index: int, choice: int) -> IntraProblem:
@@ -48,12 +61,12 @@ def forced(problem: IntraProblem, index: int, choice: int) -> IntraProblem:
 
 
 def ops_in(stage: Stage, is_wanted: Callable[[str, str], bool]) -> list[int]:
-    """Ops for which ``is_wanted(module path, op name)``, those with most time first."""
+    """Ops (views apart) for which ``is_wanted(module path, op name)``, those with most time first."""
     found = [
         index
         for index, item in enumerate(stage.items)
         if item is not None
-        and not item.again
+        and not item.is_view
         and is_wanted(item.op.info.module if item.op.info is not None else "", item.op.name)
     ]
     return sorted(found, key=lambda index: -min(choice.time_s for choice in stage.problem.ops[index].choices))
@@ -103,29 +116,31 @@ def _text(item: object) -> str:
     return "R" if isinstance(item, Replicate) else f"S({dim})" if dim is not None else "P"
 
 
-def other_ways(stage: Stage, problem: IntraProblem, solution: IntraSolution, ops: list[int]) -> list[Other]:
-    """The other ways of the first `MOST_OPS` of ``ops``, each priced by a solve with that way fixed."""
-    found = []
+def other_ways(stage: Stage, taken: tuple[int, ...], step_s: float, ops: list[int]) -> list[Other]:
+    """The other ways of the first `MOST_OPS` of ``ops``, each priced by a solve with that way fixed.
+
+    Args:
+        taken: choice of every op as planned.
+        step_s: the objective with these.
+    """
+    problem, found = stage.problem, []
     for index in ops[:MOST_OPS]:
-        now = solution.assignment.ops[index]
         item = stage.items[index]
         name = item.op.name if item is not None else problem.ops[index].name
         ways = stage.ways[index]
         order = sorted(range(len(ways)), key=lambda one: problem.ops[index].choices[one].time_s)
-        for choice in [one for one in order if one != now][:MOST_WAYS]:
+        instead = _rules_text(stage.axes, ways[taken[index]].rules)
+        for choice in [one for one in order if one != taken[index]][:MOST_WAYS]:
             text = _rules_text(stage.axes, ways[choice].rules)
-            instead = _rules_text(stage.axes, ways[now].rules)
             if text == instead:
                 continue
             try:
                 time_s = solve_intra(forced(problem, index, choice), time_limit_s=TIME_LIMIT_S).objective_s
-            except InfeasibleError as error:
-                found.append(
-                    Other(name=name, instead_of=instead, text=text, time_s=None, slower_s=None, note=str(error))
-                )
-                continue
-            slower_s = max(0.0, time_s - solution.objective_s)
-            found.append(Other(name=name, instead_of=instead, text=text, time_s=time_s, slower_s=slower_s))
+            except InfeasibleError:
+                other = Other(name=name, instead_of=instead, text=text, time_s=None, slower_s=None)
+            else:
+                other = Other(name=name, instead_of=instead, text=text, time_s=time_s, slower_s=time_s - step_s)
+            found.append(other)
     return sorted(found, key=lambda other: (other.slower_s is None, other.slower_s or 0.0))
 
 
@@ -133,12 +148,12 @@ def _rules_text(axes: tuple[str, ...], rules: tuple[str, ...]) -> str:
     return ", ".join(f"{axis} {rule}" for axis, rule in zip(axes, rules, strict=True))
 
 
-def placements_of_ops(stage: Stage, solution: IntraSolution, ops: list[int]) -> Mapping[str, dict[str, str]]:
+def placements_of_ops(stage: Stage, taken: tuple[int, ...], ops: list[int]) -> Mapping[str, dict[str, str]]:
     """The rule of every op of ``ops``, per axis."""
     found: dict[str, dict[str, str]] = {}
     for index in ops:
         item = stage.items[index]
         if item is not None:
-            rules = stage.ways[index][solution.assignment.ops[index]].rules
+            rules = stage.ways[index][taken[index]].rules
             found[item.op.name] = dict(zip(stage.axes, rules, strict=True))
     return found
