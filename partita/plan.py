@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import tempfile
 from collections import Counter
@@ -11,17 +12,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from partita.arguments import path_of, told
+from partita.arguments import path_of
 from partita.cluster.model import Cluster
-from partita.errors import InputError, PlanError
-from partita.sharding.placement import dim_of
+from partita.constraints import Constraints as Constraints
+from partita.constraints import Recompute as Recompute
+from partita.constraints import Schedule as Schedule
+from partita.errors import PlanError
+from partita.plan_layout import ORDER, Layout, worker_of
+from partita.plan_layout import Worker as Worker
 from partita.units import fingerprint
 
 if TYPE_CHECKING:
     from partita.graph.graph import Graph
 
-Schedule = Literal["gpipe", "1f1b"]
 VERSION = 1
+MOST_LISTED = 2000  # workers that a plan with a layout lists one by one
 
 
 def cluster_fingerprint(cluster: Cluster) -> str:
@@ -40,19 +45,6 @@ def _require(holds: bool, message: str) -> None:
         raise PlanError(message)
 
 
-class Worker(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One worker: a thread of process `process` that owns the device made of `cores` (or GPU `gpu`)."""
-
-    index: int
-    process: int
-    machine: int
-    cores: tuple[int, ...]
-    stage: int  # coordinate on the pipeline axis
-    data: int  # coordinate on the data axis
-    tensor: int = 0  # coordinate on the tensor axis
-    gpu: int | None = None
-
-
 class Prediction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the cost model says of a plan. `lower_bound_s` is proven for every plan of the searched space under the same
     cost model; `uncertainty` is the relative error that the cost model expects of `step_time_s`."""
@@ -60,7 +52,7 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     step_time_s: float
     lower_bound_s: float
     uncertainty: float
-    memory_bytes: dict[str, int]  # peak by process rank (as text)
+    memory_bytes: dict[str, int]  # peak by process rank (as text); of a GPU by stage in mode "layout"
     bytes_sent: int = 0  # between processes, per step
 
     @property
@@ -78,92 +70,6 @@ class Alternative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     reason: str
 
 
-class Constraints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Corners of the plan space fixed by the user; None leaves the choice to the planner.
-
-    `num_workers` counts the workers of the whole job. `stage_starts` names the first op of every stage but the first.
-    `local_statistics` lets ops that couple samples (BatchNorm) use the statistics of their own shard or microbatch.
-    `inputs` says how inputs of the step lie along mesh axes, by their names or patterns of them (`fnmatch`):
-    ``{"*.up.weight": {"tensor": "S(0)"}, "*.down.weight": {"tensor": "S(1)"}, "batch*": {"tensor": "S(1)"}}``;
-    parameters go by their dotted names, tensors of the batch by ``batch`` and their path. `fully_sharded` cuts every
-    parameter that is large enough over the data axis: each worker stores and updates its part, and gathers the whole
-    where it is read.
-    """
-
-    data: int | None = None
-    tensor: int | None = None
-    pipeline: int | None = None
-    num_workers: int | None = None
-    threads_per_worker: int | None = None
-    num_microbatches: int | None = None
-    schedule: Schedule | None = None
-    compiled: bool | None = None
-    stage_starts: tuple[str, ...] | None = None
-    local_statistics: bool = False
-    inputs: dict[str, dict[str, str]] | None = None
-    fully_sharded: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("data", "tensor", "pipeline", "num_workers", "threads_per_worker", "num_microbatches"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InputError(f"Constraints.{name} must be a positive integer or None, but got {value!r}.")
-        for name in ("compiled", "local_statistics", "fully_sharded"):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and not (value is None and name == "compiled"):
-                none = " or None" if name == "compiled" else ""
-                raise InputError(f"Constraints.{name} must be True, False{none}, but got {told(value)}.")
-        starts: object = self.stage_starts
-        if starts is not None and not (
-            isinstance(starts, (tuple, list)) and all(isinstance(start, str) for start in starts)
-        ):
-            raise InputError(
-                f"Constraints.stage_starts must be a tuple of names of ops or None, but got {told(starts)}. Pass e.g. "
-                f"({starts if isinstance(starts, str) else 'addmm'!r},)."
-            )
-        if isinstance(starts, list):
-            msgspec.structs.force_setattr(self, "stage_starts", tuple(starts))
-        _check_inputs(self.inputs)
-        if self.schedule not in (None, "gpipe", "1f1b"):
-            near = difflib.get_close_matches(str(self.schedule), ["gpipe", "1f1b"], n=1, cutoff=0.0)[0]
-            raise InputError(
-                f'Constraints.schedule must be "gpipe" or "1f1b", but got {self.schedule!r}. Did you mean {near!r}?'
-            )
-        data, pipeline, tensor, total = self.data, self.pipeline, self.tensor or 1, self.num_workers
-        if total is not None and data is not None and pipeline is not None and data * pipeline * tensor != total:
-            raise InputError(
-                f"data * pipeline * tensor must equal num_workers, but got data={data}, pipeline={pipeline}, "
-                f"tensor={tensor} and num_workers={total}. Drop num_workers, or set it to {data * pipeline * tensor}."
-            )
-        for name, value in (("data", data), ("pipeline", pipeline), ("tensor", self.tensor)):
-            if total is not None and value is not None and total % value:
-                raise InputError(
-                    f"num_workers must be a multiple of {name}, but got num_workers={total} and {name}={value}."
-                )
-        if self.stage_starts is not None and pipeline is not None and len(self.stage_starts) != pipeline - 1:
-            raise InputError(
-                f"stage_starts must name the first op of every stage but the first: {pipeline - 1} names for "
-                f"pipeline={pipeline}, but got {len(self.stage_starts)}."
-            )
-
-
-def _check_inputs(inputs: object) -> None:
-    if inputs is None:
-        return
-    wanted = 'names (or patterns) of inputs -> mesh axis -> placement, e.g. {"fc.weight": {"tensor": "S(0)"}}'
-    if not isinstance(inputs, dict):
-        raise InputError(f"Constraints.inputs must map {wanted}, but got {told(inputs)}.")
-    for name, by_axis in inputs.items():
-        if not isinstance(name, str) or not isinstance(by_axis, dict):
-            raise InputError(f"Constraints.inputs must map {wanted}, but has {name!r}: {by_axis!r}.")
-        for axis, text in by_axis.items():
-            if axis not in ("tensor", "data"):
-                raise InputError(
-                    f'the axes of Constraints.inputs must be "tensor" or "data", but {name!r} names {axis!r}.'
-                )
-            dim_of(text) if isinstance(text, str) else dim_of(repr(text))
-
-
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one model's training step is split over workers.
 
@@ -178,16 +84,24 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     batch's leaves as the graph calls them): ``{"layers.0.weight": {"tensor": "S(0)"}}``; on the data axis the rows of
     the batch are cut without being named, and a parameter that is cut there is fully sharded. `rules` names, per op and
     axis, the rule by which the op runs; ops that it does not name run as is cheapest.
+
+    `mode` "layout" is a plan for described GPUs (`partita export` writes it for engines that run it): `layout` tells
+    its stages and machines, `stage_starts` names blocks, `inputs` patterns of parameters (``*`` for a block's number),
+    `prediction.memory_bytes` one GPU of each stage. Axes may then have "context" as well. Its workers are listed up to
+    `MOST_LISTED`; `worker` gives any of them. `micro_batch` counts the samples of a microbatch, `num_virtual_stages`
+    the chunks of blocks of a stage; `recompute` is what the backward window computes again, `zero_stage` what is
+    sharded over the data axis (1 optimizer state, 2 and gradients, 3 and parameters), `sequence_parallel` whether
+    values between blocks are cut along the tensor axis.
     """
 
-    mode: Literal["graph", "block"]
+    mode: Literal["graph", "block", "layout"]
     graph_fingerprint: str
     cluster_fingerprint: str
     axes: dict[str, int]
     workers: tuple[Worker, ...]
     threads_per_worker: int
     num_microbatches: int = 1
-    schedule: Schedule = "1f1b"
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
     compiled: bool = False
     stage_starts: tuple[str, ...] = ()
     shares: tuple[int, ...] = ()
@@ -200,10 +114,17 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     reasons: tuple[str, ...] = ()
     local_statistics: bool = False
     version: int = 1
+    micro_batch: int | None = None
+    num_virtual_stages: int = 1
+    recompute: Recompute = "none"
+    zero_stage: int = 0
+    sequence_parallel: bool = False
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
+        _check_layout(self)
         _check_workers(self)
-        for name in ("threads_per_worker", "num_microbatches"):
+        for name in ("threads_per_worker", "num_microbatches", "num_virtual_stages"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, but the plan has {value}.")
         stages, data = self.axes.get("pipeline", 1), self.axes.get("data", 1)
@@ -226,7 +147,26 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     @property
     def num_workers(self) -> int:
-        return len(self.workers)
+        return len(self.workers) or math.prod(self.axes.values())
+
+    def worker(self, index: int) -> Worker:
+        """Worker `index`, listed or not. Raises `PlanError` if there is none."""
+        if self.layout is not None:
+            return worker_of(self.layout, self.axes, index)
+        _require(0 <= index < len(self.workers), f"the plan has workers 0 to {len(self.workers) - 1}, not {index}.")
+        return self.workers[index]
+
+    @property
+    def unrunnable(self) -> tuple[str, ...]:
+        """What of this plan partita's runtime does not have, in words; () if it runs."""
+        found = ["a layout for described GPUs instead of the model's ops"] if self.mode == "layout" else []
+        found += [f"{self.num_virtual_stages} chunks a stage"] if self.num_virtual_stages > 1 else []
+        found += ["the interleaved schedule"] if self.schedule == "interleaved" else []
+        found += [f"recompute {self.recompute}"] if self.recompute != "none" else []
+        found += [f"ZeRO {self.zero_stage}"] if self.zero_stage else []
+        found += ["sequence parallelism between blocks"] if self.sequence_parallel else []
+        found += ["a context axis"] if self.axes.get("context", 1) > 1 else []
+        return tuple(found)
 
     @property
     def hash(self) -> str:
@@ -234,7 +174,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         every process of a job can compare it."""
         told = ("prediction", "measured_step_time_s", "alternatives", "reasons")
         parts = [
-            (name, msgspec.json.encode(getattr(self, name), order="sorted").decode())
+            (name, msgspec.json.encode(_decided(getattr(self, name)), order="sorted").decode())
             for name in self.__struct_fields__
             if name not in told
         ]
@@ -296,6 +236,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for a
         model that cannot be captured; then only a "block" plan is valid."""
         again = "Make a new plan with partita.plan(...)."
+        if self.mode == "layout":
+            self._validate_machines(cluster, again)
+            return
         if graph is None:
             _require(
                 self.mode == "block",
@@ -311,6 +254,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 "(another number of processes or cores, another CPU or GPU model)"
             )
         _require(not differs, f"The plan is for another cluster: {differs}. {again}")
+
+    def _validate_machines(self, cluster: Cluster, again: str) -> None:
+        """A layout names blocks, not ops, so only the machines can be compared."""
+        _require(
+            self.cluster_fingerprint == cluster_fingerprint(cluster),
+            f"The plan is for another cluster: its fingerprint is {self.cluster_fingerprint}, that of the given one is "
+            f"{cluster_fingerprint(cluster)} (another number of machines or GPUs, or another kind). {again}",
+        )
 
     def _validate_graph(self, graph: Graph, again: str) -> None:
         _require(
@@ -353,6 +304,13 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return difference(self, other)
 
 
+def _decided(value: object) -> object:
+    """A layout without what is predicted and explained; other values as they are."""
+    if not isinstance(value, Layout):
+        return value
+    return msgspec.structs.replace(value, parts_s={}, exchanges=(), memory_limits_bytes=())
+
+
 def _write_whole(target: Path, content: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
@@ -367,14 +325,49 @@ def _write_whole(target: Path, content: bytes) -> None:
         raise
 
 
+def _check_layout(plan: Plan) -> None:
+    is_layout = plan.mode == "layout"
+    _require(is_layout == (plan.layout is not None), 'a plan must have a layout exactly if its mode is "layout".')
+    _require(plan.zero_stage in (0, 1, 2, 3), f"zero_stage must be 0, 1, 2 or 3, but the plan has {plan.zero_stage}.")
+    _require(plan.micro_batch is None or plan.micro_batch >= 1, f"micro_batch must be at least 1: {plan.micro_batch}.")
+    layout = plan.layout
+    if layout is None:
+        return
+    _require(sorted(layout.order) == sorted(ORDER), f"layout.order must name {sorted(ORDER)}, but is {layout.order}.")
+    there, used = layout.num_gpus_there, math.prod(plan.axes.values())
+    _require(1 <= used <= there, f"the axes must fit the {there} GPUs of the machines, but {plan.axes} take {used}.")
+    stages, chunks = plan.axes.get("pipeline", 1), len(layout.num_layers)
+    same = len(layout.stages) == stages and all(len(stage) == plan.num_virtual_stages for stage in layout.stages)
+    _require(
+        same and chunks == stages * plan.num_virtual_stages,
+        f"the layout must have {stages} stages of {plan.num_virtual_stages} chunks, but has "
+        f"{[len(stage) for stage in layout.stages]} and {chunks} numbers of layers.",
+    )
+    samples = plan.axes.get("data", 1) * (plan.micro_batch or 0) * plan.num_microbatches
+    _require(
+        samples == layout.global_batch,
+        f"data x micro_batch x num_microbatches must be the batch of {layout.global_batch}, but is {samples}.",
+    )
+
+
 def _check_workers(plan: Plan) -> None:
-    allowed = {"pipeline", "data", "tensor", "time"}
+    allowed = {"pipeline", "data", "tensor", "time"} | ({"context"} if plan.layout is not None else set())
     _require(set(plan.axes) <= allowed, f"axes must be among {sorted(allowed)}, but got {sorted(plan.axes)}.")
     _require(
         all(extent >= 1 for extent in plan.axes.values()),
         f"every axis must have an extent of at least 1, but got {plan.axes}.",
     )
     stages, data, tensor = (plan.axes.get(axis, 1) for axis in ("pipeline", "data", "tensor"))
+    if plan.layout is not None:
+        _require(
+            not plan.workers or len(plan.workers) == plan.num_workers == math.prod(plan.axes.values()),
+            f"a plan with a layout must list all of its {math.prod(plan.axes.values())} workers or none, but lists "
+            f"{len(plan.workers)}.",
+        )
+        for index, worker in enumerate(plan.workers):
+            wanted = worker_of(plan.layout, plan.axes, index)
+            _require(worker == wanted, f"worker {index} must be {wanted} by the layout, but is {worker}.")
+        return
     _require(
         len(plan.workers) == stages * data * tensor,
         f"a plan must have pipeline * data * tensor workers, but has {len(plan.workers)} for pipeline={stages}, "

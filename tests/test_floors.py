@@ -12,7 +12,7 @@ FLOORS = {
     "errors": 0, "units": 0, "cache": 0, "arguments": 0,
     "graph": 1, "cluster": 1,
     "sharding": 2, "cost": 2,
-    "planner": 3, "plan": 3,
+    "planner": 3, "plan": 3, "constraints": 3, "plan_layout": 3,
     "program": 4,
     "simulator": 5, "runtime": 5,
     "training": 6, "data": 6, "api": 6, "__init__": 7,

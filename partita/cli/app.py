@@ -8,7 +8,9 @@ from typing import Any
 
 import tyro
 
+from partita.cli.diff import diff
 from partita.cli.doctor import doctor
+from partita.cli.export import export
 from partita.cli.plan import plan
 from partita.cli.profile import profile
 from partita.cli.run import run
@@ -21,6 +23,8 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "profile": profile,
     "plan": plan,
     "show": show,
+    "diff": diff,
+    "export": export,
     "run": run,
     "simulate": simulate,
 }

@@ -60,6 +60,11 @@ def _simulate(task: Any, plan: Plan | None, cluster: Any) -> tuple[Plan, Timelin
     if plan is None:
         plan = best_plan(graph, cluster, Constraints(), task.optimizer)
     plan.validate(graph, cluster)
+    if plan.layout is not None:
+        raise InputError(
+            "simulate runs the programs of single workers, but a plan for described GPUs has stages of blocks only. "
+            "`partita show` prints its prediction."
+        )
     if plan.mode != "graph":
         raise InputError(
             'simulate needs a plan of mode "graph", but this one runs plain PyTorch as one block, whose only '

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from partita.errors import InputError
+from partita.plan import Plan
 from partita.planner.scale.solution import ScaleSolution
 
 
@@ -67,14 +69,7 @@ def layout_of(solution: ScaleSolution) -> TrainingLayout:
     Raises:
         InputError: the model is no single list of blocks between an embedding and a head.
     """
-    num_gaps = sum(1 for _ in solution.num_layers)
-    first, last = solution.stages[0][0][0], solution.stages[-1][-1][1]
-    inner = [name for stage in solution.stages for pair in stage for name in pair if ".." in name]
-    if inner or num_gaps < 1 or sum(solution.num_layers) < 1:
-        raise InputError(
-            "an engine's configuration tells one list of blocks between an embedding and a head, but the model has "
-            f"{first!r} to {last!r} with {inner[:2] or 'no blocks'}; export is for models of one tower."
-        )
+    _check_tower(solution.stages, solution.num_layers)
     return TrainingLayout(
         data=solution.axes["data"],
         tensor=solution.axes["tensor"],
@@ -87,6 +82,43 @@ def layout_of(solution: ScaleSolution) -> TrainingLayout:
         zero=solution.zero,
         sequence_parallel=solution.sequence_parallel,
     )
+
+
+def layout_of_plan(plan: Plan) -> TrainingLayout:
+    """What engines are told of a plan for described GPUs.
+
+    Raises:
+        InputError: the plan is for the runtime here, or its model is no single list of blocks.
+    """
+    layout = plan.layout
+    if layout is None:
+        raise InputError(
+            f'export needs a plan for a described cluster of GPUs (mode "layout"), but this one has mode '
+            f"{plan.mode!r}, which partita itself runs. Plan with a cluster such as Cluster.preset('128x8xH100')."
+        )
+    _check_tower(layout.stages, layout.num_layers)
+    return TrainingLayout(
+        data=plan.axes.get("data", 1),
+        tensor=plan.axes.get("tensor", 1),
+        pipeline=plan.axes.get("pipeline", 1),
+        context=plan.axes.get("context", 1),
+        num_layers=layout.num_layers,
+        micro_batch=plan.micro_batch or 1,
+        global_batch=layout.global_batch,
+        recompute=plan.recompute,
+        zero=plan.zero_stage,
+        sequence_parallel=plan.sequence_parallel,
+    )
+
+
+def _check_tower(stages: Sequence[Sequence[tuple[str, str]]], num_layers: Sequence[int]) -> None:
+    first, last = stages[0][0][0], stages[-1][-1][1]
+    inner = [name for stage in stages for pair in stage for name in pair if ".." in name]
+    if inner or sum(num_layers) < 1:
+        raise InputError(
+            "an engine's configuration tells one list of blocks between an embedding and a head, but the model has "
+            f"{first!r} to {last!r} with {inner[:2] or 'no blocks'}; export is for models of one tower."
+        )
 
 
 def refuse(engine: str, must: str, given: object, change: str) -> InputError:

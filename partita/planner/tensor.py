@@ -7,6 +7,7 @@ of it is priced like all others, by simulating its programs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from partita.cluster.model import Cluster
@@ -47,14 +48,7 @@ def place_on_tensor_axis(
         SolverError: the solver's answer does not hold when it is priced anew.
     """
     size = len(workers)
-    rates = rates_of(cluster.machines[workers[0].machine], workers[0], launch_s=_OP_LATENCY_S)
-    costs = StageRates(
-        flops_per_s=rates.flops_per_s * rates.efficiency,
-        memory_bytes_per_s=min(rates.bytes_per_s, rates.machine_bytes_per_s / size),
-        links={AXIS: _link(cost, workers)},
-        op_latency_s=_OP_LATENCY_S,
-        update_bytes_per_element=12 + 2 * state_bytes_per_element,
-    )
+    costs = rates_on({AXIS: workers}, size, cluster, cost, state_bytes_per_element=state_bytes_per_element)
     stage = stage_from_graph(
         graph, {AXIS: size}, costs=costs, state_bytes_per_element=state_bytes_per_element, recompute=False
     )
@@ -73,10 +67,36 @@ def place_on_tensor_axis(
     return TensorPlacement(inputs, rules, solution.gap)
 
 
+def rates_on(
+    groups: Mapping[str, tuple[Worker, ...]],
+    num_active: int,
+    cluster: Cluster,
+    cost: CostModel,
+    *,
+    state_bytes_per_element: float,
+) -> StageRates:
+    """What ops and exchanges take where `num_active` workers of a machine compute at the same time.
+
+    Args:
+        groups: axis -> one group of workers along it.
+    """
+    first = next(iter(groups.values()))[0]
+    rates = rates_of(cluster.machines[first.machine], first, launch_s=_OP_LATENCY_S)
+    return StageRates(
+        flops_per_s=rates.flops_per_s * rates.efficiency,
+        memory_bytes_per_s=min(rates.bytes_per_s, rates.machine_bytes_per_s / num_active),
+        links={axis: _link(cost, workers) for axis, workers in groups.items()},
+        op_latency_s=_OP_LATENCY_S,
+        update_bytes_per_element=12 + 2 * state_bytes_per_element,
+    )
+
+
 def _link(cost: CostModel, workers: tuple[Worker, ...]) -> Link:
     """Latency and bandwidth that give the cost model's times of a small and a large exchange."""
     kind: CollectiveKind = "reduce_scatter"
     size = len(workers)
+    if size < 2:
+        return Link(size=1, latency_s=0.0, bytes_per_s=1.0)  # nothing is exchanged
     small_s = cost.collective_time_s(kind, _SMALL_BYTES, workers)
     large_s = cost.collective_time_s(kind, _LARGE_BYTES, workers)
     per_byte_s = max((large_s - small_s) / (_LARGE_BYTES - _SMALL_BYTES), 1e-15)

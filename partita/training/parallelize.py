@@ -16,6 +16,7 @@ from torch import nn
 
 from partita.cluster import Cluster
 from partita.cluster.job import current_job
+from partita.constraints import refuse_described
 from partita.cost.table import CostTable
 from partita.errors import CaptureError, InputError, PlanError
 from partita.graph import Graph, capture
@@ -24,6 +25,7 @@ from partita.runtime.allocator import keep_freed_memory
 from partita.runtime.transport import Transport
 from partita.training.adopt import choose
 from partita.training.arguments import check_planning, check_running, check_task
+from partita.training.described import described_plan, described_planner, is_described_gpus
 from partita.training.events import PlanChosen, WarningRaised, emit
 from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
@@ -64,8 +66,10 @@ def plan(
         model: may live on the `meta` device.
         loss_fn: ``loss_fn(model, batch)`` -> scalar tensor.
         batch: the global batch; its tensors may live on the `meta` device.
-        optimizer: for the size of its state and the time of its update.
-        cluster: default: this machine, or all machines of the running job.
+        optimizer: for the size of its state and the time of its update. For described GPUs, none means mixed precision
+            with Adam (18 bytes a parameter), and a given one what plain PyTorch keeps.
+        cluster: default: this machine, or all machines of the running job. A described cluster of GPUs (up to 100,000)
+            gives a plan of mode "layout": degrees, stages of blocks, microbatches, without a graph of the whole model.
         constraints: corners of the plan space that are fixed.
 
     Raises:
@@ -78,8 +82,13 @@ def plan(
     check_task(model, loss_fn, cluster)
     check_planning(optimizer, constraints)
     where = cluster if cluster is not None else Cluster.detect()
+    if is_described_gpus(where):
+        with _old_objects_left_alone():
+            planner = described_planner(model, loss_fn, batch, optimizer)
+            return described_plan(planner, where, constraints or Constraints())
     if where.is_here:
         keep_freed_memory()
+    refuse_described(constraints or Constraints())
     with _old_objects_left_alone():
         graph = capture(model, loss_fn, batch)
         values = _values(model, graph, take_apart(batch))
@@ -160,6 +169,7 @@ def parallelize(
         raise InputError(f'check_finite must be "step", "op" or "off", but got {check_finite!r}')
     if not isinstance(plan, (Plan, Constraints)) and plan != "auto":
         raise InputError(f'plan must be "auto", a Plan or Constraints, but got {plan!r}')
+    _check_runs(plan)
     check_task(model, loss_fn, cluster)
     check_running(compile, timeout_s)
     leaves = take_apart(batch)
@@ -167,6 +177,7 @@ def parallelize(
     override = current_override()
     if override.plan is not None:
         plan = override.plan
+        _check_runs(plan)
     where = cluster if cluster is not None else Cluster.detect(timeout_s=timeout_s)
     if not where.is_here:
         raise InputError(
@@ -190,6 +201,18 @@ def parallelize(
         step = Step(setup, chosen, graph, leaves)
     emit(PlanChosen(plan=chosen, time_s=time.perf_counter() - start_s))
     return step
+
+
+def _check_runs(plan: object) -> None:
+    """Refuses what the runtime does not have, before anything is changed."""
+    if isinstance(plan, Constraints):
+        refuse_described(plan)
+    if isinstance(plan, Plan) and plan.unrunnable:
+        raise PlanError(
+            f"parallelize runs plans of whole ops on the machines of this job, but this plan has "
+            f"{', '.join(plan.unrunnable)}. Write it for an engine that runs it (partita export), or plan for the "
+            "machines here: partita.plan(model, loss_fn, batch)."
+        )
 
 
 def _join(timeout_s: float) -> tuple[Team, Transport | None]:

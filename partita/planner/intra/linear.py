@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from partita.errors import SolverError
+from partita.planner.highs import SilentHighs
 
 Floats = npt.NDArray[np.float64]
 INFINITY = float("inf")
@@ -57,17 +58,6 @@ class LinearModel:
         self.rows.append((low, high, list(summed), list(summed.values())))
 
 
-class _Silent(highspy.Highs):
-    """HiGHS that prints nothing; its constructor would greet on standard output, which belongs to `--json`."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def enableCallbacks(self) -> None:
-        self.silent()
-        super().enableCallbacks()  # type: ignore[no-untyped-call]
-
-
 class Solver:
     """HiGHS on a `LinearModel`; rows may be added between runs.
 
@@ -95,7 +85,7 @@ class Solver:
         return self._outcome(highs, integer)
 
     def _new(self, *, integer: bool) -> highspy.Highs:
-        highs = _Silent()
+        highs = SilentHighs()
         for name, value in (
             ("threads", 1), ("mip_rel_gap", 1e-9), ("mip_abs_gap", 1e-7), ("primal_feasibility_tolerance", FEASIBILITY),
             ("mip_feasibility_tolerance", 1e-7), ("random_seed", 1),

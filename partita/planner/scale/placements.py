@@ -34,6 +34,7 @@ import numpy as np
 
 from partita.errors import InfeasibleError
 from partita.graph.graph import Phase
+from partita.planner.highs import SilentHighs
 from partita.planner.scale.one_row import PartsOf
 from partita.planner.scale.ways import (
     Lay,
@@ -322,8 +323,7 @@ class _Programme:
         model.a_matrix_.start_ = np.cumsum([0, *(len(row[0]) for row in self.rows)])
         model.a_matrix_.index_ = np.array([item for row in self.rows for item in row[0]])
         model.a_matrix_.value_ = np.array([item for row in self.rows for item in row[1]])
-        solver = highspy.Highs()  # type: ignore[no-untyped-call]
-        solver.silent()
+        solver = SilentHighs()
         solver.setOptionValue("threads", 1)
         solver.setOptionValue("time_limit", _TIME_LIMIT_S)
         solver.setOptionValue("mip_rel_gap", _GAP)

@@ -27,7 +27,7 @@ from partita.planner.scale.solve_pieces import PieceSolver
 from partita.planner.scale.step import State
 from partita.planner.scale.ways import lay_text
 from partita.planner.scale.works import WorkMaker, dtype_of
-from partita.units import GIB
+from partita.units import GIB, fingerprint
 
 # Rows of the captures: primes, so that no degree divides them and no dim of a usual model has them as extent.
 ROWS = (7, 11)
@@ -72,6 +72,9 @@ class ScalePlanner:
             batch=self.batch_size,
         )  # fmt: skip
         self.num_parameters = float(sum(parameter.numel() for parameter in model.parameters()))
+        self.fingerprint = fingerprint(
+            [*(one.graph.fingerprint for one in captures), [name for _, name in self.model.chain], self.batch_size]
+        )
         self.capture_s = time.monotonic() - started_s
 
     def plan(self, cluster: Cluster | Fabric, constraints: ScaleConstraints | None = None) -> ScaleSolution:

@@ -9,6 +9,7 @@ The programme is solved once for each set of degrees that permit the same ways; 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -101,6 +102,12 @@ class PieceSolver:
             raise known
         return Layout(size, axis, known.boundary, known.chosen, known.parameter_lays)
 
+    def with_layout(self, layout: Layout, *, sequence: bool) -> PieceSolver:
+        """The same solver, which gives `layout` for its size (and degrees alike) and axis."""
+        other = copy.copy(self)
+        other._solved = {**self._solved, (layout.axis, sequence, self._permitted(layout.size, layout.axis)): layout}
+        return other
+
     def __post_init__(self) -> None:
         base, other = self.model.programs[:2]
         self._num_bytes: dict[Value, float] = {}
@@ -151,7 +158,7 @@ class PieceSolver:
             pieces = [self.model.pieces[index] for index in group]
             if not any(piece.ops for piece in pieces):
                 continue
-            problem = self._problem(pieces, size, lays, axis, fixed)
+            problem = self.problem(pieces, size, lays, axis, fixed)
             chosen = solve(problem)
             lays = [chosen.boundary]
             fixed.update({value: chosen.lays[value] for value in problem.parameters})
@@ -181,9 +188,10 @@ class PieceSolver:
                         dims |= {dim for dim, (a, b) in pairs if a != b}
         return dims
 
-    def _problem(
+    def problem(
         self, pieces: Sequence[Piece], size: int, lays: Sequence[Lay], axis: str, fixed: Mapping[Value, Lay]
     ) -> Problem:
+        """What is solved for `pieces` together: boundary values in one of `lays`, parameters of `fixed` as they are."""
         program = self.model.programs[0]
         places = sorted(place for piece in pieces for place in piece.ops)
         ops = [program.ops[place] for place in places]
