@@ -32,7 +32,7 @@ from benchmarks.common import Report, Row, option_parser, show
 from partita.cost.calibration import Calibration
 from partita.errors import InputError, PartitaError
 from partita.planner.scale.fit import fit
-from partita.planner.scale.rows import Refusal, measured_step_time_s, read_rows
+from partita.planner.scale.rows import Refusal, measured_step_time_s, positive_of, ran_out_of_memory, read_rows
 from partita.planner.scale.runs import Measured, Run, read_run
 
 DATA = Path(__file__).parent / "data" / "published"
@@ -71,6 +71,7 @@ def read_entries(paths: Sequence[Path]) -> list[Entry]:
                 run = read_run(row)
                 run.predict()
                 measured_s = measured_step_time_s(row)
+                positive_of(row, "memory_gib")
             except Refusal as error:
                 run, refused = None, str(error)
             entries.append(Entry(file=str(path), index=index, row=row, run=run, refused=refused, measured_s=measured_s))
@@ -148,12 +149,10 @@ def _memory(both: Sequence[tuple[Entry, Row]]) -> Row:
         if entry.run is None:
             continue
         predicted = row["predicted_memory_bytes"]
-        given = entry.row.get("memory_gib")
-        if given:
-            errors.append(abs(predicted / (float(given) * 2**30) - 1))
+        if given := positive_of(entry.row, "memory_gib"):
+            errors.append(abs(predicted / (given * 2**30) - 1))
         limit = min(group.kind.gpu.memory_bytes for group in entry.run.fabric.groups)
-        notes = str(entry.row.get("notes") or "").lower()
-        ran_out = "out of memory" in notes or "oom" in notes.replace("room", "").split()
+        ran_out = ran_out_of_memory(entry.row)
         if entry.measured_s or ran_out:
             verdicts.append((predicted > limit) == (ran_out and not entry.measured_s))
     return {

@@ -32,7 +32,9 @@ class Constants:
         launch_s: host seconds to start one kernel from Python without a compiler (the processors that hosts of the
             generation have).
         kernel_s: device seconds that a kernel takes at least.
-        exchange_s: device seconds that a collective takes beside its transfer (streams wait for each other).
+        exchange_s: device seconds that a collective takes beside its transfer: streams wait for each other, and small
+            tensors do not reach the full rate (nccl-tests on a DGX A100, 2 to 8 GPUs: 45 to 95 us for 1 MiB).
+        skew_s: what each further rank adds to that: it starts when the last rank has reached it.
         link, network: share of the published bandwidth that collectives reach in a machine and between machines.
         latency: factor on the latencies of links.
         overlap: share of an overlapped exchange that does hide behind compute, while there is compute to hide it.
@@ -45,7 +47,8 @@ class Constants:
     attention: float = 0.50
     launch_s: float = 30e-6
     kernel_s: float = 3e-6
-    exchange_s: float = 15e-6
+    exchange_s: float = 60e-6
+    skew_s: float = 10e-6
     link: float = 0.75
     network: float = 0.75
     latency: float = 1.0
@@ -60,24 +63,24 @@ GENERATIONS: Mapping[str, Constants] = {
     # Set by hand to Megatron-LM's published V100 rates (72 TF on one GPU, recomputation counted): no complete row.
     "volta": Constants(matmul=0.85, memory=0.8, launch_s=4e-5),
     "ampere": Constants(
-        matmul=0.802, matmul_low=0.7, depth=128.0, memory=0.855, attention=0.574,
-        launch_s=5.07e-05, kernel_s=2.66e-06, exchange_s=1.4e-05, link=0.751, network=0.724,
-        latency=1.29, overlap=0.675,
+        matmul=0.811, matmul_low=0.7, depth=123.0, memory=0.911, attention=0.573,
+        launch_s=4.91e-05, kernel_s=2.75e-06, exchange_s=1.1e-04, skew_s=7.01e-06, link=0.784, network=0.725,
+        latency=1.18, overlap=0.585,
     ),
     "hopper": Constants(
-        matmul=0.713, matmul_low=0.911, depth=171.0, memory=0.642, attention=0.331,
-        launch_s=2.97e-05, kernel_s=3.21e-06, exchange_s=1.16e-05, link=0.903, network=0.871,
-        latency=1.18, overlap=0.583,
+        matmul=0.719, matmul_low=0.931, depth=168.0, memory=0.676, attention=0.334,
+        launch_s=3.01e-05, kernel_s=3.21e-06, exchange_s=1.51e-05, skew_s=3.1e-06, link=0.897, network=0.869,
+        latency=1.13, overlap=0.586,
     ),
     "blackwell": Constants(
-        matmul=0.761, matmul_low=0.76, depth=154.0, memory=0.679, attention=0.245,
-        launch_s=3.22e-05, kernel_s=3.24e-06, exchange_s=1.83e-05, link=0.765, network=0.94,
-        latency=0.933, overlap=0.715,
+        matmul=0.765, matmul_low=0.78, depth=153.0, memory=0.672, attention=0.262,
+        launch_s=3.01e-05, kernel_s=3.12e-06, exchange_s=7.14e-05, skew_s=4.48e-06, link=0.806, network=0.941,
+        latency=0.888, overlap=0.693,
     ),
     "blackwell_ultra": Constants(
-        matmul=0.776, matmul_low=0.918, depth=146.0, memory=0.7, attention=0.35,
-        launch_s=3e-05, kernel_s=3.03e-06, exchange_s=1.68e-05, link=0.775, network=0.729,
-        latency=1.12, overlap=0.818,
+        matmul=0.782, matmul_low=0.94, depth=146.0, memory=0.725, attention=0.363,
+        launch_s=3e-05, kernel_s=2.98e-06, exchange_s=5.3e-05, skew_s=1.16e-05, link=0.809, network=0.751,
+        latency=1.03, overlap=0.787,
     ),
 }
 # fmt: on
@@ -98,7 +101,8 @@ PRIOR_SPREADS: Mapping[str, float] = {
     "attention": 0.3,
     "launch_s": 0.4,
     "kernel_s": 0.4,
-    "exchange_s": 0.7,
+    "exchange_s": 1.5,
+    "skew_s": 1.5,
     "link": 0.15,
     "network": 0.2,
     "latency": 0.6,

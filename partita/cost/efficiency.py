@@ -33,7 +33,7 @@ from partita.errors import ClusterError
 # (a, c, share of the large tile's rate). Shares: bytes loaded for each flop against the 256 x 128 tile's.
 TILES: tuple[tuple[int, int, float], ...] = ((256, 128, 1.0), (128, 128, 0.96), (128, 64, 0.85), (64, 64, 0.7))
 LOW_PRECISION = ("float8_e4m3fn", "float4_e2m1fn")
-SOFTNESS = 3.0  # exponent of `both`
+SOFTNESS = 6.0  # exponent of `both`
 
 
 @dataclass(frozen=True, kw_only=True)

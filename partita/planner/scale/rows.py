@@ -7,6 +7,7 @@ everything else that is absent is refused.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,16 +64,17 @@ def measured_step_time_s(row: Row) -> float | None:
     """The measured seconds of one step: given, or from tokens per second, or from flop/s by the source's convention.
 
     Flops: 72 B s l h^2 (1 + s / 6 h + V / 12 l h), four thirds of the first two terms where recomputation counts
-    (Narayanan et al. 2021, appendix A); for gated models the same sum over their own matrices.
+    (Narayanan et al. 2021, appendix A); for gated models the same sum over their own matrices. Raises `Refusal` where
+    a figure is no positive number.
     """
-    if row.get("step_time_s"):
-        return float(row["step_time_s"])
-    batch, seq, gpus = row.get("global_batch"), row.get("seq"), row.get("n_gpus")
+    if given := positive_of(row, "step_time_s"):
+        return given
+    batch, seq, gpus = (integer_of(row, name) for name in ("global_batch", "seq", "n_gpus"))
     if not (batch and seq and gpus):
         return None
-    if row.get("tokens_per_s_per_gpu"):
-        return float(batch * seq / (float(row["tokens_per_s_per_gpu"]) * gpus))
-    rate, convention = row.get("tflops_per_gpu"), row.get("flops_convention")
+    if tokens_per_s := positive_of(row, "tokens_per_s_per_gpu"):
+        return batch * seq / (tokens_per_s * gpus)
+    rate, convention = positive_of(row, "tflops_per_gpu"), text_of(row, "flops_convention")
     if not rate or not convention:
         return None
     try:
@@ -82,8 +84,8 @@ def measured_step_time_s(row: Row) -> float | None:
     tokens = float(batch) * seq
     block = 2.0 * tokens * model.layers * (model.block_parameters + 2.0 * seq * model.hidden)
     head = 2.0 * tokens * model.vocab * model.hidden
-    flops = (4 if str(convention).startswith("hardware") else 3) * block + 3 * head
-    return float(flops / (float(rate) * 1e12 * gpus))
+    flops = (4 if convention.startswith("hardware") else 3) * block + 3 * head
+    return float(flops / (rate * 1e12 * gpus))
 
 
 def text_of(row: Row, name: str) -> str:
@@ -96,9 +98,20 @@ def integer_of(row: Row, name: str) -> int | None:
     value = row.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value) or value < 1:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value != int(value) or value < 1:
         raise Refusal(f"{name} must be a whole number of at least 1, but is {value!r}")
     return int(value)
+
+
+def positive_of(row: Row, name: str) -> float | None:
+    """A field as a positive number, or None where it is absent or 0 (some sources write 0 for "not measured")."""
+    value = row.get(name)
+    if value is None or value == 0:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise Refusal(f"{name} must be a positive number, but is {value!r}")
+    return float(value)
 
 
 def needed(row: Row, name: str) -> int:
@@ -153,8 +166,8 @@ def read_model(row: Row, modern: bool, notes: str, assumed: list[str]) -> Transf
         fused_attention=fused, fused=not eager,
         tuned_attention=not pytorch, fused_loss=fused and not (pytorch and gated), dtype=dtype,
     )  # fmt: skip
-    billions = row.get("params_b")
-    if billions and not 1 - TOLERANCE < model.num_parameters / (float(billions) * 1e9) < 1 + TOLERANCE:
+    billions = positive_of(row, "params_b")
+    if billions and not 1 - TOLERANCE < model.num_parameters / (billions * 1e9) < 1 + TOLERANCE:
         raise Refusal(f"the sizes give {model.num_parameters / 1e9:.3g} billion parameters, but params_b is {billions}")
     return model
 
@@ -186,3 +199,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path} must hold a JSON list of objects, one for each run.")
     return rows
+
+
+OUT_OF_MEMORY = (
+    r"\boom(?:s|ed|-ed)?\b|\b(?:out[- ]of|insufficient|not enough)[- ](?:[a-z]+ )?memory\b"
+    r"|\b(?:does not|doesn't|did not|didn't) fit\b"
+)
+DENIED = r"\b(?:no|not|without|avoids?|never)\b[^,.;]*$"
+
+
+def ran_out_of_memory(row: Row) -> bool:
+    """Whether the notes say that the run did not fit its GPUs ("OOM", "out of memory"), and do not deny it.
+
+    >>> [ran_out_of_memory({"notes": notes}) for notes in ("(OOM)", "more room", "ran without OOM", None)]
+    [True, False, False, False]
+    """
+    notes = text_of(row, "notes")
+    return any(not re.search(DENIED, notes[: hit.start()]) for hit in re.finditer(OUT_OF_MEMORY, notes))

@@ -18,6 +18,7 @@ adapters, offloading, no sequence length, no number of microbatches, contradicto
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from partita.planner.scale.rows import (
     integer_of,
     measured_step_time_s,
     needed,
+    positive_of,
     read_model,
     read_rows,
     text_of,
@@ -184,11 +186,18 @@ def read_run(row: Row) -> Run:
 def _fabric(row: Row) -> Fabric:
     try:
         if row.get("cluster"):
-            return Fabric(groups=tuple(_group(entry) for entry in row["cluster"]))
+            return Fabric(groups=tuple(_group(entry) for entry in _entries(row)))
         kind = gpu_from_text(text_of(row, "gpu"))
         return Fabric(groups=(NodeGroup.of(kind, needed(row, "n_gpus"), integer_of(row, "gpus_per_node")),))
     except ClusterError as error:
         raise Refusal(str(error)) from error
+
+
+def _entries(row: Row) -> list[Row]:
+    entries = row["cluster"]
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise Refusal(f"cluster must be a list of objects, one for each kind of machine, but is {entries!r:.80}")
+    return entries
 
 
 def _group(entry: Row) -> NodeGroup:
@@ -196,18 +205,18 @@ def _group(entry: Row) -> NodeGroup:
     kind = gpu_from_text(str(entry.get("gpu") or ""))
     machines, gpus = needed(entry, "machines"), needed(entry, "gpus")
     group = NodeGroup.of(kind, machines * gpus, gpus)
-    link, network = entry.get("intra_bytes_per_s"), entry.get("inter_bytes_per_s")
+    link, network = positive_of(entry, "intra_bytes_per_s"), positive_of(entry, "inter_bytes_per_s")
     return replace(
         group,
-        link=Link(bytes_per_s=float(link), latency_s=group.link.latency_s) if link else group.link,
-        network=Link(bytes_per_s=float(network), latency_s=group.network.latency_s) if network else group.network,
+        link=Link(bytes_per_s=link, latency_s=group.link.latency_s) if link else group.link,
+        network=Link(bytes_per_s=network, latency_s=group.network.latency_s) if network else group.network,
     )
 
 
 def _degrees(row: Row, assumed: list[str]) -> Degrees:
     gpus = integer_of(row, "n_gpus")
     if gpus is None and row.get("cluster"):
-        gpus = sum(needed(entry, "machines") * needed(entry, "gpus") for entry in row["cluster"])
+        gpus = sum(needed(entry, "machines") * needed(entry, "gpus") for entry in _entries(row))
         assumed.append(f"n_gpus = {gpus}")
     gpus = gpus or needed(row, "n_gpus")
     given = {name: integer_of(row, name) for name in ("tp", "pp", "cp", "dp")}
@@ -292,7 +301,9 @@ def _remat(row: Row, assumed: list[str]) -> Remat | None:
 
 
 def _cuts(cuts: Any, degrees: Degrees) -> tuple[int, ...]:
-    numbers = [int(cut) for cut in cuts]
+    if not isinstance(cuts, list) or not all(isinstance(cut, int) and not isinstance(cut, bool) for cut in cuts):
+        raise Refusal(f"pipeline_cuts must be a list of layer numbers, but is {cuts!r:.80}")
+    numbers = list(cuts)
     expected = degrees.pipeline * degrees.virtual - 1
     if len(numbers) == expected + 1 and numbers[0] == 0:  # the first stage's own beginning may be listed
         numbers = numbers[1:]

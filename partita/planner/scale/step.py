@@ -4,7 +4,9 @@ Chunk c (of p v, in model order) lives on stage ``c mod p``; a stage has ``t x c
 context, data, pipeline slowest). For one microbatch on the slowest GPU kind of its stage,
 
     D = sum of kernel times + blocking exchanges,  H = launches x host time of one,  O = overlapped exchanges
-    pass = both(D, H), then beside O:  max(pass, O) + (1 - overlap) min(pass, O)
+    after each layer:  end <- both(end + D of the layer, sum of H so far)    (the host runs ahead of the device; a pass
+    that ends with its heaviest layer, the head, hides less of the host's time than one that begins with it)
+    pass = end, then beside O:  max(pass, O) + (1 - overlap) min(pass, O)
 
 for the forward and the backward pass; the backward pass runs the forward again with full recomputation, the attention
 core with selective recomputation. Fully sharded parameters (ZeRO-3) add a gather of the layer to both passes and a
@@ -103,16 +105,18 @@ class _Pass:
     exchange_s: float = 0.0
     host_s: float = 0.0
     hidden_s: float = 0.0
+    busy_s: float = 0.0  # when the device has ended what was added so far
 
     def add(self, other: _Pass, count: float = 1.0) -> None:
+        """What follows `count` times."""
         self.device_s += count * other.device_s
         self.exchange_s += count * other.exchange_s
         self.host_s += count * other.host_s
         self.hidden_s += count * other.hidden_s
+        self.busy_s = both(self.busy_s + count * (other.device_s + other.exchange_s), self.host_s)
 
     def total_s(self, overlap: float) -> float:
-        busy_s = both(self.device_s + self.exchange_s, self.host_s)
-        return max(busy_s, self.hidden_s) + (1 - overlap) * min(busy_s, self.hidden_s)
+        return max(self.busy_s, self.hidden_s) + (1 - overlap) * min(self.busy_s, self.hidden_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,12 +250,15 @@ def _slowest(
     best_s = -1.0
     for place in places:
         total = _Priced()
+        layers = []
         for work, count in chunk:
             key = (id(work), hash((place.speed.name, tuple(place.channels.values()))))
             one = cache.get(key)
             if one is None:
                 one = cache[key] = _price_layer(work, place, remat, zero, state, compiled)
+            layers.append((one, count))
             total.forward.add(one.forward, count)
+        for one, count in reversed(layers):
             total.backward.add(one.backward, count)
         time_s = total.forward.total_s(overlap) + total.backward.total_s(overlap)
         if time_s > best_s:
@@ -279,11 +286,13 @@ def _price_layer(work: LayerWork, place: _Place, remat: Remat, zero: int, state:
 
 def _price(items: tuple[Item, ...], place: _Place, compiled: bool) -> _Pass:
     result = _Pass()
-    launch_s = 0.0 if compiled else place.speed.constants.launch_s
+    constants = place.speed.constants
+    launch_s = 0.0 if compiled else constants.launch_s
     for item in items:
         if isinstance(item, Exchange):
             time_s = place.channels[item.axis].collective_s(item.kind, item.num_bytes)
-            time_s = item.count * (time_s + place.speed.constants.exchange_s)
+            wait_s = constants.exchange_s + constants.skew_s * (place.channels[item.axis].num_ranks - 1)
+            time_s = item.count * (time_s + wait_s)
             if item.overlapped:
                 result.hidden_s += time_s
             else:

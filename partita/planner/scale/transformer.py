@@ -35,12 +35,23 @@ ELEMENT_BYTES = 2
 # Bytes of element-wise kernels of eager PyTorch against fused ones. Llama-like blocks (norms and rotations in four
 # bytes, gates) gain more: torchtitan's 8B on 8 H100s takes 2.84 s a step eagerly and 2.46 s compiled, which is 12 ms a
 # layer and this many times what fused kernels move; blocks of GPT's kind have about half as many unfused ops.
-EAGER_GATED, EAGER_PLAIN = 3.0, 1.8
+EAGER_GATED, EAGER_PLAIN = 2.4, 1.7
 # Attention kernels of PyTorch against those of Transformer Engine and cuDNN: on H100 FlashAttention-2 runs at 0.35
 # of the peak, FlashAttention-3 and cuDNN at about 0.6 (Shah et al. 2024, figure 5).
 PLAIN_ATTENTION = 0.55
 # Share of the activations that op-level selective recomputation keeps (torchtitan: every second product, attention).
 OP_LEVEL_SHARE = 0.5
+# Megatron-LM's softmax of causal scores reads only what the mask leaves, and writes all: three quarters of the bytes.
+CAUSAL_SHARE = 0.75
+# Norms and residuals reduce over rows, add up gradients of biases and read random numbers: they take this many times
+# what their bytes alone do. Set once with the constants of calibration to the published runs of four sources.
+ROW_KERNELS = 1.4
+# Bytes for each logit, forward and backward, of a cross-entropy whose operations each write a four-byte result (to four
+# bytes 6, transposed 8, maximum 4, subtraction 8, exponential 8, sum 4, quotient 8, choice 8; backward: copy, product,
+# transposition 24, to two bytes 6; strided kernels reach about two thirds of what others do), and of a fused one. Where
+# the vocabulary is divided over tensor ranks the measured times (Megatron-DeepSpeed, 2 to 8 ranks) leave no room for
+# more than the fused one's.
+LOSS_BYTES, FUSED_LOSS_BYTES = (110.0, 70.0), (22.0, 12.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,13 +187,14 @@ class _Block:
             ]
             return forward + ring, backward + ring
         scores = float(batch) * rows * seq
-        passes = [_memory(2.0 * ELEMENT_BYTES * scores)]  # scale, mask and softmax in one kernel
+        share = CAUSAL_SHARE if model.causal else 1.0
+        passes = [_memory(share * 2.0 * ELEMENT_BYTES * scores)]  # scale, mask and softmax in one kernel
         if model.dropout:
             passes.append(_memory((2.0 * ELEMENT_BYTES + 1) * scores))
         forward = [_matmul(rows, seq, d, dtype, batch=batch), *passes, _matmul(rows, d, seq, dtype, batch=batch)]
         backward = [
             _matmul(rows, seq, d, dtype, batch=batch), _matmul(seq, d, rows, dtype, batch=batch),
-            _memory((3.0 * ELEMENT_BYTES) * scores), *passes[1:],
+            _memory(share * 3.0 * ELEMENT_BYTES * scores), *passes[1:],
             _matmul(rows, d, seq, dtype, batch=batch), _matmul(seq, d, rows, dtype, batch=batch),
         ]  # fmt: skip
         return forward + ring, backward + ring
@@ -190,8 +202,8 @@ class _Block:
     def element_wise(self) -> tuple[list[Item], list[Item]]:
         """Norms, dropout and residuals on [T, h]; reshapes of qkv; the activation on [T, f/t]."""
         model, e = self.model, ELEMENT_BYTES
-        norms = [_memory(2.0 * e * self.outer * self.h)] * 2
-        residuals = [_memory((3.0 * e + (1 if model.dropout else 0)) * self.outer * self.h)] * 2
+        norms = [_memory(ROW_KERNELS * 2.0 * e * self.outer * self.h)] * 2
+        residuals = [_memory(ROW_KERNELS * (3.0 * e + (1 if model.dropout else 0)) * self.outer * self.h)] * 2
         reshapes = [_memory(2.0 * e * self.tokens * self.qkv, launches=3)]
         rotations = [_memory(2.0 * e * self.tokens * self.qkv, launches=2)] if model.rotary else []
         activation = [_memory((3.0 if model.gated else 2.0) * e * self.tokens * self.ffn)]
@@ -200,8 +212,8 @@ class _Block:
         biases = [_memory(float(e) * self.tokens * (self.qkv + self.ffn), launches=4)] if model.bias else []
         backward = self._eager(
             [
-                *[_memory(5.0 * e * self.outer * self.h, launches=2)] * 2, *residuals, *reshapes, *rotations,
-                _memory(gated_bytes), *biases,
+                *[_memory(ROW_KERNELS * 5.0 * e * self.outer * self.h, launches=2)] * 2, *residuals, *reshapes,
+                *rotations, _memory(gated_bytes), *biases,
             ]
         )  # fmt: skip
         return forward, backward
@@ -296,11 +308,8 @@ def head_work(model: Transformer, split: Split, *, alone: bool = True) -> LayerW
     gradient = tuple(part.sum_over_tensor())
     norm = _memory(4.0 * ELEMENT_BYTES * part.outer * model.hidden)
     own = columns * model.hidden if alone or not model.tied else 0
-    # Unfused (Megatron-LM's vocab-parallel cross-entropy) counts 54 and 30 bytes: to four bytes 6, transposed copy 8,
-    # maximum 4, subtraction 8, exponential 8, sum 4, quotient 8, choice 8; backward: copy 8, product 8, transposed 8,
-    # to two bytes 6. Its strided kernels reach about two thirds of what others do (fitted with the constants).
     kept_bytes = 2.0 if model.fused_loss else 4.0
-    loss_bytes = (22.0, 12.0) if model.fused_loss else (70.0, 45.0)
+    loss_bytes = FUSED_LOSS_BYTES if model.fused_loss or split.tensor > 1 else LOSS_BYTES
     return LayerWork(
         name="head",
         forward=(norm, *product, _memory(loss_bytes[0] * logits, launches=8), *sums),
