@@ -56,7 +56,7 @@ MEMORY_BYTES_PER_S = 2e12
 LINK_BYTES_PER_S = 3e11
 LATENCY_S = 5e-6
 WHOLE_PRICE = 10.0
-_TIME_LIMIT_S = 5.0
+_TIME_LIMIT_S = 20.0
 _GAP = 1e-4
 _PART_PRICE_S = 1e-9  # for each part of a parameter's cut: of equals, the plain one
 

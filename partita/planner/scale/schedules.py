@@ -18,6 +18,8 @@ section 2.2, Megatron-LM's order); zero-bubble ZB-H1 (Qi et al. 2023, section 3)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
@@ -138,31 +140,59 @@ def _run(
     return _evaluate(forward_s, backward_s, num_stages, num_microbatches, schedule, None)
 
 
-@lru_cache(maxsize=64)
-def _levelled(num_stages: int, num_chunks: int, num_microbatches: int, schedule: Schedule) -> list[tuple[int, Op]]:
-    """All ops as (stage, op) in an order in which every op comes after those that it waits for."""
-    orders = [order(stage, num_stages, num_chunks, num_microbatches, schedule) for stage in range(num_stages)]
-    places = [0] * num_stages
-    done: set[Op] = set()
-    found: list[tuple[int, Op]] = []
-    total = sum(map(len, orders))
-    while len(found) < total:
-        before = len(found)
-        for stage, ops in enumerate(orders):
-            while places[stage] < len(ops):
-                kind, chunk, index = ops[places[stage]]
-                if kind == "F":
-                    ready = chunk == 0 or ("F", chunk - 1, index) in done
-                else:
-                    ready = chunk == num_chunks - 1 or ("B", chunk + 1, index) in done
-                    ready = ready and ("F", chunk, index) in done
-                if not ready:
-                    break
-                done.add((kind, chunk, index))
-                found.append((stage, (kind, chunk, index)))
-                places[stage] += 1
-        assert len(found) > before, f"{schedule} deadlocks: {num_stages} stages, {num_chunks} chunks"
-    return found
+@dataclass(frozen=True)
+class _Recurrence:
+    """All ops of a schedule in an order in which each comes after the two that it waits for (-1: for none)."""
+
+    duration: list[int]  # chunk of a forward op; chunk + number of chunks of a backward op
+    before: list[int]  # the op before it on its stage
+    source: list[int]  # the op whose result it reads
+    stage: list[int]
+
+
+@lru_cache(maxsize=512)
+def _recurrence(num_stages: int, num_chunks: int, num_microbatches: int, schedule: Schedule) -> _Recurrence:
+    """The ops, dealt out stage by stage as far as their sources are there.
+
+    Ops have numbers ``(chunk or chunk + num_chunks) * num_microbatches + microbatch``; `place` is where each came.
+    """
+    n, m = num_chunks, num_microbatches
+    codes = []
+    for stage in range(num_stages):
+        ops = order(stage, num_stages, num_chunks, num_microbatches, schedule)
+        codes.append([(chunk if kind == "F" else chunk + n) * m + index for kind, chunk, index in ops])
+    # A forward op reads the chunk before, a backward op the chunk after (of the last chunk: its own forward op).
+    source_of = [-1] * m + list(range((n - 1) * m))
+    source_of += [x + m for x in range(n * m, (2 * n - 1) * m)] + list(range((n - 1) * m, n * m))
+    place = [-1] * (2 * n * m)
+    last, done = [-1] * num_stages, [0] * num_stages
+    duration: list[int] = []
+    before: list[int] = []
+    source: list[int] = []
+    stages: list[int] = []
+    count, total = 0, 2 * n * m
+    while count < total:
+        start = count
+        for stage, own in enumerate(codes):
+            position, end = done[stage], len(own)
+            while position < end:
+                code = own[position]
+                read = source_of[code]
+                if read >= 0:
+                    read = place[read]
+                    if read < 0:
+                        break
+                place[code] = count
+                duration.append(code // m)
+                before.append(last[stage])
+                source.append(read)
+                stages.append(stage)
+                last[stage] = count
+                count += 1
+                position += 1
+            done[stage] = position
+        assert count > start, f"{schedule} deadlocks: {num_stages} stages, {num_chunks} chunks"
+    return _Recurrence(duration, before, source, stages)
 
 
 def _evaluate(
@@ -173,28 +203,39 @@ def _evaluate(
     schedule: Schedule,
     weights_s: list[float] | None,
 ) -> float:
-    num_chunks = len(forward_s)
-    forward_end = [[0.0] * num_microbatches for _ in range(num_chunks + 1)]
-    backward_end = [[0.0] * num_microbatches for _ in range(num_chunks + 1)]
-    free = [0.0] * num_stages
-    owed = [0.0] * num_stages  # weights' gradients that could still fill gaps
-    for stage, (kind, chunk, index) in _levelled(num_stages, num_chunks, num_microbatches, schedule):
-        now = free[stage]
-        if kind == "F":
-            ready = forward_end[chunk - 1][index] if chunk else 0.0
-            duration = forward_s[chunk]
-        else:
-            ready = max(backward_end[chunk + 1][index], forward_end[chunk][index])
-            duration = backward_s[chunk]
+    ops = _recurrence(num_stages, len(forward_s), num_microbatches, schedule)
+    durations = [*forward_s, *backward_s]
+    if weights_s is not None:
+        return _evaluate_filling(ops, durations, weights_s, num_stages)
+    ends: list[float] = []
+    add = ends.append
+    for which, before, source in zip(ops.duration, ops.before, ops.source, strict=True):
+        now = ends[before] if before >= 0 else 0.0
+        if source >= 0:
+            ready = ends[source]
+            if ready > now:
+                now = ready
+        add(now + durations[which])
+    return max(ends)
+
+
+def _evaluate_filling(
+    ops: _Recurrence, durations: Sequence[float], weights_s: Sequence[float], num_stages: int
+) -> float:
+    """The same where gradients of weights fill the gaps between other ops."""
+    ends: list[float] = []
+    owed = [0.0] * num_stages
+    last = [0.0] * num_stages
+    num_chunks = len(weights_s)
+    for which, before, source, stage in zip(ops.duration, ops.before, ops.source, ops.stage, strict=True):
+        now = ends[before] if before >= 0 else 0.0
+        ready = ends[source] if source >= 0 else 0.0
         if ready > now:
             owed[stage] = max(owed[stage] - (ready - now), 0.0)
             now = ready
-        now += duration
-        free[stage] = now
-        if kind == "F":
-            forward_end[chunk][index] = now
-        else:
-            backward_end[chunk][index] = now
-            if weights_s is not None:
-                owed[stage] += weights_s[chunk]
-    return max(end + rest for end, rest in zip(free, owed, strict=True))
+        now += durations[which]
+        ends.append(now)
+        last[stage] = now
+        if which >= num_chunks:
+            owed[stage] += weights_s[which - num_chunks]
+    return max(end + rest for end, rest in zip(last, owed, strict=True))

@@ -1,42 +1,55 @@
-"""The search for the fastest way to train a cut model on a fabric: best first over families, then over their corners.
+"""The search for the fastest way to train a cut model on a fabric: all corners at once, then exactly the best.
 
-Families (t, c, b) are priced once each, sequence-parallel where the boundary can be cut. A family's bound is ``B W /
-(b N / (t c))``: no pipeline, no
-exchange of gradients, all devices busy. Families are opened in the order of their bounds; of an opened family all
-corners
-are estimated and bounded at once (`partita.planner.scale.space`); the most promising whose estimated memory fits are
-cut
-into stages (`partita.planner.scale.cuts`) and priced exactly (`partita.planner.scale.step`). The search ends when no
-family and no corner is left whose bound is below the best step time times ``1 - tolerance``, or after `MOST_PRICED`
-exact
-prices. The bound that the solution reports is the least of all corners' bounds whose least memory fits, priced or not.
+Families (t, c, b) are priced once each, sequence-parallel where the boundary can be cut. All corners of all families
+are estimated and bounded in one table (`partita.planner.scale.space`). In the order of their estimates, those whose
+estimated memory fits and whose bound is below the best step time are cut into stages (`partita.planner.scale.cuts`) and
+priced exactly (`partita.planner.scale.step`), until the work of an `Effort` is spent; it is counted, not timed, so that
+plans do not depend on the machine that plans. The bound that the solution reports is the least of all corners' bounds
+whose least memory fits, priced or not.
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from partita.cost.calibration import Calibration
 from partita.cost.kernels import LayerWork
-from partita.cost.networks import Fabric, NodeGroup, channel
+from partita.cost.networks import Fabric
 from partita.errors import InfeasibleError, InputError
 from partita.planner.scale.cuts import cut_chain
+from partita.planner.scale.families import REMATS, Family, machines_of, peak, price_family
+from partita.planner.scale.rates import Rates
 from partita.planner.scale.solution import ScaleConstraints
-from partita.planner.scale.space import REMATS, VIRTUALS, Family, corners, enumerated, stage_numbers
+from partita.planner.scale.space import VIRTUALS, Corners, enumerated, stage_numbers, tabled
 from partita.planner.scale.step import Degrees, Remat, State, StepPrediction, predict_step
 from partita.planner.scale.works import WorkMaker
 from partita.units import GIB
 
-MOST_PRICED = 8  # exact prices of one search
-MOST_OF_FAMILY = 6
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 CONTEXTS = (1, 2, 4, 8, 16, 32)
+TENSORS = (1, 2, 4, 8)  # whose works are made ahead: machines of up to eight devices
 _ALTERNATIVES = 5
+_PRICE_OPS = 8000  # work of one exact price besides its schedule, in ops of a schedule
+
+Effort = Literal["quick", "thorough"]
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Work of a search: ops of schedules that are evaluated, exact prices, and those of one family."""
+
+    ops: int
+    prices: int
+    of_family: int
+
+
+LIMITS: dict[Effort, _Limits] = {"quick": _Limits(100_000, 8, 3), "thorough": _Limits(3_000_000, 100, 12)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,122 +92,108 @@ class Searcher:
     calibration: Calibration = field(default_factory=Calibration)
     _families: dict[object, Family | str] = field(default_factory=dict)
 
-    def search(self, fabric: Fabric, constraints: ScaleConstraints) -> Found:
+    def search(self, fabric: Fabric, constraints: ScaleConstraints, effort: Effort = "thorough") -> Found:
         """The fastest way.
 
         Raises:
             InfeasibleError: nothing fits the memory or the constraints; names the nearest miss.
         """
-        return _Search(self, fabric, constraints).run()
+        return _Search(self, fabric, constraints, effort).run()
+
+    def prepare(self) -> None:
+        """Makes the works of all families that a re-plan may ask for, whatever the cluster."""
+        for tensor, context, micro_batch in itertools.product(TENSORS, CONTEXTS, MICRO_BATCHES):
+            if (context > 1 and micro_batch > 1) or self.batch % micro_batch:
+                continue
+            for sequence in (True, False) if tensor > 1 else (False,):
+                try:
+                    self.maker.works(
+                        tensor=tensor, context=context, sequence_parallel=sequence, micro_batch=micro_batch
+                    )
+                    break
+                except InfeasibleError:
+                    continue
 
     def family(self, fabric: Fabric, tensor: int, context: int, micro_batch: int, sequence: bool) -> Family | str:
         """The priced family, or why there is none."""
-        key = (_machines(fabric), tensor, context, micro_batch, sequence, fabric.num_gpus if context > 1 else 0)
+        key = (machines_of(fabric), tensor, context, micro_batch, sequence)
         if key not in self._families:
             try:
                 works = self.maker.works(
                     tensor=tensor, context=context, sequence_parallel=sequence, micro_batch=micro_batch
                 )
-                self._families[key] = self._price(fabric, tensor, context, micro_batch, sequence, works)
+                self._families[key] = price_family(
+                    degrees=Degrees(tensor=tensor, context=context),
+                    micro_batch=micro_batch,
+                    sequence_parallel=sequence,
+                    works=works,
+                    chain=self.chain,
+                    is_gap=tuple(piece.is_gap for piece in self.maker.model.pieces),
+                    fabric=fabric,
+                    calibration=self.calibration,
+                )
             except InfeasibleError as error:
                 self._families[key] = str(error)
         return self._families[key]
 
-    def _price(
-        self, fabric: Fabric, tensor: int, context: int, micro_batch: int, sequence: bool, works: tuple[LayerWork, ...]
-    ) -> Family:
-        counts = tuple(self.chain.count(index) for index in range(len(works)))
-        if len(fabric.groups) > 1:  # prices are those of the fastest kind; `_stage_speed` tells how the others compare
-            fabric = Fabric(groups=(max(fabric.groups, key=_peak),))
-        degrees = Degrees(tensor=tensor, context=context)
-
-        def price(chunk: list[tuple[LayerWork, int]], remat: Remat) -> float:
-            parts = predict_step(
-                [chunk],
-                degrees,
-                fabric,
-                num_microbatches=1,
-                remat=remat,
-                state=self.state,
-                calibration=self.calibration,
-            ).parts
-            return parts["compute"] + parts["exchange"]
-
-        pieces = [(work, count) for work, count in zip(works, counts, strict=True) if count]
-        one = channel(fabric, self.calibration, num_ranks=2, stride=max(1, fabric.num_gpus // 2))
-        boundary = max((work.boundary_bytes for work in works), default=0.0)
-        return Family(
-            tensor=tensor,
-            context=context,
-            micro_batch=micro_batch,
-            sequence_parallel=sequence,
-            works=works,
-            counts=counts,
-            is_gap=tuple(piece.is_gap for piece in self.maker.model.pieces),
-            times_s={remat: tuple(price([(work, 1)], remat) for work in works) for remat in REMATS},
-            total_s={remat: price(pieces, remat) for remat in REMATS},
-            bandwidth=max(group.kind.gpu.memory_bytes_per_s for group in fabric.groups),
-            send_bytes=boundary,
-            send_bytes_per_s=one.ring_bytes_per_s or 1.0,
-        )
-
-
-def _machines(fabric: Fabric) -> tuple[object, ...]:
-    """What prices inside a machine depend on."""
-    return tuple((g.kind.gpu.name, g.gpus_per_machine, g.link, g.network) for g in fabric.groups)
-
 
 class _Search:
-    def __init__(self, searcher: Searcher, fabric: Fabric, constraints: ScaleConstraints) -> None:
+    def __init__(self, searcher: Searcher, fabric: Fabric, constraints: ScaleConstraints, effort: Effort) -> None:
         self.searcher, self.fabric, self.constraints = searcher, fabric, constraints
+        self.limits = LIMITS[effort]
         self.best: Candidate | None = None
         self.priced: list[Candidate] = []
-        self.bound_s = float("inf")
-        self.num_corners = 0
-        self.nearest: tuple[float, str] = (float("inf"), "")
-        self.least_limit = min(group.kind.gpu.memory_bytes for group in fabric.groups)
         self.most_limit = max(group.kind.gpu.memory_bytes for group in fabric.groups)
         self.refusals: dict[str, None] = {}
-        self._enumerated: dict[tuple[int, int, int], np.ndarray] = {}
-        self._exchanges: dict[tuple[int, int, int], tuple[float, float]] = {}
-        constants = [searcher.calibration.of(group.kind.generation) for group in fabric.groups]
-        self._overlap = max(one.overlap for one in constants)
+        self.rates = Rates(fabric, searcher.calibration)
 
     def run(self) -> Found:
-        counter = itertools.count()
-        heap: list[tuple[float, int, Family]] = []
-        for family in self._families():
-            heapq.heappush(heap, (self._family_bound_s(family), next(counter), family))
-        num_families = len(heap)
-        corner_heap: list[tuple[float, int, tuple[Family, Remat, tuple[int, int, int, int], float]]] = []
-        while heap or corner_heap:
-            best_s = self.best.prediction.step_time_s if self.best else float("inf")
-            if heap and heap[0][0] <= (corner_heap[0][0] if corner_heap else float("inf")):
-                bound, _, family = heapq.heappop(heap)
-                if bound >= best_s:
-                    heap.clear()
-                    continue
-                for estimate, item in self._open(family):
-                    heapq.heappush(corner_heap, (estimate, next(counter), item))
-                continue
-            if len(self.priced) >= MOST_PRICED or not corner_heap:
-                break
-            _, _, item = heapq.heappop(corner_heap)
-            if item[3] < best_s:
-                self._price(*item[:3])
-        for bound, _, _ in heap:  # families that were not opened bound the rest
-            self.bound_s = min(self.bound_s, bound)
+        families = list(self._families())
+        if not families:
+            raise InfeasibleError(self._nothing_fits(None, families))
+        fixed = self.constraints
+        table = tabled(
+            families,
+            [self._rows(family) for family in families],
+            remats=REMATS if fixed.recompute is None else (fixed.recompute,),
+            zeros=None if fixed.zero is None else (fixed.zero,),
+            state=self.searcher.state,
+            rates=self.rates,
+        )
+        possible = table.least_memory_bytes <= self.most_limit
+        num_tried = self._price_best(families, table, possible)
         if self.best is None:
-            raise InfeasibleError(self._nothing_fits())
+            raise InfeasibleError(self._nothing_fits(table, families))
         others = sorted((c for c in self.priced if c is not self.best), key=lambda c: c.prediction.step_time_s)
         return Found(
             best=self.best,
             others=tuple(others[:_ALTERNATIVES]),
-            bound_s=min(self.bound_s, self.best.prediction.step_time_s),
-            num_families=num_families,
-            num_corners=self.num_corners,
-            num_priced=len(self.priced),
+            bound_s=min(float(table.bound_s[possible].min()), self.best.prediction.step_time_s),
+            num_families=len(families),
+            num_corners=len(table),
+            num_priced=num_tried,
         )
+
+    def _price_best(self, families: Sequence[Family], table: Corners, possible: np.ndarray) -> int:
+        """Prices corners in the order of their estimates; those that may not fit only where nothing else does."""
+        fits = table.memory_bytes <= self.most_limit
+        tried: Counter[tuple[int, int]] = Counter()
+        ops = 0
+        for group in (np.flatnonzero(fits & possible), np.flatnonzero(possible & ~fits)):
+            for i in group[np.argsort(table.estimate_s[group], kind="stable")]:
+                if self.best is not None and (ops >= self.limits.ops or tried.total() >= self.limits.prices):
+                    break
+                if self.best is not None and table.bound_s[i] >= self.best.prediction.step_time_s:
+                    continue
+                family = int(table.family[i])
+                key = (family, int(table.remat[i]))
+                if tried[key] >= self.limits.of_family and self.best is not None:
+                    continue
+                tried[key] += 1
+                ops += self._price(families[family], table, int(i))
+            if self.best is not None:
+                break
+        return tried.total()
 
     def _families(self) -> Iterator[Family]:
         fixed, fabric = self.constraints, self.fabric
@@ -226,76 +225,28 @@ class _Search:
     def _is_crowded(self) -> bool:
         return self.fabric.num_gpus >= 2 * self.searcher.batch
 
-    def _family_bound_s(self, family: Family) -> float:
-        replicas = self.fabric.num_gpus / (family.tensor * family.context)
-        return self.searcher.batch / family.micro_batch * min(family.total_s.values()) / replicas
-
-    def _open(self, family: Family) -> Iterator[tuple[float, tuple[Family, Remat, tuple[int, int, int, int], float]]]:
-        """The most promising corners of a family: (estimate, (family, remat, degrees and ZeRO, bound))."""
-        fixed = self.constraints
-        columns = self._columns(family)
-        for remat in REMATS if fixed.recompute is None else (fixed.recompute,):
-            if remat == "selective" and family.total_s["selective"] == family.total_s["none"]:
-                continue
-            table = corners(family, remat, columns=columns, state=self.searcher.state, overlap=self._overlap)
-            self.num_corners += len(table.pipeline)
-            possible = table.least_memory_bytes <= self.most_limit
-            if possible.any():
-                self.bound_s = min(self.bound_s, float(table.bound_s[possible].min()))
-            fits = table.memory_bytes <= self.most_limit
-            for index in table.memory_bytes.argsort()[:1]:
-                degrees = f"tensor {family.tensor}, pipeline {table.pipeline[index]}, data {table.data[index]}"
-                text = f"{degrees}, context {family.context}, recompute {remat}, zero {table.zero[index]}"
-                self.nearest = min(self.nearest, (float(table.memory_bytes[index]), text))
-            order = [i for i in table.estimate_s.argsort() if fits[i]][:MOST_OF_FAMILY]
-            for i in order:
-                key = (int(table.pipeline[i]), int(table.virtual[i]), int(table.data[i]), int(table.zero[i]))
-                yield float(table.estimate_s[i]), (family, remat, key, float(table.bound_s[i]))
-
-    def _columns(self, family: Family) -> np.ndarray:
+    def _rows(self, family: Family) -> np.ndarray:
         """All corners' degrees; the same for families of equal size."""
         fixed, fabric = self.constraints, self.fabric
         group = family.tensor * family.context
-        key = (family.tensor, family.context, family.micro_batch)
-        if key not in self._enumerated:
-            several = len(fabric.groups) > 1
-            blocks = family.num_blocks
-            self._enumerated[key] = enumerated(
-                batch=self.searcher.batch,
-                num_devices=fabric.num_gpus,
-                group=group,
-                context=family.context,
-                micro_batch=family.micro_batch,
-                num_blocks=blocks,
-                pipelines=[fixed.pipeline]
-                if fixed.pipeline
-                else stage_numbers(fabric.num_gpus // group, max(blocks, 1)),
-                virtuals=[fixed.virtual] if fixed.virtual else [1] if several else VIRTUALS,
-                datas=[fixed.data] if fixed.data else None,
-                zeros=[fixed.zero] if fixed.zero is not None else None,
-                exchange=lambda replicas: self._exchange(family, replicas),
-            )
-        return self._enumerated[key]
+        blocks = family.num_blocks
+        stages = stage_numbers(fabric.num_gpus // group, max(blocks, 1))
+        several = len(fabric.groups) > 1
+        return enumerated(
+            batch=self.searcher.batch,
+            num_devices=fabric.num_gpus,
+            group=group,
+            micro_batch=family.micro_batch,
+            num_blocks=blocks,
+            pipelines=(fixed.pipeline,) if fixed.pipeline else tuple(stages),
+            virtuals=(fixed.virtual,) if fixed.virtual else (1,) if several else VIRTUALS,
+            datas=(fixed.data,) if fixed.data else None,
+        )
 
-    def _exchange(self, family: Family, replicas: int) -> tuple[float, float]:
-        """Seconds for each byte, and besides, of a reduce-scatter over the data axis."""
-        key = (family.tensor, family.context, replicas)
-        if key not in self._exchanges:
-            ranks = replicas * family.context
-            one = channel(
-                self.fabric,
-                self.searcher.calibration,
-                num_ranks=ranks,
-                stride=family.tensor,
-                span=ranks * family.tensor,
-            )
-            fixed_s = one.collective_s("reduce_scatter", 0.0)
-            unit = 1e9
-            self._exchanges[key] = (one.collective_s("reduce_scatter", unit) - fixed_s) / unit, fixed_s
-        return self._exchanges[key]
-
-    def _price(self, family: Family, remat: Remat, key: tuple[int, int, int, int]) -> None:
-        p, v, d, zero = key
+    def _price(self, family: Family, table: Corners, i: int) -> int:
+        """Prices one corner exactly; the work it took."""
+        p, v, d, zero = (int(column[i]) for column in (table.pipeline, table.virtual, table.data, table.zero))
+        remat = REMATS[table.remat[i]]
         degrees = Degrees(data=d, tensor=family.tensor, pipeline=p, virtual=v, context=family.context)
         m = self.searcher.batch // (d * family.micro_batch)
         tried: set[tuple[int, ...]] = set()
@@ -305,7 +256,7 @@ class _Search:
                 continue
             tried.add(cuts)
             prediction = predict_step(
-                self._chunks(family, cuts),
+                chunks_of(family, self.searcher.chain, cuts),
                 degrees,
                 self.fabric,
                 num_microbatches=m,
@@ -326,29 +277,30 @@ class _Search:
             self.priced.append(candidate)
             if self.best is None or prediction.step_time_s < self.best.prediction.step_time_s:
                 self.best = candidate
+        return len(tried) * (_PRICE_OPS + (2 * p * v * min(m, 6 * p) if p > 1 else 0))
 
     def _times(self, family: Family, remat: Remat, degrees: Degrees) -> list[list[float]]:
         """Seconds of every piece of the chain on every stage's kind of device."""
-        times = family.times_s[remat]
+        times = family.times[remat].pieces_s
         row = [times[piece] for piece in self.searcher.chain]
         if len(self.fabric.groups) == 1:
             return [row]
         speeds = [_stage_speed(self.fabric, degrees, stage) for stage in range(degrees.pipeline)]
         return [[time / speed for time in row] for speed in speeds]
 
-    def _chunks(self, family: Family, cuts: Sequence[int]) -> list[list[tuple[LayerWork, int]]]:
-        return chunks_of(family, self.searcher.chain, cuts)
-
-    def _nothing_fits(self) -> str:
+    def _nothing_fits(self, table: Corners | None, families: Sequence[Family]) -> str:
         refused = "; ".join(list(self.refusals)[:3])
-        if self.nearest[1]:
-            need, text = self.nearest
-            return (
-                f"every device must hold its share, but the least that any way needs is {need / GIB:.1f} GiB of "
-                f"{self.most_limit / GIB:.1f} GiB ({text}). Use more devices, devices with more memory, or shorter "
-                f"sequences." + (f" Not possible: {refused}." if refused else "")
-            )
-        return f"no degrees satisfy the constraints {self.constraints} on {self.fabric.num_gpus} devices. {refused}"
+        if table is None or not len(table):
+            return f"no degrees satisfy the constraints {self.constraints} on {self.fabric.num_gpus} devices. {refused}"
+        i = int(table.memory_bytes.argmin())
+        family = families[table.family[i]]
+        degrees = f"tensor {family.tensor}, pipeline {table.pipeline[i]}, data {table.data[i]}"
+        text = f"{degrees}, context {family.context}, recompute {REMATS[table.remat[i]]}, zero {table.zero[i]}"
+        return (
+            f"every device must hold its share, but the least that any way needs is {table.memory_bytes[i] / GIB:.1f} "
+            f"GiB of {self.most_limit / GIB:.1f} GiB ({text}). Use more devices, devices with more memory, or shorter "
+            f"sequences." + (f" Not possible: {refused}." if refused else "")
+        )
 
 
 def chunks_of(family: Family, chain: Sequence[int], cuts: Sequence[int]) -> list[list[tuple[LayerWork, int]]]:
@@ -373,13 +325,8 @@ def _stage_speed(fabric: Fabric, degrees: Degrees, stage: int) -> float:
     """Peak rate of the slowest kind of a stage over that of the fastest kind of all."""
 
     span = degrees.stage_devices
-    own = min(_peak(group) for group in fabric.groups_of(stage * span, (stage + 1) * span - 1))
-    return own / max(_peak(group) for group in fabric.groups)
-
-
-def _peak(group: NodeGroup) -> float:
-    rates = group.kind.gpu.flops_per_s
-    return rates.get("bfloat16") or rates.get("float16") or max(rates.values())
+    own = min(peak(group) for group in fabric.groups_of(stage * span, (stage + 1) * span - 1))
+    return own / max(peak(group) for group in fabric.groups)
 
 
 def batch_refused(batch: int) -> InputError:

@@ -81,6 +81,7 @@ class PieceSolver:
     model: CutModel
     _rules: dict[tuple[object, bool], tuple[Sized, ...]] = field(default_factory=dict)
     _solved: dict[object, Layout | InfeasibleError] = field(default_factory=dict)
+    _extents: dict[str, list[int]] = field(default_factory=dict)  # by axis: what rules and parameters cut
 
     def layout(self, size: int, *, sequence: bool, axis: str = "tensor") -> Layout:
         """The placements on ``size`` workers; ``sequence``: boundary values are cut.
@@ -139,10 +140,12 @@ class PieceSolver:
 
     def _permitted(self, size: int, axis: str) -> tuple[bool, ...]:
         """Which extents that rules (or parameters) cut are multiples of ``size``: degrees alike have the same ways."""
-        program = self.model.programs[0]
-        extents = {rule.extent for place in range(len(program.ops)) for rule in self.rules(place, axis) if rule.extent}
-        extents |= {extent for name in self.model.parameters for extent in program.placeholders[name].spec.shape}
-        return tuple(extent % size == 0 for extent in sorted(extents))
+        if axis not in self._extents:
+            program = self.model.programs[0]
+            extents = {rule.extent for place in range(len(program.ops)) for rule in self.rules(place, axis)}
+            extents |= {extent for name in self.model.parameters for extent in program.placeholders[name].spec.shape}
+            self._extents[axis] = sorted(extent for extent in extents if extent)
+        return tuple(extent % size == 0 for extent in self._extents[axis])
 
     def _solve(self, size: int, sequence: bool, axis: str) -> Layout:
         blocks = [index for index, piece in enumerate(self.model.pieces) if not piece.is_gap]

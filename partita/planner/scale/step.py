@@ -174,7 +174,9 @@ def predict_step(
     state = state or State()
     calibration = calibration or Calibration()
     p = degrees.pipeline
-    places = [_places(fabric, degrees, stage, calibration) for stage in range(p)]
+    own = range(p) if len(fabric.groups) > 1 else (0,)  # equal machines: all stages see the same
+    places = [_places(fabric, degrees, stage, calibration) for stage in own]
+    places *= p // len(places)
     overlaps = [min(place.speed.constants.overlap for place in stage) for stage in places]
     priced: list[_Priced] = []
     cache: dict[tuple[int, int], _Priced] = {}

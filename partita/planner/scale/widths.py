@@ -85,7 +85,7 @@ class WidthPlanner:
             InfeasibleError, ClusterError: as `ScalePlanner.plan`.
         """
         started_s = time.monotonic()
-        return self._planner(width).plan_from(cluster, constraints, started_s)
+        return self._planner(width).plan_from(cluster, constraints, started_s, "quick")
 
     def _planner(self, width: int) -> ScalePlanner:
         shapes = at_width(self._narrow, self._wide, self._share(width))
@@ -97,6 +97,7 @@ class WidthPlanner:
         )
         planner.num_parameters = self._parameters(planner)
         planner.capture_s = 0.0
+        planner.is_prepared = True
         return planner
 
     def _parameters(self, planner: ScalePlanner) -> float:

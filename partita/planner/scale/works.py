@@ -85,7 +85,8 @@ class WorkMaker:
     model: CutModel
     solver: PieceSolver
     shapes: Mapping[Value, Affine] | None = None  # of values of the base program, if not those of the model's captures
-    _made: dict[object, tuple[LayerWork, ...]] = field(default_factory=dict)
+    _made: dict[object, tuple[LayerWork, ...] | str] = field(default_factory=dict)  # or why there are none
+    _checked: dict[object, Shards] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         base, other = self.model.programs[:2]
@@ -107,15 +108,31 @@ class WorkMaker:
         """
         key = (tensor, context, sequence_parallel, micro_batch)
         if key not in self._made:
+            try:
+                self._made[key] = self._make(tensor, context, sequence_parallel, micro_batch)
+            except InfeasibleError as error:
+                self._made[key] = str(error)
+        found = self._made[key]
+        if isinstance(found, str):
+            raise InfeasibleError(found)
+        return found
+
+    def _shards(self, tensor: int, context: int, sequence_parallel: bool) -> Shards:
+        """Placements of these degrees, checked; the same for every micro-batch."""
+        key = (tensor, context, sequence_parallel)
+        if key not in self._checked:
             layouts = [self.solver.layout(tensor, sequence=sequence_parallel)]
             if context > 1:
                 layouts.append(self.solver.layout(context, sequence=True, axis="context"))
                 check_composes(self.model, layouts)
             if self.shapes is not None:
                 self._check_shares(layouts)
-            shards = Shards(tuple(layouts))
-            self._made[key] = tuple(self._work(piece, shards, micro_batch) for piece in self.model.pieces)
-        return self._made[key]
+            self._checked[key] = Shards(tuple(layouts))
+        return self._checked[key]
+
+    def _make(self, tensor: int, context: int, sequence_parallel: bool, micro_batch: int) -> tuple[LayerWork, ...]:
+        shards = self._shards(tensor, context, sequence_parallel)
+        return tuple(self._work(piece, shards, micro_batch) for piece in self.model.pieces)
 
     def _check_shares(self, layouts: Sequence[Layout]) -> None:
         """Placements of another width hold only where its extents divide as well."""
