@@ -200,7 +200,7 @@ def comparison(plan: Plan, other: Plan) -> str:
     if first is not None and second is not None:
         ratio = second.step_time_s / first.step_time_s if first.step_time_s > 0 else 1.0
         tie = abs(ratio - 1) <= max(first.uncertainty, second.uncertainty)
-        verdict = f" ({ratio:.2f} times{', a tie within the uncertainty' if tie and ratio != 1 else ''})"
+        verdict = f" ({ratio:.2f} times{', a tie within the uncertainty' if tie else ''})" if ratio != 1 else ""
         rows.append(("predicted step", format_time(first.step_time_s), format_time(second.step_time_s) + verdict))
         rows.append(("lower bound", format_time(first.lower_bound_s), format_time(second.lower_bound_s)))
         peaks = [format_bytes(max(one.memory_bytes.values(), default=0)) for one in (first, second)]
