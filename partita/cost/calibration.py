@@ -63,24 +63,24 @@ GENERATIONS: Mapping[str, Constants] = {
     # Set by hand to Megatron-LM's published V100 rates (72 TF on one GPU, recomputation counted): no complete row.
     "volta": Constants(matmul=0.85, memory=0.8, launch_s=4e-5),
     "ampere": Constants(
-        matmul=0.811, matmul_low=0.7, depth=123.0, memory=0.911, attention=0.573,
-        launch_s=4.91e-05, kernel_s=2.75e-06, exchange_s=1.1e-04, skew_s=7.01e-06, link=0.784, network=0.725,
-        latency=1.18, overlap=0.585,
+        matmul=0.806, matmul_low=0.7, depth=123.0, memory=0.905, attention=0.568,
+        launch_s=4.9e-05, kernel_s=2.66e-06, exchange_s=1.08e-04, skew_s=5.85e-06, link=0.803, network=0.718,
+        latency=1.34, overlap=0.522,
     ),
     "hopper": Constants(
-        matmul=0.719, matmul_low=0.931, depth=168.0, memory=0.676, attention=0.334,
-        launch_s=3.01e-05, kernel_s=3.21e-06, exchange_s=1.51e-05, skew_s=3.1e-06, link=0.897, network=0.869,
-        latency=1.13, overlap=0.586,
+        matmul=0.723, matmul_low=0.928, depth=189.0, memory=0.638, attention=0.332,
+        launch_s=2.98e-05, kernel_s=3.51e-06, exchange_s=6.53e-06, skew_s=1.79e-06, link=0.95, network=0.919,
+        latency=1.15, overlap=0.491,
     ),
     "blackwell": Constants(
-        matmul=0.765, matmul_low=0.78, depth=153.0, memory=0.672, attention=0.262,
-        launch_s=3.01e-05, kernel_s=3.12e-06, exchange_s=7.14e-05, skew_s=4.48e-06, link=0.806, network=0.941,
-        latency=0.888, overlap=0.693,
+        matmul=0.757, matmul_low=0.831, depth=156.0, memory=0.658, attention=0.223,
+        launch_s=3.23e-05, kernel_s=3.37e-06, exchange_s=5.11e-05, skew_s=2.38e-06, link=0.78, network=0.95,
+        latency=0.873, overlap=0.649,
     ),
     "blackwell_ultra": Constants(
-        matmul=0.782, matmul_low=0.94, depth=146.0, memory=0.725, attention=0.363,
-        launch_s=3e-05, kernel_s=2.98e-06, exchange_s=5.3e-05, skew_s=1.16e-05, link=0.809, network=0.751,
-        latency=1.03, overlap=0.787,
+        matmul=0.779, matmul_low=0.948, depth=143.0, memory=0.705, attention=0.324,
+        launch_s=3e-05, kernel_s=3e-06, exchange_s=2.76e-05, skew_s=3.78e-06, link=0.802, network=0.715,
+        latency=1.22, overlap=0.813,
     ),
 }
 # fmt: on

@@ -35,7 +35,7 @@ ELEMENT_BYTES = 2
 # Bytes of element-wise kernels of eager PyTorch against fused ones. Llama-like blocks (norms and rotations in four
 # bytes, gates) gain more: torchtitan's 8B on 8 H100s takes 2.84 s a step eagerly and 2.46 s compiled, which is 12 ms a
 # layer and this many times what fused kernels move; blocks of GPT's kind have about half as many unfused ops.
-EAGER_GATED, EAGER_PLAIN = 2.4, 1.7
+EAGER_GATED, EAGER_PLAIN = 3.0, 1.8
 # Attention kernels of PyTorch against those of Transformer Engine and cuDNN: on H100 FlashAttention-2 runs at 0.35
 # of the peak, FlashAttention-3 and cuDNN at about 0.6 (Shah et al. 2024, figure 5).
 PLAIN_ATTENTION = 0.55
@@ -43,15 +43,15 @@ PLAIN_ATTENTION = 0.55
 OP_LEVEL_SHARE = 0.5
 # Megatron-LM's softmax of causal scores reads only what the mask leaves, and writes all: three quarters of the bytes.
 CAUSAL_SHARE = 0.75
-# Norms and residuals reduce over rows, add up gradients of biases and read random numbers: they take this many times
-# what their bytes alone do. Set once with the constants of calibration to the published runs of four sources.
+# Norms and residuals of blocks with biases (GPT's) reduce over rows for gradients of biases and norms and read random
+# numbers: they take this many times what their bytes alone do. Set once, with the constants of calibration.
 ROW_KERNELS = 1.4
 # Bytes for each logit, forward and backward, of a cross-entropy whose operations each write a four-byte result (to four
 # bytes 6, transposed 8, maximum 4, subtraction 8, exponential 8, sum 4, quotient 8, choice 8; backward: copy, product,
 # transposition 24, to two bytes 6; strided kernels reach about two thirds of what others do), and of a fused one. Where
 # the vocabulary is divided over tensor ranks the measured times (Megatron-DeepSpeed, 2 to 8 ranks) leave no room for
-# more than the fused one's.
-LOSS_BYTES, FUSED_LOSS_BYTES = (110.0, 70.0), (22.0, 12.0)
+# more than the fused one's. PyTorch's own module joins some of them.
+LOSS_BYTES, PLAIN_LOSS_BYTES, FUSED_LOSS_BYTES = (110.0, 70.0), (70.0, 45.0), (22.0, 12.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,8 +202,9 @@ class _Block:
     def element_wise(self) -> tuple[list[Item], list[Item]]:
         """Norms, dropout and residuals on [T, h]; reshapes of qkv; the activation on [T, f/t]."""
         model, e = self.model, ELEMENT_BYTES
-        norms = [_memory(ROW_KERNELS * 2.0 * e * self.outer * self.h)] * 2
-        residuals = [_memory(ROW_KERNELS * (3.0 * e + (1 if model.dropout else 0)) * self.outer * self.h)] * 2
+        rows = ROW_KERNELS if model.bias else 1.0
+        norms = [_memory(rows * 2.0 * e * self.outer * self.h)] * 2
+        residuals = [_memory(rows * (3.0 * e + (1 if model.dropout else 0)) * self.outer * self.h)] * 2
         reshapes = [_memory(2.0 * e * self.tokens * self.qkv, launches=3)]
         rotations = [_memory(2.0 * e * self.tokens * self.qkv, launches=2)] if model.rotary else []
         activation = [_memory((3.0 if model.gated else 2.0) * e * self.tokens * self.ffn)]
@@ -212,7 +213,7 @@ class _Block:
         biases = [_memory(float(e) * self.tokens * (self.qkv + self.ffn), launches=4)] if model.bias else []
         backward = self._eager(
             [
-                *[_memory(ROW_KERNELS * 5.0 * e * self.outer * self.h, launches=2)] * 2, *residuals, *reshapes,
+                *[_memory(rows * 5.0 * e * self.outer * self.h, launches=2)] * 2, *residuals, *reshapes,
                 *rotations, _memory(gated_bytes), *biases,
             ]
         )  # fmt: skip
@@ -309,7 +310,9 @@ def head_work(model: Transformer, split: Split, *, alone: bool = True) -> LayerW
     norm = _memory(4.0 * ELEMENT_BYTES * part.outer * model.hidden)
     own = columns * model.hidden if alone or not model.tied else 0
     kept_bytes = 2.0 if model.fused_loss else 4.0
-    loss_bytes = FUSED_LOSS_BYTES if model.fused_loss or split.tensor > 1 else LOSS_BYTES
+    loss_bytes = LOSS_BYTES if model.tuned_attention else PLAIN_LOSS_BYTES
+    if model.fused_loss or (split.tensor > 1 and model.tuned_attention):
+        loss_bytes = FUSED_LOSS_BYTES
     return LayerWork(
         name="head",
         forward=(norm, *product, _memory(loss_bytes[0] * logits, launches=8), *sums),
