@@ -242,7 +242,7 @@ class _At:
 
     def _update_s(self) -> Array:
         elements = self.fact["elements"] / self.p / np.where(self.z >= 1, self.shards, 1)
-        return self.state.update_bytes * elements / self.fact["bandwidth"]
+        return np.asarray(self.state.update_bytes * elements / self.fact["bandwidth"])
 
     def estimate_s(self, exchange: tuple[Array, Array], sends: tuple[Array, Array], overlap: float) -> Array:
         """Expected step time."""
