@@ -22,6 +22,7 @@ from partita.cluster.presets import GPU_KINDS
 from partita.cost.networks import Fabric, NodeGroup
 from partita.errors import InfeasibleError
 from partita.planner.scale.plan import ScalePlanner
+from partita.planner.scale.search import Effort
 from partita.planner.scale.solution import ScaleConstraints, ScaleSolution
 from partita.planner.scale.widths import WidthPlanner
 
@@ -82,11 +83,13 @@ def row(model: str, kind: str, devices: int, layers: int, seconds: float, soluti
     }
 
 
-def timed_plan(plans: ScalePlanner, kind: str, devices: int) -> tuple[float, ScaleSolution | str]:
+def timed_plan(
+    plans: ScalePlanner, kind: str, devices: int, effort: Effort = "thorough"
+) -> tuple[float, ScaleSolution | str]:
     """Seconds and result of one plan."""
     started_s = time.perf_counter()
     try:
-        solution: ScaleSolution | str = plans.plan(fabric(kind, devices))
+        solution: ScaleSolution | str = plans.plan(fabric(kind, devices), effort=effort)
     except InfeasibleError as error:
         solution = str(error)
     return time.perf_counter() - started_s, solution
@@ -105,9 +108,9 @@ def device_rows(model: str) -> Iterator[Row]:
         yield row(model, "plan", devices, layers, capture_s + seconds, solution)
         kept = plans
     assert kept is not None
-    for devices in (8192, 16384, 24576, 65536):
-        seconds, solution = timed_plan(kept, "H100", devices)
-        yield row(model, "replan", devices, layers, seconds, solution)
+    for kind, devices in (("H100", 8192), ("H100", 24576), ("H100", 65536), ("A100-80", 16384), ("H200", 4096)):
+        seconds, solution = timed_plan(kept, kind, devices, "quick")
+        yield {**row(model, "replan", devices, layers, seconds, solution), "gpu": kind}
 
 
 def depth_rows(model: str) -> Iterator[Row]:

@@ -89,7 +89,9 @@ def price_family(
     kinds = sorted(fabric.groups, key=peak, reverse=True)
     found = [_passes(works, Fabric(groups=(group,)), degrees, calibration) for group in kinds]
     overlaps = [calibration.of(group.kind.generation).overlap for group in kinds]
-    ideal = [tuple(map(_least, zip(*same, strict=True))) for same in zip(*found, strict=True)] if kinds[1:] else found[0]
+    ideal = (
+        [tuple(map(_least, zip(*same, strict=True))) for same in zip(*found, strict=True)] if kinds[1:] else found[0]
+    )
     after = [works[index].boundary_bytes for index in dict.fromkeys(chain[1:])]
     return Family(
         tensor=degrees.tensor,
@@ -147,7 +149,9 @@ def _times(
         least_total_s=_total_s(least, counts, most),
         least_block_s=ahead_s + back_s,
         least_forward_s=ahead_s,
-        most_backward_s=sum(count * max(times) for count, times in zip(counts, zip(*backwards, strict=True), strict=True)),
+        most_backward_s=sum(
+            count * max(times) for count, times in zip(counts, zip(*backwards, strict=True), strict=True)
+        ),
     )
 
 

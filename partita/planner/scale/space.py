@@ -95,12 +95,12 @@ def enumerated(
         if datas is not None:
             replicas = [d for d in datas if d <= most and batch % (d * micro_batch) == 0]
         pairs += [(p, d, batch // (d * micro_batch)) for d in replicas]
-    p, d, m = np.array(pairs, dtype=np.int64).reshape(-1, 3).T
-    rows = [np.stack([p, np.ones_like(p), d, m])[:, slice(None) if 1 in virtuals else p == 1]]
+    stages, d, m = np.array(pairs, dtype=np.int64).reshape(-1, 3).T
+    rows = [np.stack([stages, np.ones_like(stages), d, m])[:, slice(None) if 1 in virtuals else stages == 1]]
     for v in virtuals:
-        kept = (p * v <= max(num_blocks, 1)) & (m % p == 0) & (p > 1) & (v > 1)
-        kept &= -(-num_blocks // (p * v)) * v <= -(-num_blocks // p) + 1
-        rows.append(np.stack([p, np.full_like(p, v), d, m])[:, kept])
+        kept = (stages * v <= max(num_blocks, 1)) & (m % stages == 0) & (stages > 1) & (v > 1)
+        kept &= -(-num_blocks // (stages * v)) * v <= -(-num_blocks // stages) + 1
+        rows.append(np.stack([stages, np.full_like(stages, v), d, m])[:, kept])
     return np.concatenate(rows, axis=1)
 
 
@@ -172,7 +172,7 @@ def tabled(
     state: State,
     rates: Rates,
 ) -> Corners:
-    """All corners of ``families`` (one at least), whose degrees are ``rows`` (of `enumerated`), estimated and bounded."""
+    """All corners of ``families`` (one at least), whose degrees are ``rows`` (of `enumerated`)."""
     facts, parts, place, kind = [], [], [], []
     for index, (family, own) in enumerate(zip(families, rows, strict=True)):
         for remat in remats:
@@ -231,16 +231,18 @@ class _At:
     def _moved_bytes(self) -> Array:
         """Of ZeRO 2 and 3, for each parameter and micro-batch."""
         state = self.state
-        return np.where(self.z == 3, state.exchange_bytes + 2 * state.weight_bytes, state.exchange_bytes) * (self.z >= 2)
+        gathers = np.where(self.z == 3, 2 * state.weight_bytes, 0.0)
+        return np.asarray((gathers + state.exchange_bytes) * (self.z >= 2))
 
     def _tail_bytes(self) -> Array:
         """Of the exchange after the last micro-batch, for each parameter, in units of a reduce-scatter."""
         state = self.state
-        return np.where(self.z == 2, state.weight_bytes, 2 * state.exchange_bytes) * (self.z <= 2) * (self.shards > 1)
+        once = np.where(self.z == 2, state.weight_bytes, 2 * state.exchange_bytes)
+        return np.asarray(once * (self.z <= 2) * (self.shards > 1))
 
     def _update_s(self) -> Array:
         elements = self.fact["elements"] / self.p / np.where(self.z >= 1, self.shards, 1)
-        return self.state.update_bytes * elements / self.fact["bandwidth"]
+        return np.asarray(self.state.update_bytes * elements / self.fact["bandwidth"])
 
     def estimate_s(self, exchange: tuple[Array, Array], sends: tuple[Array, Array], overlap: float) -> Array:
         """Expected step time."""
@@ -304,8 +306,9 @@ class _At:
         first = per_parameter * (layers * block_q + fact["first_q"]) + layers * block_a * in_flight
         first += fact["temporary"] + fetched
         last_flight = np.where(v > 1, np.minimum(m * v, (v - 1) * p + 1) / v, 1.0)
-        last = per_parameter * (layers * block_q + fact["last_q"]) + layers * block_a * last_flight + fact["head"] + fetched
-        # Of any cut: sum_s L_s = n blocks with L_s (q + a f_s) <= M for every stage gives M >= n / sum_s 1 / (q + a f_s);
+        last = per_parameter * (layers * block_q + fact["last_q"]) + layers * block_a * last_flight
+        last += fact["head"] + fetched
+        # Of any cut: sum_s L_s = n blocks with L_s (q + a f_s) <= M for every stage gives M >= n / sum_s 1/(q + a f_s);
         # the sum over s of a convex function is at most the integral around the middles (Hermite and Hadamard).
         q = per_parameter * block_q
         a = np.maximum(block_a, 1.0)

@@ -9,8 +9,9 @@ attention (half the products if causal; 2.5 times as many backward, since scores
 appendix B), and passes over memory. Chains of element-wise ops are one pass: what lies between them is never stored.
 
 Kept for the backward pass: every value made in the forward pass that a backward op of the piece reads (views count
-as what they view; weights and values shared by all blocks do not count). With selective recomputation what only
-passes over
+as what they view; weights and values shared by all blocks do not count), but for results of element-wise ops that the
+kernels which read them can make again from what is kept (so a norm keeps its input, not copies in four bytes). A sum
+over an axis that is then scattered is kept scattered. With selective recomputation what only passes over
 memory, and products of two activations, runs again: kept are inputs of those (Korthikanti et al. 2022, section 5).
 """
 
@@ -29,7 +30,7 @@ from partita.graph.graph import Phase
 from partita.planner.scale.pieces import CutModel, Piece
 from partita.planner.scale.placements import Conversion
 from partita.planner.scale.solve_pieces import Layout, PieceSolver
-from partita.planner.scale.ways import Lay, R, Way, conversion, is_attention, is_view
+from partita.planner.scale.ways import Lay, P, R, Way, conversion, is_attention, is_view
 from partita.sharding.calls import Op, Program, Value
 from partita.sharding.rules_pointwise import is_pointwise
 
@@ -87,6 +88,8 @@ class WorkMaker:
     shapes: Mapping[Value, Affine] | None = None  # of values of the base program, if not those of the model's captures
     _made: dict[object, tuple[LayerWork, ...] | str] = field(default_factory=dict)  # or why there are none
     _checked: dict[object, Shards] = field(default_factory=dict)
+    _positions: dict[Value, int] = field(default_factory=dict)
+    _scattered_of: dict[int, tuple[Layout, set[Value]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         base, other = self.model.programs[:2]
@@ -189,7 +192,7 @@ class WorkMaker:
         trained = elements(value for value in self.parameters(piece) if value.name in self.model.gradients)
 
         def stored(values: Iterable[Value]) -> float:
-            return sum(self.num_bytes(value, shards.lays(value), rows) for value in values)
+            return sum(self._stored_bytes(value, shards, rows) for value in values)
 
         return LayerWork(
             name="head" if piece.name == "output" else piece.name,
@@ -204,6 +207,21 @@ class WorkMaker:
                 (self._op_bytes(place, op, shards, rows) for place, op in of_phase[Phase.BACKWARD]), default=0.0
             ),
         )
+
+    def _stored_bytes(self, value: Value, shards: Shards, rows: int) -> float:
+        """Of a kept value; of a sum that the forward pass reduces and scatters, the scattered share is what is kept."""
+        num_bytes = self.num_bytes(value, shards.lays(value), rows)
+        for layout in shards.layouts:
+            if layout.lay_of(value) == P and value in self._scattered(layout):
+                num_bytes /= layout.size
+        return num_bytes
+
+    def _scattered(self, layout: Layout) -> set[Value]:
+        key = id(layout)
+        if key not in self._scattered_of:
+            turned = (one for one, _ in layout.conversions if one.phase is Phase.FORWARD and one.source == P)
+            self._scattered_of[key] = layout, {self.root(one.value) for one in turned if isinstance(one.target, tuple)}
+        return self._scattered_of[key][1]
 
     def parameters(self, piece: Piece) -> list[Value]:
         """Parameters that the piece reads."""
@@ -227,7 +245,62 @@ class WorkMaker:
                 root = self.root(value)
                 if root in made or root in entering:
                     found[root] = None
+        return self._without_remade(piece, list(found), made, entering)
+
+    def _without_remade(
+        self, piece: Piece, saved: Sequence[Value], made: set[Value], entering: set[Value]
+    ) -> list[Value]:
+        """``saved`` without what the backward kernels make again as they read: results of element-wise ops that only
+        fused passes read, if the inputs they lead back to take no more bytes (as partitioners of joint graphs do: Chen
+        et al., "Training Deep Nets with Sublinear Memory Cost", 2016, section 3, at no cost)."""
+        ops = self.model.programs[0].ops
+        fixed = {
+            self.root(value)
+            for place in piece.backward
+            for value in ops[place].inputs
+            if not is_view(ops[place]) and not self._is_fused(ops[place])
+        }
+        kept = dict.fromkeys(saved)
+        for value in sorted(saved, key=self._position, reverse=True):
+            leaves = None if value in fixed else self._leaves(value, kept, made, entering)
+            if leaves is None:
+                continue
+            more = [leaf for leaf in leaves if leaf not in kept]
+            if sum(self._whole_bytes(leaf) for leaf in more) <= self._whole_bytes(value):
+                del kept[value]
+                kept.update(dict.fromkeys(more))
+        return list(kept)
+
+    def _leaves(
+        self, value: Value, kept: Mapping[Value, None], made: set[Value], entering: set[Value]
+    ) -> list[Value] | None:
+        """Values other than ``value`` from which element-wise ops make it; None if something else made it."""
+        found: dict[Value, None] = {}
+        stack = [value]
+        while stack:
+            one = stack.pop()
+            op = one.producer if one in made else None
+            is_remade = op is not None and is_pointwise(op.call) and not op.call.is_random
+            if one is value and not is_remade:
+                return None
+            if op is not None and is_remade and (one is value or one not in kept):
+                stack += [self.root(read) for read in op.inputs]
+            elif one in made or one in entering:  # weights and values shared by all blocks are there anyhow
+                found[one] = None
         return list(found)
+
+    def _is_fused(self, op: Op) -> bool:
+        """Element-wise ops, and sums over them."""
+        return is_pointwise(op.call) or op.call.base_name in ("sum", "mean")
+
+    def _position(self, value: Value) -> int:
+        if not self._positions:
+            ops = self.model.programs[0].ops
+            self._positions.update({v: place for place, op in enumerate(ops) for v in op.outputs if v is not None})
+        return self._positions.get(value, -1)
+
+    def _whole_bytes(self, value: Value) -> float:
+        return self.num_bytes(value, (), self.model.rows[0])
 
     def _selective(
         self, piece: Piece, saved: Sequence[Value], made: set[Value]
