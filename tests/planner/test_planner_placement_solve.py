@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from partita.errors import InfeasibleError
@@ -18,6 +18,7 @@ PUBLISHED = {"bert24_inference": 17.78990625, "bert24_training": 41.7458125, "be
 
 
 @settings(max_examples=250, deadline=None)
+@example(seed=322)  # what no accelerator supports lies on one of the cores: the other one is spared it
 @given(seed=st.integers(0, 10**6))
 def test_optima_are_those_of_enumeration(seed: int) -> None:
     problem = read_placement(placement_file(seed))

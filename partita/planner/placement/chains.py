@@ -116,7 +116,7 @@ class ChainSearch:
         return int(np.searchsorted(self.work, low - room)), int(np.searchsorted(self.work, high + room, side="right"))
 
     def _relief(self, num_cpus: int, bound: float) -> float:
-        return cpu_relief(self.groups, num_cpus * bound)
+        return cpu_relief(self.groups, num_cpus * bound, all_cpus=num_cpus == self.groups.problem.num_cpus)
 
     def _step(self, values: Array, best: Array, targets: slice, bound: float, on_cpu: bool) -> Indices:
         """Improve `best` by one more device behind `values`; the index of the ideal before, -1 where none is better."""
@@ -195,13 +195,13 @@ def _exact_in_sums(values: Array) -> Array:
     return rounded
 
 
-def cpu_relief(groups: Groups, budget: float) -> float:
+def cpu_relief(groups: Groups, budget: float, *, all_cpus: bool = True) -> float:
     """R: the most accelerator latency that CPU cores can take over with `budget` of CPU latency in all (fractional).
 
-    Operators that accelerators do not support use the budget first.
+    Operators that accelerators do not support use the budget of `all_cpus` first; some of the cores may be spared them.
     """
     supported = np.isfinite(groups.accelerator_latency)
-    budget -= float(groups.cpu_latency[~supported].sum())
+    budget -= float(groups.cpu_latency[~supported].sum()) if all_cpus else 0.0
     if budget < 0:
         return 0.0
     gain, price = groups.accelerator_latency[supported], groups.cpu_latency[supported]

@@ -11,6 +11,7 @@ contiguous one.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ from partita.planner.placement.price import PricedPlacement, price_placement
 from partita.planner.placement.problem import PlacementProblem
 from partita.units import format_bytes
 
+FEW_ASSIGNMENTS = 5_000  # are tried one and all
 _NEARER = 1 - 1e-9  # a better solution is better by more than rounding
 _MAX_IDEALS = 60_000
 _MAX_ENTRIES = 20_000_000  # ideals x groups: bounds the memory of a proof
@@ -114,7 +116,9 @@ def solve_placement(
         _improve_pipeline(search, order, start + 0.35 * time_limit_s, seed)
     proofs = [_prove_pipeline(search, *order, start + 0.7 * time_limit_s) for order in orders]
     low = lower_bound(groups, search.objective) if search.best else 0.0
-    if search.best and not contiguous_only and low < search.objective * _NEARER:
+    if not contiguous_only and problem.num_devices**groups.num_groups <= FEW_ASSIGNMENTS:
+        _offer_all(search, groups)
+    elif search.best and not contiguous_only and low < search.objective * _NEARER:
         _anneal(search, groups, low, start + time_limit_s, seed)
     if search.best is None or (contiguous_only and not search.pipeline):
         raise InfeasibleError(_why_not(problem))
@@ -231,6 +235,12 @@ def _prove_pipeline(search: _Search, mirrored: bool, groups: Groups, deadline: f
             smaller.devices_of_operators(chain.devices), [chain.stages[label] for label in smaller.labels]
         )
     return 0 if chains.expired else len(ideals)
+
+
+def _offer_all(search: _Search, groups: Groups) -> None:
+    """Every assignment of so few groups: annealing can miss the only one that fits."""
+    for devices in itertools.product(range(search.problem.num_devices), repeat=groups.num_groups):
+        search.offer(groups.devices_of_operators(list(devices)))
 
 
 def _anneal(search: _Search, groups: Groups, low: float, deadline: float, seed: int) -> None:
