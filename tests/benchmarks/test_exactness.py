@@ -14,8 +14,8 @@ def test_a_few_instances_are_equal(tmp_path: Path) -> None:
     file = tmp_path / "exactness.json"
     assert exactness.main(["--num", "5", "--json", str(file), "--check"]) == 0
     found = json.loads(file.read_text())
-    assert found["summary"]["intra"]["equal"] == 5
-    assert len(found["rows"]) == 5
+    assert found["summary"]["intra"]["equal"] == found["summary"]["inter"]["equal"] == 5
+    assert len(found["rows"]) == 10
 
 
 def test_what_differs_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,12 +53,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_configuration_file_is_planned_and_exported(capsys: pytest.CaptureFixture[str]) -> None:
     base = ["plan", "--config", "config.json", "--global-batch", "16", "--seq", "32", *GPUS]
-    assert main([*base, "--zero-stage", "0", "--pipeline", "2", "--schedule", "1f1b", "--tensor", "1", "--recompute",
+    assert main([*base, "--zero-stage", "0", "--pipeline", "1", "--tensor", "1", "--recompute",
                  "none", "--out", "p.json", "--json"]) == 0  # fmt: skip
     plan = Plan.from_json(capsys.readouterr().out.encode())
-    assert plan == Plan.load("p.json") and plan.axes["pipeline"] == 2
+    assert plan == Plan.load("p.json") and plan.axes["pipeline"] == 1
     layout = layout_of_plan(plan)
-    assert layout.num_layers == (2, 2)
+    assert layout.num_layers == (4,)
     assert main(["export", "p.json", "--to", "megatron", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert read_megatron(found["configuration"], num_devices=found["num_devices"]) == layout

@@ -55,7 +55,9 @@ def test_no_fixed_corner_is_faster_than_the_plan_or_its_bound(gpt: ScalePlanner)
             fixed = gpt.plan(fabric, ScaleConstraints(tensor=t, pipeline=p, zero=z))
         except InfeasibleError:
             continue
-        assert fixed.step_time_s >= free.step_time_s * 0.98
+        if fixed.num_devices < free.num_devices:
+            continue  # only looked at where asked for: the space of a free search uses the devices that there are
+        assert fixed.step_time_s >= free.step_time_s * 0.98  # exact prices are counted
         assert fixed.step_time_s >= free.lower_bound_s
 
 
