@@ -48,7 +48,7 @@ def test_layers_of_all_stages_are_all_layers(gpt: ScalePlanner) -> None:
 
 
 @pytest.mark.xfail(
-    reason="the bound and the estimates of corners (space.py) do not follow the step predictor's passes in the order of "
+    reason="bound and estimates of corners (space.py) do not follow the step predictor's passes in the order of "
     "their layers yet: of pipelines that wait for their hosts some are faster than their estimate",
     strict=False,
 )
