@@ -229,19 +229,18 @@ class Reduction:
 
     def _across(self, group: tuple[int, ...], owner: int, key: str, found: Mapping[int, list[Instruction]]) -> None:
         kinds = {item.target: item for item in self.gradients if group == self._group(group[0], item)}
-        workers = [self.members[process][owner] for process in group]
-        summed = [
-            (f"g:{i}", TensorSpec((part.num_elements,), kinds[part.parameter].spec.dtype))
-            for i, part in enumerate(self._slices[group[0]][owner])
-            if part.parameter in kinds
-        ]
-        for dtype in dict.fromkeys(spec.dtype for _, spec in summed):
-            same = [(register, spec) for register, spec in summed if spec.dtype == dtype]
-            instruction = AllReduce(
-                tuple(register for register, _ in same),
-                tuple(spec for _, spec in same),
-                tuple(worker.index for worker in workers),
-                f"{key}:{'-'.join(map(str, group))}:{dtype}",
-            )
-            for worker in workers:
-                found[worker.index].append(instruction)
+        for process in group:
+            summed = [  # by their places among the worker's own slices, which may differ from process to process
+                (f"g:{i}", TensorSpec((part.num_elements,), kinds[part.parameter].spec.dtype))
+                for i, part in enumerate(self._slices[process][owner])
+                if part.parameter in kinds
+            ]
+            for dtype in dict.fromkeys(spec.dtype for _, spec in summed):
+                same = [(register, spec) for register, spec in summed if spec.dtype == dtype]
+                instruction = AllReduce(
+                    tuple(register for register, _ in same),
+                    tuple(spec for _, spec in same),
+                    tuple(self.members[other][owner].index for other in group),
+                    f"{key}:{'-'.join(map(str, group))}:{dtype}",
+                )
+                found[self.members[process][owner].index].append(instruction)
