@@ -178,17 +178,18 @@ def _share_exchanges(staged: Sequence[_Staged]) -> None:
         for (stage, phase), names in wanted.items():
             for node in item.module.graph.nodes:
                 if node.name in names and node.name in item.staging.free:
-                    _add_with_sources(node, item.members[stage, phase], item.staging)
+                    _add(node, item.staging, dict.fromkeys(BOTH, item.members[stage, phase]))
 
 
-def _add_with_sources(node: fx.Node, group: set[fx.Node], staging: Staging) -> None:
-    """Adds a node and the free ones that it needs."""
+def _add(node: fx.Node, staging: Staging, groups: Mapping[Phase, set[fx.Node]]) -> None:
+    """Adds a node and the free ones that it needs, each to the group of its phase."""
+    group = groups[staging.phase[node.name]]
     if node.op != "call_function" or node in group:
         return
     group.add(node)
     for source in node.all_input_nodes:
         if source.name in staging.free:
-            _add_with_sources(source, group, staging)
+            _add(source, staging, groups)
 
 
 def _members(
@@ -200,12 +201,7 @@ def _members(
     }
 
     def add(node: fx.Node, stage: int) -> None:
-        if node.op != "call_function" or node in members[stage, staging.phase[node.name]]:
-            return
-        members[stage, staging.phase[node.name]].add(node)
-        for item in node.all_input_nodes:
-            if item.name in staging.free:
-                add(item, stage)
+        _add(node, staging, {phase: members[stage, phase] for phase in BOTH})
 
     for node in module.graph.nodes:
         if node.name in staging.stage:

@@ -30,6 +30,7 @@ from partita.program.instructions import (
     TensorSpec,
     Update,
 )
+from partita.program.uses import writes
 from partita.runtime.collectives import (
     AllGatherOp,
     AllReduceOp,
@@ -272,27 +273,18 @@ class Binder:
     def _reduce_scatter(self, instruction: ReduceScatter) -> Op:
         seat = self.around.seat(self.worker, instruction.group, instruction.key)
         names = instruction.registers
-        if instruction.parts:
-            return self._reduce_parts(instruction, PiecewiseReduceOp(seat, instruction, self.around.device))
-        cuts = cuts_of(instruction)
-        keep = bool(instruction.slices)
-        outputs = [f"g:{i}" for i in range(len(cuts[seat.position]))] if keep else list(instruction.outputs)
+        outputs = writes(instruction, self.worker)
         self._owned.difference_update(names)
         self._written(outputs)
-        scatter = ReduceScatterOp(seat, cuts, self.around.device, keep=keep)
+        scatter: PiecewiseReduceOp | ReduceScatterOp
+        if instruction.parts:
+            scatter = PiecewiseReduceOp(seat, instruction, self.around.device)
+        else:
+            keep = bool(instruction.slices)
+            scatter = ReduceScatterOp(seat, cuts_of(instruction), self.around.device, keep=keep)
 
         def op(registers: Registers) -> None:
             registers.update(zip(outputs, scatter([registers[name] for name in names]), strict=True))
-
-        return op
-
-    def _reduce_parts(self, instruction: ReduceScatter, reduce: PiecewiseReduceOp) -> Op:
-        names, outputs = instruction.registers, [f"g:{i}" for i in range(len(reduce.sums))]
-        self._owned.difference_update(names)
-        self._written(outputs)
-
-        def op(registers: Registers) -> None:
-            registers.update(zip(outputs, reduce([registers[name] for name in names]), strict=True))
 
         return op
 

@@ -8,6 +8,7 @@ formed in one order.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,15 +49,17 @@ class PiecewiseReduceOp:
         mine = instruction.slices[seat.position]
         self.sums = [_sum_of(instruction, place[part.parameter], part) for part in mine]
         self.buffers = [torch.empty(math.prod(item.shape), dtype=item.dtype, device=device) for item in self.sums]
+        self.targets = [
+            [addend.target.of(buffer.view(item.shape)) for addend in item.addends]
+            for item, buffer in zip(self.sums, self.buffers, strict=True)
+        ]
 
-    def __call__(self, values: list[Tensor]) -> list[Tensor]:
+    def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
         brought = self.seat.meeting.gather(self.seat.member, values)
-        for item, buffer in zip(self.sums, self.buffers, strict=True):
-            rows = buffer.view(item.shape)
-            for addend in item.addends:
+        for item, targets in zip(self.sums, self.targets, strict=True):
+            for addend, target in zip(item.addends, targets, strict=True):
                 value = brought[addend.member][item.register]
                 source = addend.source.of(value.reshape(-1) if addend.flat else value)
-                target = addend.target.of(rows)
                 if addend.first:
                     target.copy_(source)
                 else:

@@ -18,6 +18,7 @@ from torch.fx.node import map_aggregate
 
 from partita.errors import CaptureError
 from partita.graph.graph import OpInfo
+from partita.sharding.communication import COMMUNICATION_OPS
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,11 @@ class OpCall:
         """Whether the op draws random numbers (attention only does with dropout)."""
         tags = getattr(self.target, "tags", ())
         return torch.Tag.nondeterministic_seeded in tags and self.schema_argument("dropout_p", 1.0) != 0.0
+
+    @property
+    def is_exchange(self) -> bool:
+        """Whether the call is an exchange along an axis over which the graph was split before."""
+        return self.target in COMMUNICATION_OPS
 
     def schema_argument(self, name: str, default: Any = None) -> Any:
         """The argument that the op's schema calls ``name``; ``default`` if the schema has none of that name."""

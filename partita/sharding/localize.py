@@ -20,7 +20,6 @@ from partita.sharding.placement import Extremum, Placement, Shard
 from partita.sharding.placement import local_shape as _local
 from partita.sharding.propagate import Call, Conversion, Step
 from partita.sharding.rules import part_of
-from partita.sharding.rules_exchanges import is_exchange_call
 
 aten = torch.ops.aten
 # Kernels that refuse what is not contiguous, which only running them tells; the ops themselves copy it before.
@@ -51,7 +50,7 @@ def live_steps(steps: Sequence[Step], outputs: Sequence[tuple[Value, Placement] 
                 wanted.add((step.value, step.source))
             continue
         results = zip(step.op.outputs, step.output_placements, strict=True)
-        kept_anyway = step.op.call.is_random or is_exchange_call(step.op.call)
+        kept_anyway = step.op.call.is_random or step.op.call.is_exchange
         if kept_anyway or any((value, placement) in wanted for value, placement in results):
             kept.append(step)
             pairs = zip(step.inputs, step.input_placements, strict=True)
@@ -136,7 +135,7 @@ class Localizer:
             None if placement is None else self.nodes[(value, placement)]
             for value, placement in zip(step.inputs, step.input_placements, strict=True)
         )
-        if target in communication.COMMUNICATION_OPS:
+        if call.is_exchange:
             node = self.graph.create_node("call_function", target, inputs, dict(kwargs), step.op.name)
             assert shapes[0] is not None and step.op.outputs[0] is not None
             node.meta = {**_meta_of(step), "val": self.runner.empty(shapes[0], step.op.outputs[0].meta)}

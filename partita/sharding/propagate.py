@@ -39,7 +39,6 @@ from partita.sharding.decompositions import decompose
 from partita.sharding.placement import Placement, Replicate, Shard, Windows, WindowSums
 from partita.sharding.rules import PARTIAL, REPLICATE, Blocks, Bounds, Cut, Ignored, Reach, Rule, replicate_rule
 from partita.sharding.rules_contractions import local_batch_norm_rules
-from partita.sharding.rules_exchanges import exchange_rules, is_exchange_call
 
 MAX_PULL_DEPTH = 50
 DECOMPOSED = "decomposed"
@@ -169,10 +168,7 @@ class Propagation:
         """All rules of ``call``; running it whole comes last."""
         key = call.key
         if key not in self._rules:
-            if is_exchange_call(call):
-                found = exchange_rules(call)
-            else:
-                found = [] if call.is_random else list(self._rules_of(call))
+            found = [] if call.is_random else list(self._rules_of(call))
             if self.local_statistics:
                 found = local_batch_norm_rules(call) + found
             self._rules[key] = [*found, replicate_rule(call)]
@@ -197,7 +193,7 @@ class Propagation:
             # Draws happen in the order of the program, whole, on every worker alike.
             return self._apply(op, inputs, Choice(replicate_rule(op.call), Blocks(), 0.0, False))
         if not varied:
-            if is_exchange_call(op.call) and op.outputs[0] is not None:
+            if op.call.is_exchange and op.outputs[0] is not None:
                 self._pull_whole(op.outputs[0])  # wanted or not: the other workers of its axis take part in it as well
             return 0.0
         wanted = self._wanted.get(op.name)
@@ -419,8 +415,6 @@ class Propagation:
         return cost
 
     def _inner_program(self, op: Op, inputs: tuple[Value, ...]) -> Program | None:
-        if is_exchange_call(op.call):
-            return None
         key = op.call.key
         if key not in self._decomposed:
             self._decomposed[key] = decompose(op.call, self._mode)

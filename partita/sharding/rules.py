@@ -299,6 +299,7 @@ def _load() -> None:
     from partita.sharding import (
         rules_attention,
         rules_contractions,
+        rules_exchanges,
         rules_factories,
         rules_images,
         rules_pointwise,
@@ -306,4 +307,5 @@ def _load() -> None:
         rules_views,
     )
 
-    del rules_attention, rules_contractions, rules_factories, rules_images, rules_pointwise, rules_tables, rules_views
+    del rules_attention, rules_contractions, rules_exchanges, rules_factories, rules_images
+    del rules_pointwise, rules_tables, rules_views

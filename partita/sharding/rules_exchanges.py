@@ -11,15 +11,10 @@ from __future__ import annotations
 
 from partita.sharding.calls import OpCall
 from partita.sharding.communication import COMMUNICATION_OPS
-from partita.sharding.rules import Rule, parse_rules
-from partita.sharding.ruleset import NO_SUMS
+from partita.sharding.rules import Rule, parse_rules, register
 
 
-def is_exchange_call(call: OpCall) -> bool:
-    """Whether the call is an exchange along an axis that was split before."""
-    return call.target in COMMUNICATION_OPS
-
-
+@register(*map(str, COMMUNICATION_OPS))
 def exchange_rules(call: OpCall) -> list[Rule]:
     """The rules of an exchange, besides doing it on the whole value.
 
@@ -28,6 +23,4 @@ def exchange_rules(call: OpCall) -> list[Rule]:
     """
     moved = {call.kwargs.get("dim"), call.kwargs.get("new_dim")}
     texts = [f"S{dim} -> S{dim}" for dim in range(len(call.inputs[0].shape)) if dim not in moved]
-    if call.inputs[0].dtype not in NO_SUMS:
-        texts.append("P -> P")
-    return parse_rules(texts, call)
+    return parse_rules([*texts, "P -> P"], call)

@@ -25,7 +25,6 @@ from partita.sharding.localize import FakeRunner, Layout, Localizer, coordinate_
 from partita.sharding.placement import Partial, Placement, Replicate, Shard
 from partita.sharding.propagate import Call, Conversion, Propagation, Step
 from partita.sharding.rules import PARTIAL, REPLICATE
-from partita.sharding.rules_exchanges import is_exchange_call
 from partita.sharding.ruleset import NO_SUMS, find_rules_of, rules_of, stop_searching
 
 
@@ -133,7 +132,7 @@ def shard(
         propagation.add_placeholder(value, seeds.get(name, REPLICATE), hoistable=hoistable)
         if name in gathered_inputs:
             propagation.gather(value)
-    find_rules_of(op.call for op in program.ops if not is_exchange_call(op.call))
+    find_rules_of(op.call for op in program.ops)
     try:
         propagation.run(program.ops)
     finally:

@@ -10,7 +10,7 @@ from torch import nn
 
 from partita.program.instructions import Box
 from partita.training.job import Team
-from partita.training.optimizers import paste_state
+from partita.training.optimizers import cut_state, paste_state
 from partita.training.runners import GraphRunner, named_state, owners_of
 
 
@@ -75,19 +75,10 @@ def _collect_parts_of_state(
         mine = {name: by_process[source] for name, by_process in parts.items() if source in by_process}
         theirs: dict[str, dict[str, Any]] | None = None
         if team.rank == source:
-            theirs = {name: _part(optimizer.state.get(parameters[name], {}), parameters[name], box)
+            theirs = {name: cut_state(optimizer.state.get(parameters[name], {}), parameters[name], box)
                       for name, box in mine.items()}  # fmt: skip
         found = team.from_first(theirs, "collecting parts of the optimizer's state", source=source)
         if team.rank != source:
             for name, part in found.items():
                 if part:
                     paste_state(optimizer.state[parameters[name]], parameters[name], mine[name], part)
-
-
-def _part(state: Mapping[str, Any], parameter: torch.Tensor, box: Box) -> dict[str, Any]:
-    return {
-        key: box.of(value).contiguous().clone()
-        if isinstance(value, torch.Tensor) and value.shape == parameter.shape
-        else value
-        for key, value in state.items()
-    }

@@ -291,10 +291,7 @@ class OptimizerShards:
         """Take the state from the user's optimizer. Tensors of the parameter's shape are shared, others are copied."""
         self._num_uniform = 0
         for name, (parameter, box) in self._parts.items():
-            whole = self._optimizer.state.get(parameter) or {}
-            self._part_state[name] = {
-                key: box.of(value).clone() if _has_shape(value, parameter) else value for key, value in whole.items()
-            }
+            self._part_state[name] = cut_state(self._optimizer.state.get(parameter) or {}, parameter, box)
         for piece, shard in self._all_pieces():
             name = piece.place.parameter
             state = self._part_state.get(name) or self._optimizer.state.get(self._parameters[name])
@@ -372,6 +369,14 @@ class OptimizerShards:
 
 def _has_shape(value: object, parameter: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.shape == parameter.shape
+
+
+def cut_state(whole: Mapping[str, Any], parameter: torch.Tensor, box: Box) -> dict[str, Any]:
+    """The state of one box of a parameter, out of that of the whole; `paste_state` is the inverse."""
+    return {
+        name: box.of(value).clone(memory_format=torch.contiguous_format) if _has_shape(value, parameter) else value
+        for name, value in whole.items()
+    }
 
 
 def paste_state(whole: dict[str, Any], parameter: torch.Tensor, box: Box, part: Mapping[str, Any]) -> None:

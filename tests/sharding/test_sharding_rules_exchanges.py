@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from partita.sharding import communication
 from partita.sharding.calls import OpCall, Slot, TensorSpec
 from partita.sharding.placement import Shard
-from partita.sharding.rules_exchanges import exchange_rules, is_exchange_call
+from partita.sharding.ruleset import rules_of
 from partita.sharding.shard import ShardedGraph, shard
 
 
@@ -25,12 +25,12 @@ def call_of(
 
 
 def texts(call: OpCall) -> set[str]:
-    return {rule.text() for rule in exchange_rules(call)}
+    return {rule.text() for rule in rules_of(call)}
 
 
 def test_an_exchange_is_cut_in_the_dims_that_it_leaves_alone() -> None:
     gather = call_of(communication.all_gather, (4, 3, 6), (4, 6, 6), dim=1, sizes=(3, 3))
-    assert is_exchange_call(gather) and texts(gather) == {"S0 -> S0", "S2 -> S2", "P -> P"}
+    assert gather.is_exchange and texts(gather) == {"S0 -> S0", "S2 -> S2", "P -> P"}
     reduce = call_of(communication.all_reduce, (4, 3), (4, 3))
     assert texts(reduce) == {"S0 -> S0", "S1 -> S1", "P -> P"}
     turn = call_of(communication.all_to_all, (4, 3, 6), (4, 6, 3), dim=1, sizes=(3, 3), new_dim=2, new_sizes=(3, 3))
