@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
@@ -67,13 +68,6 @@ def _sharded_text(item: Input, data: int, tensor: int, placed: dict[str, str]) -
     the parameter is then one block."""
     along_tensor = dim_of(placed["tensor"]) if "tensor" in placed else None
     for dim, extent in enumerate(item.shape):
-        if dim != along_tensor and extent >= data and _elements(item) >= MIN_SHARDED_ELEMENTS * data * tensor:
+        if dim != along_tensor and extent >= data and math.prod(item.shape) >= MIN_SHARDED_ELEMENTS * data * tensor:
             return f"S({dim})"
     return ""
-
-
-def _elements(item: Input) -> int:
-    count = 1
-    for extent in item.shape:
-        count *= extent
-    return count
