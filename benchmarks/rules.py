@@ -177,7 +177,7 @@ def search(message: Message) -> Row:
     for sample in op_samples.samples(message["op"], NUM_SEARCHED):
         with op_samples.quiet():
             try:
-                rules = find_rules(_black_box(sample), skip=frozenset(), begin=lambda text: None).rules
+                rules = find_rules(_black_box(sample)).rules
             except Exception:
                 rules = ()
         found.append([text for text in rules if "S" in text.split("->")[0]])

@@ -125,14 +125,14 @@ Places = dict[str, dict[str, str]]
 
 class _Placer:
     """The inputs that plans cut and the rules of their ops: as the constraints ask, and over the tensor axis, where
-    they leave it open, by the intra-stage programme (once per extent)."""
+    they leave it open, by the intra-stage programme (once per extent, with the rows of the batch free or not)."""
 
     def __init__(
         self, graph: Graph, cluster: Cluster, cost: CostModel, constraints: Constraints, state_bytes: float
     ) -> None:
         self._graph, self._cluster, self._cost = graph, cluster, cost
         self._constraints, self._state_bytes = constraints, state_bytes
-        self._found: dict[int, TensorPlacement] = {}
+        self._found: dict[tuple[int, bool], TensorPlacement] = {}
 
     def place(self, corner: Corner) -> tuple[Places, Places]:
         """Raises `PlanError` where the constraints name inputs or cuts that there are not."""
@@ -141,15 +141,17 @@ class _Placer:
         )
         if not open_axis:
             return placed_inputs(self._graph, corner.data, corner.tensor, self._constraints, {}), {}
-        if corner.tensor not in self._found:
-            self._found[corner.tensor] = place_on_tensor_axis(
+        rows = corner.data == corner.num_microbatches == 1
+        if (corner.tensor, rows) not in self._found:
+            self._found[corner.tensor, rows] = place_on_tensor_axis(
                 self._graph,
                 tuple(w for w in corner.workers if w.stage == 0 and w.data == 0),
                 self._cluster,
                 self._cost,
                 state_bytes_per_element=self._state_bytes,
+                rows=rows,
             )
-        chosen = self._found[corner.tensor]
+        chosen = self._found[corner.tensor, rows]
         inputs = placed_inputs(self._graph, corner.data, corner.tensor, self._constraints, chosen.inputs)
         return inputs, chosen.rules
 

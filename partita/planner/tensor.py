@@ -41,8 +41,12 @@ def place_on_tensor_axis(
     cost: CostModel,
     *,
     state_bytes_per_element: float,
+    rows: bool = True,
 ) -> TensorPlacement:
     """The fastest placements over one group of `workers`, those of one tensor axis.
+
+    Args:
+        rows: whether the rows of the batch may be cut; not where microbatches or a data axis cut them.
 
     Raises:
         SolverError: the solver's answer does not hold when it is priced anew.
@@ -50,13 +54,12 @@ def place_on_tensor_axis(
     size = len(workers)
     costs = rates_on({AXIS: workers}, size, cluster, cost, state_bytes_per_element=state_bytes_per_element)
     stage = stage_from_graph(
-        graph, {AXIS: size}, costs=costs, state_bytes_per_element=state_bytes_per_element, recompute=False
-    )
+        graph, {AXIS: size}, costs=costs, state_bytes_per_element=state_bytes_per_element, recompute=False,
+        rows=rows,
+    )  # fmt: skip
     solution = solve_intra(stage.problem, time_limit_s=TIME_LIMIT_S)
     decisions = stage.decisions(solution)
-    named = {
-        item.node: item.name for kind in (InputKind.PARAMETER, InputKind.BATCH) for item in graph.inputs_of(kind)
-    }
+    named = {item.node: item.name for kind in (InputKind.PARAMETER, InputKind.BATCH) for item in graph.inputs_of(kind)}
     inputs = {
         named[node]: {AXIS: f"S({placement[0].dim})"}
         for node, placement in decisions.inputs.items()

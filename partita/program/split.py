@@ -282,8 +282,7 @@ class _Splitting:
                 raise PlanError(
                     f"an input that is cut over the {size} workers of axis {axis!r} must have that dim with at least "
                     f"as many entries, but {self.input_of[name].name!r} has shape {shape} and is to be cut along dim "
-                    f"{dim}; place it as "
-                    R", or cut another dim"
+                    f'{dim}; place it as "R", or cut another dim'
                 )
             cuts[name] = Shard(dim, split_evenly(shape[dim], size))
         return cuts
@@ -319,8 +318,10 @@ class _Splitting:
         return [(c, data.local(c, plain=True), data.input_placements) for c in range(len(self.shares))]
 
     def _shard_data(self, part: _Part, decisions: Mapping[str, str]) -> ShardedGraph:
-        sizes = self._sizes(part.module)
-        seeds: dict[str, Placement] = {name: Shard(0, sizes) for name in self.leaves}
+        values = {node.name: node.meta["val"] for node in part.module.graph.nodes if node.op == "placeholder"}
+        seeds: dict[str, Placement] = {
+            name: Shard(0, self._sizes(values[name].shape[0])) for name in self.leaves if name in values
+        }
         seeds |= self._cuts(part.module, DATA, len(self.shares))
         data = shard(
             part.module,
@@ -336,10 +337,7 @@ class _Splitting:
         self._note(DATA, data)
         return data
 
-    def _sizes(self, module: fx.GraphModule) -> tuple[int, ...]:
-        if not self.leaves:
-            return ()
-        rows = next(node.meta["val"].shape[0] for node in module.graph.nodes if node.name in self.leaves)
+    def _sizes(self, rows: int) -> tuple[int, ...]:
         sizes = proportional(rows, self.shares)
         if min(sizes) < 1:
             raise PlanError(

@@ -25,7 +25,7 @@ from partita.sharding.calls import OpCall
 from partita.sharding.helper import Helper
 from partita.sharding.scaling import exact, is_small, signature, twin
 
-FORMAT = 1  # raised whenever the search itself changes, so that old cached rules are not read
+FORMAT = 2  # raised whenever the search itself changes, so that old cached rules are not read
 SEARCH_LIMIT_S = 120.0
 
 Texts = tuple[str, ...] | None

@@ -1,9 +1,10 @@
 """The process in which rules are tried: started once, fed with op calls, started again if a kernel brings it down.
 
 Some kernels corrupt memory when shapes do not fit together, so guesses never run in the process that trains. Messages
-are pickled and framed by their length (8 bytes). Up: one list of calls, each with the guesses to leave out. Down:
-``("guess", text)`` before a guess runs, ``("found", index, Found)`` after each call, ``("done",)`` at the end. If the
-process dies or hangs, the guess that ran last is no rule: it is left out when the call is tried again.
+are pickled and framed by their length (8 bytes). Up: one list of calls. Down: ``("guess", text)`` before a guess runs,
+``("found", index, Found)`` after each call, ``("done",)`` at the end. If the process dies or hangs, the call is tried
+again, with every guess in a fork of its own: corrupted memory often shows only some guesses later, so the guess that
+ran last need not be the culprit.
 
     python -c "from partita.sharding.helper import serve; serve()"     # what the child runs
 """
@@ -14,27 +15,30 @@ import contextlib
 import os
 import pickle
 import queue
+import signal
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from partita.sharding.calls import OpCall, TensorSpec
+from partita.sharding.rules import Rule
 from partita.sharding.search import Found, find_rules
 
-MAX_CRASHES = 8  # guesses of one call that may bring the process down before the op is given up
+MAX_CRASHES = 3  # of one call, before its op is given up: but for the first, they are not due to guesses
 GUESS_LIMIT_S = 20.0  # without a sign of life for so long, a guess hangs
+FORK_LIMIT_S = 10  # for a guess in a fork of its own
 START_LIMIT_S = 120.0  # importing torch on a busy machine
 
 
 @dataclass(frozen=True)
 class Request:
-    """An `OpCall` as it can be pickled, with the guesses that are known to crash."""
+    """An `OpCall` as it can be pickled, and whether each of its guesses runs in a fork of its own."""
 
     name: str
     args: tuple[Any, ...]
@@ -42,12 +46,12 @@ class Request:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec | None, ...]
     returns_tuple: bool
-    skip: frozenset[str] = frozenset()
+    forked: bool = False
 
     @classmethod
-    def of(cls, call: OpCall, skip: frozenset[str] = frozenset()) -> Request:
+    def of(cls, call: OpCall, forked: bool = False) -> Request:
         name = f"{call.target._schema.name}.{call.overload}"  # type: ignore[attr-defined]
-        return cls(name, call.args, dict(call.kwargs), call.inputs, call.outputs, call.returns_tuple, skip)
+        return cls(name, call.args, dict(call.kwargs), call.inputs, call.outputs, call.returns_tuple, forked)
 
     def call(self) -> OpCall | None:
         """The call; None if this process knows no such op (the user's own ops are not registered here)."""
@@ -93,44 +97,39 @@ class Helper:
         Of ops that the process does not know, or that crash it again and again, nothing is found (``ran`` is False).
         """
         results: dict[int, Found | None] = {}
-        skips: dict[int, set[str]] = {index: set() for index in range(len(calls))}
+        crashes = [0] * len(calls)
         deadline_s = time.monotonic() + limit_s
         while len(results) < len(calls) and time.monotonic() < deadline_s:
             todo = [index for index in range(len(calls)) if index not in results]
-            self._send([Request.of(calls[index], frozenset(skips[index])) for index in todo])
+            self._send([Request.of(calls[index], crashes[index] > 0) for index in todo])
             failed = self._receive(todo, results, deadline_s)
             if failed is None:
                 continue
-            index, guess = failed
             self.close()
-            skips[index].add(guess)
-            if not guess or len(skips[index]) >= MAX_CRASHES:
-                results[index] = Found(False, ())
+            crashes[failed] += 1
+            if crashes[failed] >= MAX_CRASHES:
+                results[failed] = Found(False, ())
         if len(results) < len(calls):
             self.close()  # it is still at work on what nobody waits for
         return [results.get(index) for index in range(len(calls))]
 
-    def _receive(
-        self, todo: Sequence[int], results: dict[int, Found | None], deadline_s: float
-    ) -> tuple[int, str] | None:
-        """Read answers until done or out of time; the call and the guess at which the process died or hung, if so."""
-        position, guess, first = 0, "", True
+    def _receive(self, todo: Sequence[int], results: dict[int, Found | None], deadline_s: float) -> int | None:
+        """Read answers until done or out of time; the call at which the process died or hung, if so."""
+        position, first = 0, True
         while True:
             wait_s = min(START_LIMIT_S if first else GUESS_LIMIT_S, deadline_s - time.monotonic())
             try:
                 message = self._messages.get(timeout=max(wait_s, 0.0))
             except queue.Empty:
-                return None if time.monotonic() >= deadline_s else (todo[position], guess)
+                return None if time.monotonic() >= deadline_s else todo[position]
             first = False
             if message[0] == "done":
                 return None
             if message[0] == "end":
-                return todo[min(position, len(todo) - 1)], guess
-            if message[0] == "guess":
-                guess = message[1]
-            else:
+                return todo[min(position, len(todo) - 1)]
+            if message[0] == "found":
                 results[todo[message[1]]] = message[2]
-                position, guess = message[1] + 1, ""
+                position = message[1] + 1
 
     def _send(self, requests: list[Request]) -> None:
         if self._process is None:
@@ -212,9 +211,36 @@ def serve() -> None:
             call = request.call()
             found = Found(False, ())
             if call is not None:
-                found = find_rules(call, skip=request.skip, begin=lambda text: write_message(answers, ("guess", text)))
+                found = find_rules(
+                    call,
+                    begin=lambda text: write_message(answers, ("guess", text)),
+                    attempt=in_fork if request.forked else lambda run: run(),
+                )
             write_message(answers, ("found", index, found))
         write_message(answers, ("done",))
+
+
+def in_fork(run: Callable[[], Rule | None]) -> Rule | None:
+    """What ``run`` returns in a fork of this process; None if that dies, or is not done within ``FORK_LIMIT_S``."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the child
+            signal.alarm(FORK_LIMIT_S)
+            with os.fdopen(writer, "wb") as stream:
+                stream.write(pickle.dumps(run()))
+        finally:
+            os._exit(0)  # nothing of the parent's is finished twice
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        told = stream.read()
+    os.waitpid(child, 0)
+    try:
+        found: Rule | None = pickle.loads(told)
+    except (EOFError, pickle.UnpicklingError):
+        return None
+    return found
 
 
 __all__ = ["Found", "Helper", "find_op", "serve"]

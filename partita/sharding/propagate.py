@@ -207,15 +207,21 @@ class Propagation:
         return self._apply(op, inputs, choice)
 
     def _choose(self, op: Op, inputs: tuple[Value, ...], wanted: str | None = None) -> Choice:
-        """The cheapest rule; of those that read as ``wanted``, if there are any."""
-        best: Choice | None = None
+        """The cheapest rule; of those that read as ``wanted``, if there are any with a block for every worker (there
+        are none where a microbatch has fewer rows than the axis has workers)."""
         rules = self.rules(op.call)
-        for rule in [rule for rule in rules if rule.text() == wanted] or rules:
+        best = self._cheapest(op, inputs, [rule for rule in rules if rule.text() == wanted])
+        best = best or self._cheapest(op, inputs, rules)
+        assert best is not None  # running it whole needs nothing
+        return best
+
+    def _cheapest(self, op: Op, inputs: tuple[Value, ...], rules: list[Rule]) -> Choice | None:
+        best: Choice | None = None
+        for rule in rules:
             for blocks in self._block_candidates(rule, inputs):
                 cost, spreads = self._cost(op, inputs, rule, blocks)
                 if best is None or cost < best.cost_s:
                     best = Choice(rule, blocks, cost, spreads)
-        assert best is not None
         return best
 
     def _block_candidates(self, rule: Rule, inputs: tuple[Value, ...]) -> list[Blocks]:

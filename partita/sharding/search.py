@@ -50,10 +50,15 @@ class Found:
     rules: tuple[str, ...]
 
 
-def find_rules(call: OpCall, *, skip: frozenset[str], begin: Callable[[str], None]) -> Found:
+Attempt = Callable[[Callable[[], Rule | None]], Rule | None]
+
+
+def find_rules(
+    call: OpCall, *, begin: Callable[[str], None] = lambda guess: None, attempt: Attempt = lambda run: run()
+) -> Found:
     """All rules of ``call``, as text.
 
-    ``begin`` is told of every guess before it runs; guesses in ``skip`` are left out.
+    ``begin`` is told of every guess before it runs; ``attempt`` runs what may bring the process down.
     """
     trial = _Trial.of(call)
     if trial is None:
@@ -61,11 +66,8 @@ def find_rules(call: OpCall, *, skip: frozenset[str], begin: Callable[[str], Non
     rules: dict[str, None] = {}
     linear: set[int] = set()
     for inputs, extent in _guesses(call, linear):
-        text = Rule(inputs, ()).text()
-        if text in skip:
-            continue
-        begin(text)
-        rule = trial.try_guess(inputs, extent)
+        begin(Rule(inputs, ()).text())
+        rule = trial.try_guess(inputs, extent, attempt)
         if rule is None:
             continue
         rules[rule.text()] = None
@@ -126,13 +128,17 @@ class _Trial:
                 return cls(call, candidate, draws)
         return None
 
-    def try_guess(self, inputs: tuple[InputSpec, ...], extent: int) -> Rule | None:
+    def try_guess(self, inputs: tuple[InputSpec, ...], extent: int, attempt: Attempt) -> Rule | None:
         """The rule with these inputs, if there is one."""
         blocks = _ways_to_deal(extent)
         outputs = self._shaped_outputs(inputs, extent, blocks)
         if outputs is None:
             return None
         rule = Rule(inputs, outputs, extent)
+        return attempt(lambda: self._tried(rule, blocks))
+
+    def _tried(self, rule: Rule, blocks: Sequence[Blocks]) -> Rule | None:
+        """``rule`` with its outputs settled, if it holds."""
         try:
             settled = self._settle(rule, blocks[0])
             return settled if settled is not None and self._holds(settled, blocks) else None

@@ -28,9 +28,7 @@ from partita.units import format_time
 TIME_LIMIT_S = 30.0
 
 
-def why_here(
-    plan: Plan, graph: Graph, cluster: Cluster, optimizer: torch.optim.Optimizer | None, name: str
-) -> Why:
+def why_here(plan: Plan, graph: Graph, cluster: Cluster, optimizer: torch.optim.Optimizer | None, name: str) -> Why:
     """How the ops of a module (or one op, or those that read a parameter) are placed, and why.
 
     Along the tensor axis the intra-stage programme is set up again, with ops run by the plan's rules; along the data
@@ -183,9 +181,7 @@ def _changes(cluster: Cluster) -> list[tuple[str, Cluster]]:
     update = msgspec.structs.replace
     more = tuple(update(one, memory_bytes=int(MEMORY_FACTOR * one.memory_bytes)) for one in cluster.processes)
     faster = tuple(update(one, memory_bytes_per_s=RATE_FACTOR * one.memory_bytes_per_s) for one in cluster.machines)
-    quick = tuple(
-        update(one, flops_per_s_per_core=RATE_FACTOR * one.flops_per_s_per_core) for one in cluster.machines
-    )
+    quick = tuple(update(one, flops_per_s_per_core=RATE_FACTOR * one.flops_per_s_per_core) for one in cluster.machines)
     changes = [
         (f"{MEMORY_FACTOR:g} times the memory of every process", update(cluster, processes=more)),
         (f"{RATE_FACTOR:g} times the memory bandwidth of every machine", update(cluster, machines=faster)),
@@ -207,5 +203,3 @@ def _changes(cluster: Cluster) -> list[tuple[str, Cluster]]:
         )
     )
     return changes
-
-

@@ -42,3 +42,5 @@ def test_many_rows_and_small_weights_cut_the_batch() -> None:
     workers = worker_layout(cluster, 1, 1, 2, 1, 2)
     found = place_on_tensor_axis(graph, workers, cluster, CostTable(cluster), state_bytes_per_element=8.0)
     assert found.inputs["batch[0]"] == {"tensor": "S(0)"}
+    whole = place_on_tensor_axis(graph, workers, cluster, CostTable(cluster), state_bytes_per_element=8.0, rows=False)
+    assert "batch[0]" not in whole.inputs  # others cut its rows

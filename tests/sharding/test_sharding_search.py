@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+import partita.sharding.helper as helpers
 from partita.sharding.calls import OpCall
 from partita.sharding.experiment import rule_holds
 from partita.sharding.found import RuleBook, is_searched, shipped_rules
-from partita.sharding.helper import Found, Helper, Request
+from partita.sharding.helper import Found, Helper, Request, in_fork
 from partita.sharding.regenerate import call_of, examples
-from partita.sharding.rules import Blocks, parse_rule
+from partita.sharding.rules import REPLICATE, Blocks, Rule, parse_rule
 from partita.sharding.scaling import signature, twin
 
 aten = torch.ops.aten
@@ -70,29 +73,37 @@ def test_finds_exactly_what_holds(helper: Helper, case: tuple[OpCall, set[str]])
         assert rule_holds(call, rule, Blocks((rule.extent - 1, 1) if rule.extent else (1, 1)), seed=9), text
 
 
-def test_a_crash_costs_one_guess_only(helper: Helper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_guess_that_corrupts_memory_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel writes where it must not brings the process down later, in a guess that is right."""
     small = twin(index_add)
     assert small is not None
     real_start = subprocess.Popen
 
     def dying(args: list[str], **options: Any) -> subprocess.Popen[bytes]:
         script = (
-            "import os, partita.sharding.helper as h\n"
-            "true = h.find_rules\n"
-            "def find(call, *, skip, begin):\n"
-            "    def guess(text):\n"
-            "        begin(text)\n"
-            "        if text == 'S1 R S1 ->': os.abort()\n"
-            "    return true(call, skip=skip, begin=guess)\n"
-            "h.find_rules = find\n"
-            "h.serve()\n"
+            "import os, partita.sharding.helper as helper, partita.sharding.search as search\n"
+            "true, corrupt = search._Trial._tried, []\n"
+            "def tried(trial, rule, blocks):\n"
+            "    if corrupt: os.abort()\n"
+            "    if rule.text().startswith('S1 S1 S1 ->'): corrupt.append(rule)\n"
+            "    return true(trial, rule, blocks)\n"
+            "search._Trial._tried = tried\n"
+            "helper.serve()\n"
         )
         return real_start([args[0], "-c", script], **options)
 
     monkeypatch.setattr(subprocess, "Popen", dying)
     with Helper() as one:
         (found,) = one.find([small], limit_s=120.0)
-    assert found is not None and set(found.rules) == {"P R P -> P", "P S0 S0 -> P"}
+    assert found is not None and set(found.rules) == {"P R P -> P", "S1 R S1 -> S1", "P S0 S0 -> P"}
+
+
+def test_a_fork_that_dies_or_hangs_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helpers, "FORK_LIMIT_S", 1)
+    rule = Rule((REPLICATE,), (REPLICATE,))
+    assert in_fork(lambda: rule) == rule
+    assert in_fork(os.abort) is None
+    assert in_fork(lambda: time.sleep(60)) is None
 
 
 def test_out_of_time_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

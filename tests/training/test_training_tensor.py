@@ -105,17 +105,28 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
         ({"data": 2, "tensor": 2, "pipeline": 2, "num_microbatches": 2}, MEGATRON),
         ({"data": 2, "tensor": 2, "fully_sharded": True}, MEGATRON),
         ({"data": 3, "fully_sharded": True}, None),
+        ({"data": 2, "tensor": 2}, {"batch*": {"tensor": "S(0)"}}),
+        ({"data": 2, "tensor": 2}, {"batch[[]0]": {"tensor": "S(0)"}}),
+        ({"data": 1, "tensor": 2, "num_microbatches": 2}, {"batch*": {"tensor": "S(0)"}}),
     ],
-    ids=["tensor", "sequence", "uneven", "data", "pipeline", "fully_sharded_tensor", "fully_sharded"],
+    ids=(
+        "tensor sequence uneven data pipeline fully_sharded_tensor fully_sharded rows_twice rows_of_one_twice "
+        "rows_of_microbatches"
+    ).split(),
 )
 def test_cut_inputs_train_like_plain_pytorch(mesh: dict[str, Any], inputs: Any) -> None:
     plan = compare(Constraints(**{**BASE, **mesh}, inputs=inputs), sgd)
     assert plan.axes.get("tensor", 1) == mesh.get("tensor", 1)
 
 
-def test_the_planner_places_what_the_constraints_leave_open() -> None:
-    plan = compare(Constraints(**BASE, data=1, tensor=2), sgd)
-    assert plan.axes["tensor"] == 2 and plan.rules
+@pytest.mark.parametrize(
+    "mesh",
+    [{"data": 1, "tensor": 2}, {"data": 2, "tensor": 2}, {"data": 1, "tensor": 4, "num_microbatches": 2}],
+    ids=["tensor", "data", "fewer_rows_than_workers"],
+)
+def test_the_planner_places_what_the_constraints_leave_open(mesh: dict[str, Any]) -> None:
+    plan = compare(Constraints(**{**BASE, **mesh}), sgd)
+    assert plan.axes["tensor"] == mesh["tensor"] and plan.rules
 
 
 @pytest.mark.parametrize("name", ["Adafactor", "Muon"])

@@ -68,9 +68,9 @@ class Builder:
 
     def __init__(
         self, graph: Graph, mesh: Mapping[str, int], costs: StageCosts, recompute: bool, num_microbatches: int,
-        state_bytes_per_element: float,
+        state_bytes_per_element: float, rows: bool,
     ) -> None:  # fmt: skip
-        self.graph, self.costs = graph, costs
+        self.graph, self.costs, self.rows = graph, costs, rows
         axes = tuple(mesh)
         self.ways = Ways(tuple(mesh.values()), graph.batch_size)
         self.exchanges = Exchanges(
@@ -119,6 +119,7 @@ class Builder:
                 num_microbatches=num_microbatches,
             )  # fmt: skip
             if item.kind is InputKind.BATCH:
+                options = [option for option in options if self.rows or not _cuts_rows(option.stored)]
                 load_s = [num_microbatches * self.costs.load_time_s(option.fixed_bytes) for option in options]
                 options = [replace(option, update_s=time_s) for option, time_s in zip(options, load_s, strict=True)]
             if item.kind not in (InputKind.PARAMETER, InputKind.BATCH) or (back is not None and not trained):
@@ -161,7 +162,7 @@ class Builder:
             proposed = {
                 (value, False): [
                     part for place in plain_placements(value.spec, (size,), self.ways) for part in place
-                    if isinstance(part, Shard) and part.dim == 0
+                    if self.rows and _cuts_rows((part,))
                 ]
                 for value in batch
             }  # fmt: skip
@@ -352,6 +353,10 @@ def _complete(ways: tuple[Way, ...], item: Item) -> tuple[Way, ...]:
     return tuple(
         way for way in ways if all(k is None or p is not None for k, p in zip(item.outputs, way.outputs, strict=True))
     )
+
+
+def _cuts_rows(placement: MeshPlacement) -> bool:
+    return any(isinstance(part, Shard) and part.dim == 0 for part in placement)
 
 
 def _whole(options: Sequence[Storage], returns: bool) -> Storage:

@@ -103,6 +103,7 @@ def stage_from_graph(
     num_in_flight: int = 1,
     hidden_share: float = 0.0,
     recompute: bool = True,
+    rows: bool = True,
 ) -> Stage:
     """The planning problem of running `graph` on `mesh`.
 
@@ -110,12 +111,13 @@ def stage_from_graph(
         mesh: axis name -> number of workers, outermost first.
         state_bytes_per_element: of the optimizer (Adam in float32: 8).
         recompute: whether repeated blocks may be recomputed.
+        rows: whether the batch may come in with its rows cut (over no axis where others, outside of this mesh, do so).
         memory_bytes, num_microbatches, num_in_flight, hidden_share: as in `IntraProblem`. The graph is that of one
             microbatch.
     """
     if not mesh or any(size < 1 for size in mesh.values()):
         raise InputError(f"a mesh must have axes with at least one worker each, but got {dict(mesh)}")
-    builder = Builder(graph, mesh, costs, recompute, num_microbatches, state_bytes_per_element)
+    builder = Builder(graph, mesh, costs, recompute, num_microbatches, state_bytes_per_element, rows)
     problem = IntraProblem(
         values=tuple(builder.values),
         ops=tuple(builder.ops),

@@ -64,9 +64,7 @@ def storages(
             for returned in _returned(stored, updated, num_microbatches):
                 held = round(spec.num_bytes * share_of(returned))
                 reduce_s = exchanges.price(spec.num_bytes, returned, updated).time_s
-                found.append(
-                    Storage(stored, returned, updated, fixed, held, update_time_s(pieces), gather_s, reduce_s)
-                )
+                found.append(Storage(stored, returned, updated, fixed, held, update_time_s(pieces), gather_s, reduce_s))
     return found
 
 

@@ -275,4 +275,3 @@ def seen_cuts(placements: Sequence[MeshPlacement], num_axes: int) -> Seen:
     """Per axis the cuts among `placements`."""
     parts = [[placement[axis] for placement in placements] for axis in range(num_axes)]
     return tuple(frozenset(part for part in column if isinstance(part, Shard)) for column in parts)
-

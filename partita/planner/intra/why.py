@@ -89,9 +89,7 @@ def exchanges_of_ops(stage: Stage, solution: IntraSolution, ops: list[int]) -> l
                 value=problem.values[paid.value].name,
                 module=info.module if info is not None else "",
                 phase="forward" if paid.window is Window.FORWARD else "backward",
-                axis="+".join(
-                    axis for axis, old, new in zip(stage.axes, source, target, strict=True) if old != new
-                ),
+                axis="+".join(axis for axis, old, new in zip(stage.axes, source, target, strict=True) if old != new),
                 kind="+".join(
                     str(conversion_kind(old, new)) for old, new in zip(source, target, strict=True) if old != new
                 ),

@@ -116,9 +116,7 @@ class _Pricer:
             made = WorkMaker(self.planner.model, solver, self.planner.maker.shapes)
             found = self.price(made)
         except InfeasibleError as error:
-            return Other(
-                name=name, instead_of=instead, text=lay_text(lay), time_s=None, slower_s=None, note=str(error)
-            )
+            return Other(name=name, instead_of=instead, text=lay_text(lay), time_s=None, slower_s=None, note=str(error))
         more = found.peak_memory_bytes - now.peak_memory_bytes
         note = f"{'+' if more > 0 else '-'}{format_bytes(abs(more))} a GPU" if abs(more) >= 1 else ""
         return Other(
