@@ -109,10 +109,18 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
         ({"data": 2, "tensor": 2}, {"batch[[]0]": {"tensor": "S(0)"}}),
         ({"data": 1, "tensor": 2, "num_microbatches": 2}, {"batch*": {"tensor": "S(0)"}}),
     ],
-    ids=(
-        "tensor sequence uneven data pipeline fully_sharded_tensor fully_sharded rows_twice rows_of_one_twice "
-        "rows_of_microbatches"
-    ).split(),
+    ids=[
+        "tensor",
+        "sequence",
+        "uneven",
+        "data",
+        "pipeline",
+        "fully_sharded_tensor",
+        "fully_sharded",
+        "rows_twice",
+        "rows_of_one_twice",
+        "rows_of_microbatches",
+    ],
 )
 def test_cut_inputs_train_like_plain_pytorch(mesh: dict[str, Any], inputs: Any) -> None:
     plan = compare(Constraints(**{**BASE, **mesh}, inputs=inputs), sgd)
