@@ -400,7 +400,8 @@ def _in_threads(barrier: threading.Barrier, calls: Sequence[Callable[[], None]])
             failures.append(error)
             barrier.abort()
 
-    threads = [threading.Thread(target=guarded, args=(call,), daemon=True) for call in calls]
+    # No daemons: after an interruption here, the interpreter must wait until they have left their ops before it ends.
+    threads = [threading.Thread(target=guarded, args=(call,)) for call in calls]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -207,7 +207,8 @@ def _on_pinned_threads(cores: Sequence[tuple[int, ...]], bodies: Sequence[Callab
         finally:
             torch.set_num_threads(before)
 
-    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in zip(cores, bodies, strict=True)]
+    # No daemons: after an interruption here, the interpreter must wait until they have left their ops before it ends.
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(cores, bodies, strict=True)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -32,6 +32,7 @@ from partita.program.instructions import (
 from partita.program.timeline import Timeline
 from partita.runtime.binding import Binder, Mode, Registers, UpdateFn
 from partita.runtime.collectives import Seat
+from partita.runtime.ending import END_TIME_S, Order, close_at_end, tell_unended
 from partita.runtime.failure import Failure, Stopped, Waiter
 from partita.runtime.local import Channel, Meeting, Party
 from partita.runtime.randomness import default_generator
@@ -128,6 +129,7 @@ class Engine:
         self._draws = [(draw.name, python_code(draw.module.graph, draw.module)) for draw in programs.draws]
         self.workers = [self._make_worker(program) for program in self.local]
         self._connections.meet({worker.party.worker: worker.party for worker in self.workers})
+        close_at_end(self, Order.WORKERS)
         for worker in self.workers:
             binder = Binder(worker.program, self, worker.generator)
             worker.start(binder.bind(), binder.pending)
@@ -351,7 +353,7 @@ class Engine:
             self._session.report(error)
         deadline_s = time.perf_counter() + STOP_TIME_S
         for worker in self.workers:
-            worker.thread.join(max(deadline_s - time.perf_counter(), 0.0))
+            worker.join(max(deadline_s - time.perf_counter(), 0.0))
 
     def _outcome(self, commit_buffers: bool, record: bool, step_time_s: float, bytes_sent: int) -> StepOutcome:
         loss = next(w.registers[w.program.loss] for w in self.workers if w.program.loss).clone()
@@ -373,16 +375,33 @@ class Engine:
     # End -------------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End the worker threads. Calling it twice is harmless."""
+        """End the worker threads. Calling it twice is harmless.
+
+        A worker that is still in an op or a message after an interrupted step is waited for at the end of the process.
+        """
         if self._closed:
             return
         self._closed = True
+        self._rest(STOP_TIME_S)
+
+    def at_end(self) -> None:
+        """Close at the end of the process, where no worker may be left in an op."""
+        self._closed = True
+        limit_s = END_TIME_S if self._session is None else END_TIME_S + self._session.turn_s
+        if not self._rest(limit_s):
+            tell_unended("; ".join(worker.doing() for worker in self.workers if worker.is_alive()), limit_s)
+
+    def _rest(self, limit_s: float) -> bool:
+        """Let the workers end, then the session; whether all did within the limit."""
         for worker in self.workers:
             worker.close()
+        deadline_s = time.perf_counter() + limit_s
         for worker in self.workers:
-            worker.thread.join(STOP_TIME_S)
+            worker.join(max(deadline_s - time.perf_counter(), 0.0))
+        at_rest = not any(worker.is_alive() for worker in self.workers)
         if self._session is not None:
-            self._session.close()
+            self._session.close(at_rest=at_rest)
+        return at_rest
 
     def __enter__(self) -> Engine:
         return self

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.errors import PeerLostError, StepError
+from partita.runtime.ending import END_TIME_S, tell_unended
 
 BEAT_TIME_S = 1.0
 STALE_TIME_S = 10.0
@@ -122,9 +123,15 @@ class Liveness:
         return "; ".join(found) or "no process has reported"
 
     def close(self) -> None:
-        """Say goodbye. The process that holds the store waits a few seconds for the others to do so too."""
+        """Say goodbye. The process that holds the store waits a few seconds for the others to do so too.
+
+        The background thread must have ended then: it may not be in a call to the store when the interpreter ends.
+        """
         self._ending.set()
-        self._thread.join(2 * BEAT_TIME_S)
+        self._thread.join(END_TIME_S)
+        if self._thread.is_alive():  # the store keeps it waiting, and would keep this thread too
+            tell_unended(f"an answer of the job's key-value store, which {self._store_name} holds", END_TIME_S)
+            return
         if self._store_is_gone:
             return
         with contextlib.suppress(RuntimeError), self._store_lock:

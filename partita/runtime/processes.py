@@ -6,7 +6,6 @@ All values travel as bytes where no arithmetic is needed, so every dtype works. 
 
 from __future__ import annotations
 
-import atexit
 import os
 import socket
 import threading
@@ -23,8 +22,9 @@ from partita.cluster.detect import job_store
 from partita.cluster.job import current_job
 from partita.errors import PeerLostError, StepError, WaitTimeoutError
 from partita.program.instructions import TensorSpec
+from partita.runtime.ending import Order, close_at_end
 from partita.runtime.liveness import Liveness
-from partita.runtime.torch_adapter import default_store
+from partita.runtime.torch_adapter import default_store, is_registered_group
 
 _ALIGN = 16  # bytes: pieces of one message start at multiples of it, so that they can be viewed as any dtype
 _WIDER = {
@@ -33,30 +33,55 @@ _WIDER = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
+_TURN_TIME_S = 0.5  # between ranks that end while they wait for each other; more than a process takes to end
+_MAX_TURN_TIME_S = 8.0
 _OUTSIDE = 0  # the session of exchanges outside of steps; those of engines count from 1
 _CONNECTED: list[ProcessTransport] = []
 
 
 class ProcessTransport:
-    """The processes of the running job, one per rank. Made by `connect`."""
+    """The processes of the running job, one per rank. Made by `connect`.
 
-    def __init__(self, rank: int, num_processes: int, liveness: Liveness) -> None:
+    Messages go through process groups that are partita's own, so that they, and the threads in them, can be ended before
+    the interpreter is. If the script has made torch's default group, that is only the parent of them.
+
+    Args:
+        owns_default: whether partita has initialised `torch.distributed`, and so ends it.
+    """
+
+    def __init__(self, rank: int, num_processes: int, liveness: Liveness, *, owns_default: bool) -> None:
         self.rank = rank
         self.num_processes = num_processes
         self.liveness = liveness
+        self.group: Any = None
+        self._owns_default = owns_default
+        self._sessions: list[ProcessSession] = []  # that may still have groups
         self._num_sessions = 0
         self._closed = False
 
     def session(self) -> ProcessSession:
         self._num_sessions += 1
-        return ProcessSession(self, self._num_sessions)
+        session = ProcessSession(self, self._num_sessions)
+        self._sessions = [*(one for one in self._sessions if one.has_groups), session]
+        return session
+
+    def open_group(self, timeout_s: float) -> None:
+        """Make the group for exchanges outside of steps, unless the default one is partita's."""
+        if not self._owns_default:
+            everyone = list(range(self.num_processes))
+            limit = timedelta(seconds=timeout_s)
+
+            def make() -> None:
+                self.group = dist.new_group(everyone, timeout=limit)
+
+            self.guard(make, "the opening of partita's process group")
 
     def note(self, activity: str) -> None:
         """What this process is in; the others read it if they wait for it in vain."""
         self.liveness.activity = activity
 
     def guard(self, call: Callable[[], None], what: str) -> None:
-        """Run an exchange outside of steps, on torch's default group; say in one error what broke it.
+        """Run an exchange outside of steps, on `group`; say in one error what broke it.
 
         Raises:
             WaitTimeoutError, PeerLostError: as `ProcessSession.wait`.
@@ -83,10 +108,22 @@ class ProcessTransport:
         self.note(f"work of its own after {what}")
 
     def close(self) -> None:
-        """Say goodbye to the other processes. Runs by itself at the interpreter's end."""
-        if not self._closed:
-            self._closed = True
-            self.liveness.close()
+        """Say goodbye to the other processes, then end the process groups. Runs by itself at the interpreter's end."""
+        if self._closed:
+            return
+        self._closed = True
+        self.liveness.close()
+        for session in self._sessions:
+            session.close(at_rest=session.at_rest)
+        if any(session.has_groups for session in self._sessions):
+            return  # a group that is in use cannot end, and torch ends the default group only with all others
+        group, self.group = self.group, None
+        _end_group(group)
+        if self._owns_default and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def at_end(self) -> None:
+        self.close()
 
 
 class ProcessSession:
@@ -99,7 +136,13 @@ class ProcessSession:
         self.number = number
         self.liveness = transport.liveness
         self.failed = False
-        self._groups: list[Any] = []
+        self.at_rest = True  # whether no worker is left in a message; said by `close`
+        self.turn_s = min((transport.num_processes - 1 - transport.rank) * _TURN_TIME_S, _MAX_TURN_TIME_S)
+        self._groups: list[_Group] = []
+
+    @property
+    def has_groups(self) -> bool:
+        return bool(self._groups)
 
     def line(self, processes: tuple[int, ...], timeout_s: float) -> ProcessLine:
         return ProcessLine(self, self._group(processes, timeout_s), processes, timeout_s)
@@ -107,8 +150,8 @@ class ProcessSession:
     def mail(self, timeout_s: float) -> ProcessMail:
         return ProcessMail(self, self._group(tuple(range(self.transport.num_processes)), timeout_s), timeout_s)
 
-    def _group(self, processes: tuple[int, ...], timeout_s: float) -> Any:
-        group = dist.new_group(list(processes), timeout=timedelta(seconds=timeout_s))
+    def _group(self, processes: tuple[int, ...], timeout_s: float) -> _Group:
+        group = _Group(dist.new_group(list(processes), timeout=timedelta(seconds=timeout_s)))
         if self.transport.rank in processes:
             self._groups.append(group)
         return group
@@ -124,12 +167,16 @@ class ProcessSession:
         self.failed = True
         self.liveness.report(self.number, error)
 
-    def close(self) -> None:
+    def close(self, *, at_rest: bool) -> None:
         self.liveness.forget(self.number)
-        if not self.failed:  # a group with unfinished messages may block when it is destroyed
-            for group in self._groups:
-                dist.destroy_process_group(group)
-        self._groups.clear()
+        self.at_rest = at_rest
+        if not at_rest:  # a group with unfinished messages blocks when it ends
+            return
+        if self.failed and any(group.uses_nccl for group in self._groups):
+            return  # its kernels may wait for a lost process for ever, and so would whoever ends the group
+        groups, self._groups = self._groups, []
+        for group in groups:
+            group.end()
 
     def wait(self, work: Any, what: str, timeout_s: float) -> None:
         """Wait for a message; say in one error what broke it.
@@ -155,10 +202,31 @@ class ProcessSession:
             ) from error
 
 
+class _Group:
+    """One of torch's process groups, held here alone: its threads end with the last reference to it."""
+
+    def __init__(self, group: Any) -> None:
+        self.torch_group = group
+
+    @property
+    def uses_nccl(self) -> bool:
+        return is_registered_group(self.torch_group) and "nccl" in str(dist.get_backend(self.torch_group))
+
+    def end(self) -> None:
+        group, self.torch_group = self.torch_group, None
+        _end_group(group)
+
+
+def _end_group(group: Any) -> None:
+    """Let torch forget the group, unless the script has destroyed all groups before."""
+    if group is not None and is_registered_group(group):
+        dist.destroy_process_group(group)
+
+
 class ProcessLine:
     """Collectives among some processes."""
 
-    def __init__(self, session: ProcessSession, group: Any, processes: tuple[int, ...], timeout_s: float) -> None:
+    def __init__(self, session: ProcessSession, group: _Group, processes: tuple[int, ...], timeout_s: float) -> None:
         self.bytes_sent = 0
         self._session = session
         self._group = group
@@ -170,7 +238,7 @@ class ProcessLine:
         wide = value.to(_WIDER[value.dtype]) if value.dtype in _WIDER and value.device.type == "cpu" else value
         if wide.is_complex():
             wide = torch.view_as_real(wide)
-        work = dist.all_reduce(wide, group=self._group, async_op=True)
+        work = dist.all_reduce(wide, group=self._group.torch_group, async_op=True)
         self._session.wait(work, f"a sum over {self._names}", self._timeout_s)
         if wide.dtype != value.dtype and not value.is_complex():
             value.copy_(wide)
@@ -191,7 +259,7 @@ class ProcessLine:
             message[position : position + part.numel()] = part
             position += _padded(part.numel())
         answer = torch.empty(sum(in_sizes), dtype=torch.uint8, device=device)
-        work = dist.all_to_all_single(answer, message, in_sizes, out_sizes, group=self._group, async_op=True)
+        work = dist.all_to_all_single(answer, message, in_sizes, out_sizes, group=self._group.torch_group, async_op=True)
         self._session.wait(work, f"an exchange among {self._names}", self._timeout_s)
         self.bytes_sent += message.numel()
         return self._unpacked(answer, incoming)
@@ -212,7 +280,7 @@ class ProcessLine:
 class ProcessMail:
     """Single values between processes, matched by tag. GPU values travel through the host's memory."""
 
-    def __init__(self, session: ProcessSession, group: Any, timeout_s: float) -> None:
+    def __init__(self, session: ProcessSession, group: _Group, timeout_s: float) -> None:
         self.bytes_sent = 0
         self._session = session
         self._group = group
@@ -225,7 +293,7 @@ class ProcessMail:
             return lambda: None
         with self._lock:
             self.bytes_sent += message.numel()
-        work = dist.isend(message, process, group=self._group, tag=tag)
+        work = dist.isend(message, process, group=self._group.torch_group, tag=tag)
 
         def finish() -> None:
             # `message` must live until here, and only this closure keeps it.
@@ -236,7 +304,7 @@ class ProcessMail:
     def receive(self, spec: TensorSpec, process: int, tag: int) -> Tensor:
         value = torch.empty(spec.shape, dtype=spec.dtype)
         if spec.num_bytes:
-            work = dist.irecv(as_bytes(value), process, group=self._group, tag=tag)
+            work = dist.irecv(as_bytes(value), process, group=self._group.torch_group, tag=tag)
             self._session.wait(work, f"{spec.num_bytes} bytes from process {process}", self._timeout_s)
         return value
 
@@ -273,9 +341,11 @@ def connect(*, timeout_s: float = 120.0) -> ProcessTransport:
     turn = int(store.add(f"partita/transport/{rank}", 1))  # counts the transports that this rank has opened
     store_rank = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
     own = PrefixStore(f"partita/transport/{turn}", store.clone() if hasattr(store, "clone") else store)
-    transport = ProcessTransport(rank, num_processes, Liveness(own, rank, num_processes, store_rank=store_rank))
+    liveness = Liveness(own, rank, num_processes, store_rank=store_rank)
+    transport = ProcessTransport(rank, num_processes, liveness, owns_default=not initialised)
+    close_at_end(transport, Order.CONNECTIONS)
+    transport.open_group(timeout_s)
     _CONNECTED.append(transport)
-    atexit.register(transport.close)
     return transport
 
 

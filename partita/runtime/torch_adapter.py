@@ -7,6 +7,7 @@ names them.
 * `OpOverload._op`, `._schema`, `._overloadname`, `.tags`: an op's inner callable and its signature.
 * `torch._foreach_add`, `torch._foreach_add_`: sums of many tensors in one call.
 * `torch.distributed.distributed_c10d._get_default_store`: the key-value store of the running job.
+* `torch.distributed.distributed_c10d._world.pg_map`: the process groups that torch has not destroyed.
 """
 
 from __future__ import annotations
@@ -88,6 +89,13 @@ def default_store() -> Any:
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
+
+
+def is_registered_group(group: Any) -> bool:
+    """Whether the process group has not been destroyed."""
+    from torch.distributed.distributed_c10d import _world
+
+    return group in _world.pg_map
 
 
 def sums(parts: Sequence[list[Tensor]]) -> list[Tensor]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -70,7 +70,16 @@ class Session(Protocol):
         """Tell all other processes why this one ends the session."""
         ...
 
-    def close(self) -> None: ...
+    @property
+    def turn_s(self) -> float:
+        """How much longer than the last rank this process waits for its own workers at its end: ranks that wait for
+        each other's messages must not give up together.
+        """
+        ...
+
+    def close(self, *, at_rest: bool) -> None:
+        """End the session; its lines too if no worker uses them any more. Calling it again is harmless."""
+        ...
 
 
 class Transport(Protocol):
@@ -83,6 +92,11 @@ class Transport(Protocol):
     def num_processes(self) -> int: ...
 
     def session(self) -> Session: ...
+
+    @property
+    def group(self) -> Any:
+        """The process group for exchanges outside of steps; None means torch's default group."""
+        ...
 
     def note(self, activity: str) -> None:
         """What this process is in; the others read it if they wait for it in vain."""

@@ -73,6 +73,18 @@ class WorkerThread:
         self._closing = True
         self.party.waiter.wake()
 
+    def join(self, limit_s: float) -> None:
+        """Wait for the thread to end; one that was never started has."""
+        if self.is_alive():
+            self.thread.join(limit_s)
+
+    def is_alive(self) -> bool:
+        return self.thread.is_alive()
+
+    def doing(self) -> str:
+        """What the worker is in, for messages."""
+        return f"worker {self.party.worker} in {self._where()}"
+
     def _live(self) -> None:
         self._settle()
         while True:
@@ -146,10 +158,13 @@ class WorkerThread:
         if isinstance(error, StepError):
             return error
         party = self.party
-        where = party.labels[party.position] if 0 <= party.position < len(party.labels) else "the end of the step"
         explained = WorkerError(
             f"worker {party.worker} (process {self.program.process}, stage {self.program.stage}) raised "
-            f"{type(error).__name__} in instruction {party.position} ({where}): {error}"
+            f"{type(error).__name__} in instruction {party.position} ({self._where()}): {error}"
         )
         explained.__cause__ = error
         return explained
+
+    def _where(self) -> str:
+        party = self.party
+        return party.labels[party.position] if 0 <= party.position < len(party.labels) else "the end of the step"

@@ -15,7 +15,7 @@ from partita.runtime.transport import Transport
 class Team:
     """All processes of the job, as seen by this one. Alone, everything is immediate.
 
-    The exchanges here happen outside of steps (planning, collecting weights, checkpoints), on torch's default group.
+    The exchanges here happen outside of steps (planning, collecting weights, checkpoints), on the transport's group.
     """
 
     def __init__(self, transport: Transport | None = None) -> None:
@@ -27,6 +27,11 @@ class Team:
     def is_alone(self) -> bool:
         return self.num_processes == 1
 
+    @property
+    def _group(self) -> Any:
+        assert self._transport is not None
+        return self._transport.group
+
     def _guard(self, call: Callable[[], None], what: str) -> None:
         assert self._transport is not None
         self._transport.guard(call, what)
@@ -36,7 +41,7 @@ class Team:
         if self.is_alone:
             return value
         box = [value]
-        self._guard(lambda: dist.broadcast_object_list(box, src=source), what)
+        self._guard(lambda: dist.broadcast_object_list(box, src=source, group=self._group), what)
         return box[0]
 
     def gather(self, value: Any, what: str = "a gathering of values") -> list[Any]:
@@ -44,7 +49,7 @@ class Team:
         if self.is_alone:
             return [value]
         found: list[Any] = [None] * self.num_processes
-        self._guard(lambda: dist.all_gather_object(found, value), what)
+        self._guard(lambda: dist.all_gather_object(found, value, group=self._group), what)
         return found
 
     def require_equal(self, value: str, what: str) -> None:
@@ -75,7 +80,7 @@ class Team:
         """Overwrites the tensors on all processes by those of `source`."""
         if self.is_alone:
             return
-        self._guard(lambda: _broadcast(tensors, source), f"the broadcast of tensors of rank {source}")
+        self._guard(lambda: _broadcast(tensors, source, self._group), f"the broadcast of tensors of rank {source}")
 
     def spread_random_state(self) -> None:
         """torch's default generator continues as that of rank 0 on every process."""
@@ -83,11 +88,11 @@ class Team:
             torch.set_rng_state(self.from_first(torch.get_rng_state()))
 
 
-def _broadcast(tensors: Iterable[torch.Tensor], source: int) -> None:
+def _broadcast(tensors: Iterable[torch.Tensor], source: int, group: Any) -> None:
     with torch.no_grad():
         for tensor in tensors:
             value = tensor.detach()
             whole = value.contiguous()
-            dist.broadcast(whole, src=source)
+            dist.broadcast(whole, src=source, group=group)
             if whole.data_ptr() != value.data_ptr():
                 value.copy_(whole)
