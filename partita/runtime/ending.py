@@ -4,7 +4,7 @@ A thread that comes back from C++ code (a kernel, a store, gloo's own threads wh
 interpreter's lock. Once the interpreter is being taken down, Python before 3.14 answers by ending that thread; C++ does
 not allow that in a destructor, so the *process* is aborted ("terminate called without an active exception"), after
 results that were right (pytorch/pytorch#190489). No thread that partita has started may therefore be in C++ code by
-then. Torch does not see to it: `destroy_process_group` forgets a group, and its threads end only with the last reference.
+then. Torch does not see to it: `destroy_process_group` forgets a group, whose threads end with the last reference.
 
 The order: worker threads come to rest, the others hear goodbye, process groups end, and with them their threads. Stores
 go last, with the interpreter. Every wait has a limit; when it passes, standard error says what was waited for.
@@ -38,22 +38,22 @@ class Ends(Protocol):
 
 
 _OPEN: dict[Order, weakref.WeakSet[Ends]] = {order: weakref.WeakSet() for order in Order}
-_OWNER: list[int] = []  # the process that registered; its forks have none of its threads, and must not speak for it
+_OWNERS: list[int] = []  # the process that registered; its forks have none of its threads, and must not speak for it
 
 
 def close_at_end(what: Ends, order: Order) -> None:
     """Have `what.at_end()` called when the interpreter ends, unless `what` has been collected by then."""
-    if _OWNER != [os.getpid()]:
+    if os.getpid() not in _OWNERS:
         for group in _OPEN.values():
             group.clear()  # those of the parent, in a fork
-        if not _OWNER:
+        if not _OWNERS:
             atexit.register(_close_all)
-        _OWNER[:] = [os.getpid()]
+        _OWNERS[:] = [os.getpid()]
     _OPEN[order].add(what)
 
 
 def _close_all() -> None:
-    if _OWNER != [os.getpid()]:
+    if os.getpid() not in _OWNERS:
         return
     for order in Order:
         for what in list(_OPEN[order]):

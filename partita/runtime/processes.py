@@ -42,7 +42,7 @@ _CONNECTED: list[ProcessTransport] = []
 class ProcessTransport:
     """The processes of the running job, one per rank. Made by `connect`.
 
-    Messages go through process groups that are partita's own, so that they, and the threads in them, can be ended before
+    Messages go through process groups that are partita's own, so that they and their threads can be ended before
     the interpreter is. If the script has made torch's default group, that is only the parent of them.
 
     Args:
@@ -259,7 +259,9 @@ class ProcessLine:
             message[position : position + part.numel()] = part
             position += _padded(part.numel())
         answer = torch.empty(sum(in_sizes), dtype=torch.uint8, device=device)
-        work = dist.all_to_all_single(answer, message, in_sizes, out_sizes, group=self._group.torch_group, async_op=True)
+        work = dist.all_to_all_single(
+            answer, message, in_sizes, out_sizes, group=self._group.torch_group, async_op=True
+        )
         self._session.wait(work, f"an exchange among {self._names}", self._timeout_s)
         self.bytes_sent += message.numel()
         return self._unpacked(answer, incoming)
