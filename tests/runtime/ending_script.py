@@ -72,7 +72,10 @@ elif mode == "raised":
 elif mode == "fork":
     child = os.fork()
     if child == 0:
-        sys.exit(0)  # must neither say goodbye for its parent nor wait for threads that it does not have
+        # Must neither say goodbye for its parent nor wait for threads that it does not have. The interpreter itself is
+        # not taken down: torch's own groups would then wait for their threads, which are the parent's.
+        atexit._run_exitfuncs()
+        os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     step(batch)
 elif mode == "destroyed by the script":
