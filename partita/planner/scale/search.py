@@ -26,7 +26,7 @@ from partita.planner.scale.cuts import cut_chain
 from partita.planner.scale.families import REMATS, Family, machines_of, peak, price_family
 from partita.planner.scale.rates import Rates
 from partita.planner.scale.solution import ScaleConstraints
-from partita.planner.scale.space import VIRTUALS, Corners, enumerated, stage_numbers, tabled
+from partita.planner.scale.space import Corners, Pairs, paired, tabled
 from partita.planner.scale.step import Degrees, Remat, State, StepPrediction, predict_step
 from partita.planner.scale.works import WorkMaker
 from partita.units import GIB
@@ -37,19 +37,27 @@ TENSORS = (1, 2, 4, 8)  # whose works are made ahead: machines of up to eight de
 _ALTERNATIVES = 5
 _PRICE_OPS = 8000  # work of one exact price besides its schedule, in ops of a schedule
 
-Effort = Literal["quick", "thorough"]
+Effort = Literal["quick", "thorough", "exhaustive"]
 
 
 @dataclass(frozen=True)
 class _Limits:
-    """Work of a search: ops of schedules that are evaluated, exact prices, and those of one family."""
+    """Work of a search: ops of schedules that are evaluated, exact prices of usual and of other corners, and those of
+    one family."""
 
-    ops: int
-    prices: int
-    of_family: int
+    ops: float
+    prices: float
+    rare_prices: float
+    of_family: float
+    is_complete: bool = False  # also what should not fit by its estimate
 
 
-LIMITS: dict[Effort, _Limits] = {"quick": _Limits(100_000, 8, 3), "thorough": _Limits(3_000_000, 100, 12)}
+_UNLIMITED = float("inf")
+LIMITS: dict[Effort, _Limits] = {
+    "quick": _Limits(100_000, 7, 2, 3),
+    "thorough": _Limits(3_000_000, 100, 50, 12),
+    "exhaustive": _Limits(_UNLIMITED, _UNLIMITED, _UNLIMITED, _UNLIMITED, is_complete=True),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +151,7 @@ class _Search:
         self.limits = LIMITS[effort]
         self.best: Candidate | None = None
         self.priced: list[Candidate] = []
+        self.num_tried = 0
         self.most_limit = max(group.kind.gpu.memory_bytes for group in fabric.groups)
         self.refusals: dict[str, None] = {}
         self.rates = Rates(fabric, searcher.calibration)
@@ -151,37 +160,48 @@ class _Search:
         families = list(self._families())
         if not families:
             raise InfeasibleError(self._nothing_fits(None, families))
+        pairs = [self._pairs(family) for family in families]
+        usual = self._table(families, [self._rows(*one, None) for one in zip(families, pairs, strict=True)])
+        self._price_best(families, usual, self.limits.prices)
+        limit_s = self.best.prediction.step_time_s if self.best is not None else float("inf")
+        rare = self._table(families, [self._rows(*one, limit_s) for one in zip(families, pairs, strict=True)])
+        self._price_best(families, rare, self.limits.rare_prices)
+        if self.best is None:
+            raise InfeasibleError(self._nothing_fits(usual if len(usual) else rare, families))
+        others = sorted((c for c in self.priced if c is not self.best), key=lambda c: c.prediction.step_time_s)
+        return Found(
+            best=self.best,
+            others=tuple(others[:_ALTERNATIVES]),
+            bound_s=min(self.best.prediction.step_time_s, *(self._bound_s(table) for table in (usual, rare))),
+            num_families=len(families),
+            num_corners=len(usual) + len(rare),
+            num_priced=self.num_tried,
+        )
+
+    def _table(self, families: Sequence[Family], rows: Sequence[np.ndarray]) -> Corners:
         fixed = self.constraints
-        table = tabled(
+        return tabled(
             families,
-            [self._rows(family) for family in families],
+            rows,
             remats=REMATS if fixed.recompute is None else (fixed.recompute,),
             zeros=None if fixed.zero is None else (fixed.zero,),
             state=self.searcher.state,
             rates=self.rates,
         )
-        possible = table.least_memory_bytes <= self.most_limit
-        num_tried = self._price_best(families, table, possible)
-        if self.best is None:
-            raise InfeasibleError(self._nothing_fits(table, families))
-        others = sorted((c for c in self.priced if c is not self.best), key=lambda c: c.prediction.step_time_s)
-        return Found(
-            best=self.best,
-            others=tuple(others[:_ALTERNATIVES]),
-            bound_s=min(float(table.bound_s[possible].min()), self.best.prediction.step_time_s),
-            num_families=len(families),
-            num_corners=len(table),
-            num_priced=num_tried,
-        )
 
-    def _price_best(self, families: Sequence[Family], table: Corners, possible: np.ndarray) -> int:
+    def _bound_s(self, table: Corners) -> float:
+        """No corner of the table that may fit takes less."""
+        return float(table.bound_s[table.least_memory_bytes <= self.most_limit].min(initial=float("inf")))
+
+    def _price_best(self, families: Sequence[Family], table: Corners, most: float) -> None:
         """Prices corners in the order of their estimates; those that may not fit only where nothing else does."""
+        possible = table.least_memory_bytes <= self.most_limit
         fits = table.memory_bytes <= self.most_limit
         tried: Counter[tuple[int, int]] = Counter()
         ops = 0
         for group in (np.flatnonzero(fits & possible), np.flatnonzero(possible & ~fits)):
             for i in group[np.argsort(table.estimate_s[group], kind="stable")]:
-                if self.best is not None and (ops >= self.limits.ops or tried.total() >= self.limits.prices):
+                if self.best is not None and (ops >= self.limits.ops or tried.total() >= most):
                     break
                 if self.best is not None and table.bound_s[i] >= self.best.prediction.step_time_s:
                     continue
@@ -191,9 +211,9 @@ class _Search:
                     continue
                 tried[key] += 1
                 ops += self._price(families[family], table, int(i))
-            if self.best is not None:
+            if self.best is not None and not self.limits.is_complete:
                 break
-        return tried.total()
+        self.num_tried += tried.total()
 
     def _families(self) -> Iterator[Family]:
         fixed, fabric = self.constraints, self.fabric
@@ -225,23 +245,42 @@ class _Search:
     def _is_crowded(self) -> bool:
         return self.fabric.num_gpus >= 2 * self.searcher.batch
 
-    def _rows(self, family: Family) -> np.ndarray:
-        """All corners' degrees; the same for families of equal size."""
-        fixed, fabric = self.constraints, self.fabric
-        group = family.tensor * family.context
-        blocks = family.num_blocks
-        stages = stage_numbers(fabric.num_gpus // group, max(blocks, 1))
-        several = len(fabric.groups) > 1
-        return enumerated(
+    def _pairs(self, family: Family) -> Pairs:
+        """All numbers of stages and replicas; the same for families of equal size."""
+        fixed = self.constraints
+        return paired(
             batch=self.searcher.batch,
-            num_devices=fabric.num_gpus,
-            group=group,
+            num_devices=self.fabric.num_gpus,
+            group=family.tensor * family.context,
             micro_batch=family.micro_batch,
-            num_blocks=blocks,
-            pipelines=(fixed.pipeline,) if fixed.pipeline else tuple(stages),
-            virtuals=(fixed.virtual,) if fixed.virtual else (1,) if several else VIRTUALS,
+            num_pieces=len(self.searcher.chain),
+            num_blocks=family.num_blocks,
+            pipelines=(fixed.pipeline,) if fixed.pipeline else None,
             datas=(fixed.data,) if fixed.data else None,
         )
+
+    def _rows(self, family: Family, pairs: Pairs, limit_s: float | None) -> np.ndarray:
+        """Degrees of the usual corners; with ``limit_s`` of all others that may take less than that."""
+        fixed = self.constraints
+        chosen = np.ones(len(pairs.stages), dtype=bool)
+        if limit_s is not None:
+            chosen = self._least_s(family, pairs) < limit_s
+        return pairs.rows(
+            len(self.searcher.chain),
+            family.num_blocks,
+            (fixed.virtual,) if fixed.virtual else None,
+            usual=limit_s is None,
+            chosen=chosen,
+        )
+
+    def _least_s(self, family: Family, pairs: Pairs) -> np.ndarray:
+        """A bound on all corners of each pair, whatever their chunks, ZeRO stage and sends (`space`: evenly, blocks)."""
+        times = family.times[self.constraints.recompute or "none"]  # recomputation only adds to passes
+        ahead, back = times.forward, times.backward
+        p, m, block_s = pairs.stages, pairs.num_microbatches, ahead.block_s + back.block_s
+        later = np.maximum(p - 1 - family.num_gaps, 0)
+        even_s = (m * (ahead.cut_s + back.cut_s) + block_s * later * (later + 1) / 2) / p
+        return np.asarray(np.maximum(even_s, m * np.ceil(family.num_blocks / p) * block_s))
 
     def _price(self, family: Family, table: Corners, i: int) -> int:
         """Prices one corner exactly; the work it took."""

@@ -1,28 +1,43 @@
 """The space that `partita.planner.scale.search` searches, and estimates and bounds for all of it at once.
 
 A *corner* of a family (`partita.planner.scale.families`) fixes also p stages of v chunks, d replicas, recomputation and
-ZeRO stage. `enumerated` gives the corners of one family as rows, `tabled` those of all families with estimates, bounds
-and memory, one column each.
+ZeRO stage. All p and v with ``p v`` at most the pieces of the chain (interleaved schedules: m a multiple of p), and all
+d that divide the batch into whole micro-batches and leave ``p d`` times the family's devices on the fabric, are in the
+space, so plans on fewer devices are as well. `tabled` gives corners with estimates, bounds and memory, one column each.
 
-With N devices, B samples in a step, m = B / (d b) micro-batches, Q parameters, W seconds for one micro-batch through
-all blocks and S for its ``2 (p v - 1)`` sends, any cut of the chain gives stage s a share ``W_s`` (with its sends)
-and ``x_s`` of the parameters, ``sum W_s >= W + S``, ``sum x_s = Q``; its first chunk takes ``w_s``, at least the least
-block's ``w`` but for G chunks of gaps. Stage s starts after, and ends before, the first chunks of the stages before:
+With N devices, B samples in a step, m = B / (d b) micro-batches, Q parameters: chunk c takes ``F_c`` forward and
+``B_c`` backward, the send of its result included; stage s has the chunks s, s + p, .., their sums ``F^s, B^s``, and x_s
+parameters. `F`, `B` (of all chunks) and `f`, `b` (of one block) are sums and parts of `families.Least`, with exchanges
+beside them, S of ZeRO 2 and 3 among these:
 
-    step >= m W_s + sum_{i<s} w_i, so by the sum over all stages, with K = p - 1 - G,
-    evenly         step >= (m (W + S) + w K (K+1) / 2) / p
-    v = 1          step >= (W + S) / (1 - (1 - 1/m)^p)                (W_s = w_s, equal for all s at the least)
-    whole blocks   step >= m (ceil(n/p) w + (2 v - 1) S / (2 p v - 2))
+    pass >= g(X, S),   g(X, S) = max(X, S) + (1 - o) min(X, S)     a norm, so sums of passes are at least g of the sums
+    sum F_c >= F + (p v - 1) send,   sum B_c >= B + (p v - 1) send;   exact for p v = 1 on equal machines
 
-The exchange of gradients of stage s (``a x_s`` seconds) starts after its last backward pass, hides at most the share
-``o`` of one (b_s) of them, and of what the stages before still do; f is the least block's forward pass:
+The first op of stage s waits for the first forward passes of the stages before, whose last backward passes wait for the
+last op of stage s (1F1B and interleaved alike), and what `step` extrapolates grows by no less than the busiest stage:
 
-    step >= m W_s - o b_s + a x_s + sum_{i<s} f_i
-    evenly         step >= (m (W + S) - o sum b_s + a Q + f K (K+1) / 2) / p
-    whole blocks   step >= (m - o) ceil(n/p) w + a ceil(n/p) q
+    makespan >= m (F^s + B^s) + sum_{i<s} (F_i + B_i)
+    data_s   >= max(a x_s + a_0 - o B^s, 0.05 (a x_s + a_0)) - sum_{i<s} B_i       (exchange of gradients; `_after`)
+    step     >= makespan + data_s + update
 
-ZeRO 2 and 3 move their bytes for each micro-batch beside the passes: ``step >= m (bytes of Q / p) / rate``. All take
-besides the update: bytes of Q / p / shards parameters over memory bandwidth. Rates are the best of all kinds.
+The mean over all s, with ``sum_s sum_{i<s} F_i >= f K (K+1) / 2 + send p (p-1) / 2``, K = p - 1 - G, G chunks of gaps
+at most (the same for B_i, whose first chunk sends nothing back), gives
+
+    evenly         step >= (m sum (F_c + B_c) + leads) / p
+                   step >= (m sum F_c + (m - o) sum B_c + a Q + p a_0 + leads of F) / p
+                   step >= (m sum (F_c + B_c) + 0.05 (a Q + p a_0) + leads of F) / p
+
+For v = 1 the chunks that lead are the stages' own, ``W_s <= (step - sum_{i<s} W_i) / m``, so
+
+    v = 1          step >= sum (F_c + B_c) / (1 - (1 - 1/m)^p)
+
+One stage has ``k = ceil(n / p)`` blocks at least, and ``2 v - 1`` sends:
+
+    whole blocks   step >= m (k (f + b) + (2 v - 1) send)
+                   step >= m k f + (m - o) (k b + (2 v - 1) send) + a k q + a_0;   with 0.05 (a k q + a_0) as above
+
+All take besides the update of the largest share of parameters: the mean, k blocks, or the largest piece, over ZeRO's
+shards and memory bandwidth. Rates are the best of all kinds. Bounds are lowered by `SLACK` for sums in another order.
 
 The estimates by which corners are ordered: ``(m - 1) w_max + W`` for 1F1B, ``m w_max + (p - 1) w_max / v`` interleaved
 (Narayanan et al. 2021, section 2.2), with ``w_max`` of ``ceil(n / (p v))`` blocks a chunk.
@@ -39,14 +54,15 @@ import numpy as np
 
 from partita.planner.scale.families import REMATS, Family
 from partita.planner.scale.rates import Rates
-from partita.planner.scale.step import RESERVE_BYTES, ROUNDING, Remat, State
+from partita.planner.scale.step import HIDDEN_LEAST, RESERVE_BYTES, ROUNDING, Remat, State
 
-VIRTUALS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
+VIRTUALS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # chunks of a stage that are usual
+SLACK = 1e-6  # of `step`'s extrapolated schedules and of rounding
 Array = np.ndarray
 
 
 def stage_numbers(most: int, num_blocks: int) -> list[int]:
-    """Numbers of stages worth trying: small ones, divisors of the blocks (and with embedding and head), round ones."""
+    """Usual numbers of stages: small ones, divisors of the blocks (and with embedding and head), round ones."""
     most = min(most, num_blocks)
     total = (num_blocks, num_blocks + 1, num_blocks + 2)
     return [
@@ -56,52 +72,79 @@ def stage_numbers(most: int, num_blocks: int) -> list[int]:
     ]
 
 
-@functools.lru_cache(maxsize=100_000)
-def shares_of_batch(batch: int, micro_batch: int, most: int) -> tuple[int, ...]:
-    """Numbers of replicas that divide the batch into whole micro-batches: the two largest up to ``most``; where the
-    batch is smaller than that, those that leave 2, 4, .. 32 micro-batches (fewer devices may be faster)."""
-    if batch % micro_batch or most < 1:
-        return ()
-    rest = batch // micro_batch
-    divisors = _divisors(rest)
-    shares = divisors[: bisect_right(divisors, most)]
-    fewer = [rest // m for m in (2, 4, 8, 16, 32) if rest % m == 0 and rest // m <= most] if most >= rest else []
-    return tuple(sorted({*shares[-2:], *fewer}, reverse=True))
-
-
 @functools.lru_cache(maxsize=1000)
-def _divisors(number: int) -> tuple[int, ...]:
+def divisors(number: int) -> tuple[int, ...]:
+    """In rising order."""
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return tuple(sorted({*small, *(number // d for d in small)}))
 
 
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """All numbers of stages and replicas of families of one size, as columns; `usual` are those worth trying first."""
+
+    stages: Array
+    data: Array
+    num_microbatches: Array
+    usual: Array
+
+    def rows(
+        self, num_pieces: int, num_blocks: int, virtuals: Sequence[int] | None, *, usual: bool, chosen: Array
+    ) -> Array:
+        """Rows (p, v, d, m) of the pairs ``chosen`` with every number of chunks.
+
+        Args:
+            virtuals: the numbers of chunks; None: all.
+            usual: whether only usual pairs with usual numbers of chunks are wanted, or only all others.
+        """
+        kept = np.flatnonzero(chosen & self.usual if usual else chosen)
+        p, d, m, common = (column[kept] for column in (self.stages, self.data, self.num_microbatches, self.usual))
+        # Interleaved schedules: a multiple of the stages as micro-batches.
+        most = np.where((p > 1) & (m % p == 0), num_pieces // p, 1)
+        if virtuals is None:
+            where = np.repeat(np.arange(len(p)), most)
+            v = np.arange(len(where)) - np.repeat(np.cumsum(most) - most, most) + 1
+        else:
+            where = np.repeat(np.arange(len(p)), len(virtuals))
+            v = np.tile(np.array(virtuals, dtype=np.int64), len(p))
+        p, d, m, common, most = p[where], d[where], m[where], common[where], most[where]
+        if virtuals is None:
+            even = -(-num_blocks // (p * v)) * v <= -(-num_blocks // p) + 1
+            common = common & ((v == 1) | (np.isin(v, VIRTUALS) & even & (p * v <= num_blocks)))
+        fits = (v <= most) & (common if usual else ~common)
+        return np.stack([p, v, d, m])[:, fits]
+
+
 @functools.lru_cache(maxsize=4096)
-def enumerated(
+def paired(
     *,
     batch: int,
     num_devices: int,
     group: int,
     micro_batch: int,
+    num_pieces: int,
     num_blocks: int,
-    pipelines: tuple[int, ...],
-    virtuals: tuple[int, ...],
+    pipelines: tuple[int, ...] | None,
     datas: tuple[int, ...] | None,
-) -> Array:
-    """Rows (p, v, d, m) as columns of all corners of families of ``group`` devices for a replica's stage."""
-    pairs = []
-    for p in pipelines:
-        most = num_devices // (group * p)
-        replicas: Sequence[int] = shares_of_batch(batch, micro_batch, most)
-        if datas is not None:
-            replicas = [d for d in datas if d <= most and batch % (d * micro_batch) == 0]
-        pairs += [(p, d, batch // (d * micro_batch)) for d in replicas]
-    stages, d, m = np.array(pairs, dtype=np.int64).reshape(-1, 3).T
-    rows = [np.stack([stages, np.ones_like(stages), d, m])[:, slice(None) if 1 in virtuals else stages == 1]]
-    for v in virtuals:
-        kept = (stages * v <= max(num_blocks, 1)) & (m % stages == 0) & (stages > 1) & (v > 1)
-        kept &= -(-num_blocks // (stages * v)) * v <= -(-num_blocks // stages) + 1
-        rows.append(np.stack([stages, np.full_like(stages, v), d, m])[:, kept])
-    return np.concatenate(rows, axis=1)
+) -> Pairs:
+    """All pairs of families of ``group`` devices for a replica's stage; ``pipelines`` and ``datas``: only these."""
+    rest = batch // micro_batch
+    if batch % micro_batch:
+        raise ValueError(f"micro-batches of {micro_batch} must divide the batch of {batch}")
+    shares = np.array([d for d in datas or divisors(rest) if rest % d == 0], dtype=np.int64)
+    most = min(num_devices // group, num_pieces)
+    stages = np.array([p for p in pipelines or range(1, most + 1) if p <= most], dtype=np.int64)
+    p, d = (np.repeat(stages, len(shares)), np.tile(shares, len(stages)))
+    room = num_devices // (group * np.maximum(p, 1))
+    # Usual: the two largest numbers of replicas, and where the batch is small fewer with 2, 4, .. 32 micro-batches.
+    rank = np.searchsorted(shares, room, side="right") - np.tile(np.arange(len(shares)), len(stages))
+    usual = (rank <= 2) | ((room >= rest) & np.isin(rest // d, (2, 4, 8, 16, 32)))
+    if datas is not None:
+        usual[:] = True
+    if pipelines is None:
+        usual &= np.isin(p, stage_numbers(most, max(num_blocks, 1)))
+    fits = d <= room
+    return Pairs(p[fits], d[fits], rest // d[fits], usual[fits])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,18 +183,18 @@ def _facts(family: Family, remat: Remat, bandwidth: float) -> dict[str, float]:
         "tensor": family.tensor,
         "context": family.context,
         "num_gaps": family.num_gaps,
+        "num_pieces": sum(counts),
         "total": times.total_s,
         "largest": max((times.pieces_s[i] for i in blocks), default=times.total_s),
         "gap": max((times.pieces_s[i] for i in used if family.is_gap[i]), default=0.0),
-        "least_total": times.least_total_s,
-        "least": times.least_block_s,
-        "least_forward": times.least_forward_s,
-        "most_backward": times.most_backward_s,
+        **{f"forward_{name}": value for name, value in vars(times.forward).items()},
+        **{f"backward_{name}": value for name, value in vars(times.backward).items()},
         "elements": sum(works[i].parameter_elements * counts[i] for i in used),
         "largest_q": max((works[i].parameter_elements for i in blocks), default=0.0),
         "least_q": min((works[i].parameter_elements for i in blocks), default=0.0),
         "most_q": max((works[i].parameter_elements for i in used), default=0.0),
         "block_q": sum(works[i].parameter_elements * counts[i] for i in blocks) / n,
+        "least_a": min((getattr(works[i], kept) for i in blocks), default=0.0),
         "block_a": sum(getattr(works[i], kept) * counts[i] for i in blocks) / n,
         "temporary": max((works[i].temporary_bytes for i in blocks), default=0.0) if remat == "full" else 0.0,
         "first_q": gaps[0].parameter_elements if gaps else 0.0,
@@ -190,7 +233,9 @@ def tabled(
     context = columns[which, names.index("context")]
     sharded = d * context > 1
     choices = zeros if zeros is not None else (0, 1, 2, 3)
-    picked = [np.flatnonzero(np.ones_like(sharded) if zeros is not None else sharded == (z > 0)) for z in choices]
+    # Of one rank ZeRO 3 keeps no second copy of the weights; of several ZeRO 1 does all that 0 does and keeps less.
+    wanted = [sharded if z in (1, 2) else np.ones_like(sharded) if z == 3 else ~sharded for z in choices]
+    picked = [np.flatnonzero(np.ones_like(sharded) if zeros is not None else one) for one in wanted]
     order = np.concatenate(picked)
     z = np.repeat(np.array(choices), [len(one) for one in picked])
     which, p, v, d, m = which[order], p[order], v[order], d[order], m[order]
@@ -209,7 +254,7 @@ def tabled(
         zero=z,
         num_microbatches=m,
         estimate_s=at.estimate_s(exchange, sends, rates.overlap),
-        bound_s=at.bound_s(rates.best_exchanges(fact["tensor"], fact["context"] * d), sends, rates.overlap),
+        bound_s=at.bound_s(rates, sends),
         memory_bytes=memory,
         least_memory_bytes=least_memory,
     )
@@ -240,9 +285,11 @@ class _At:
         once = np.where(self.z == 2, state.weight_bytes, 2 * state.exchange_bytes)
         return np.asarray(once * (self.z <= 2) * (self.shards > 1))
 
-    def _update_s(self) -> Array:
-        elements = self.fact["elements"] / self.p / np.where(self.z >= 1, self.shards, 1)
-        return np.asarray(self.state.update_bytes * elements / self.fact["bandwidth"])
+    def _update_s(self, elements: Array) -> Array:
+        """Of a stage with ``elements`` parameters."""
+        return np.asarray(
+            self.state.update_bytes * elements / np.where(self.z >= 1, self.shards, 1) / self.fact["bandwidth"]
+        )
 
     def estimate_s(self, exchange: tuple[Array, Array], sends: tuple[Array, Array], overlap: float) -> Array:
         """Expected step time."""
@@ -259,35 +306,59 @@ class _At:
         send = np.where(p > 1, 2 * (sends[0] + fact["send"] * sends[1]), 0.0)
         chunk = busiest + v * send
         whole = np.where(v == 1, (m - 1) * chunk + total + p * (chunk - work), m * chunk + (p - 1) * chunk / v)
-        return np.asarray(whole + self._update_s() + tail)
+        return np.asarray(whole + self._update_s(share_q) + tail)
 
-    def bound_s(self, exchange: tuple[Array, Array], sends: tuple[Array, Array], overlap: float) -> Array:
-        """What no cut undercuts."""
-        p, v, m, fact = self.p, self.v, self.m, self.fact
-        byte_s, _ = exchange
+    def bound_s(self, rates: Rates, sends: tuple[Array, Array]) -> Array:
+        """What no cut undercuts: the formulas above."""
+        p, v, m, fact, overlap = self.p, self.v, self.m, self.fact, rates.overlap
         send = np.where(p > 1, sends[0] + fact["least_send"] * sends[1], 0.0)
-        total = fact["least_total"] + 2 * (p * v - 1) * send
+        byte_s, fixed_s = rates.best_exchanges(fact["tensor"], self.shards)
+        whole_f, block_f = self._passes_s("forward", byte_s, fixed_s, overlap)
+        whole_b, block_b = self._passes_s("backward", byte_s, fixed_s, overlap)
+        sum_f, sum_b = (one + (p * v - 1) * send for one in (whole_f, whole_b))
         later = np.maximum(p - 1 - fact["num_gaps"], 0)
-        lead = later * (later + 1) / 2
+        lead_f = block_f * later * (later + 1) / 2 + send * p * (p - 1) / 2
+        lead_b = block_b * later * (later + 1) / 2 + send * np.maximum((p - 1) * (p - 2), 0) / 2
         blocks = np.ceil(self.n / p)
-        block = blocks * fact["least"] + (2 * v - 1) * send
+        stage_f, stage_b = blocks * block_f, blocks * block_b + (2 * v - 1) * send
         with np.errstate(divide="ignore", invalid="ignore"):
             share = -np.expm1(p * np.log1p(-1 / np.maximum(m, 1.0000001)))
-        filled = np.where((v == 1) & (m > 1), total / share, total)
-        tail = self._tail_bytes() * byte_s
-        # Backward passes of all stages, sends included; with ZeRO 2 exchanges run beside them: at most all passes.
-        hidden = np.where(self.z < 2, np.minimum(fact["most_backward"] + p * v * send, total), total)
+        filled = np.where((v == 1) & (m > 1), (sum_f + sum_b) / share, sum_f + sum_b)
+        tail_byte_s, tail_s = self._tail(rates, byte_s, fixed_s)
+        even_tail = tail_byte_s * fact["elements"] + p * tail_s
+        stage_tail = tail_byte_s * blocks * fact["least_q"] + tail_s
         low = np.maximum.reduce(
             [
                 filled,
-                (m * total + fact["least"] * lead) / p,
-                m * block,
-                m * self._moved_bytes() * fact["elements"] / p * byte_s,
-                (m * total - overlap * hidden + tail * fact["elements"] + fact["least_forward"] * lead) / p,
-                (m - overlap) * block + tail * blocks * fact["least_q"],
+                (m * (sum_f + sum_b) + lead_f + lead_b) / p,
+                (m * sum_f + (m - overlap) * sum_b + even_tail + lead_f) / p,
+                (m * (sum_f + sum_b) + HIDDEN_LEAST * even_tail + lead_f) / p,
+                m * (stage_f + stage_b),
+                m * stage_f + (m - overlap) * stage_b + stage_tail,
+                m * (stage_f + stage_b) + HIDDEN_LEAST * stage_tail,
             ]
         )
-        return np.asarray(low + self._update_s())
+        largest_q = np.maximum.reduce([fact["elements"] / p, blocks * fact["least_q"], fact["most_q"]])
+        return np.asarray((low + self._update_s(largest_q)) * (1 - SLACK))
+
+    def _passes_s(self, way: str, byte_s: Array, fixed_s: Array, overlap: float) -> tuple[Array, Array]:
+        """Least seconds of all passes of a micro-batch in one direction, and of one block's, ZeRO's exchanges beside
+        them."""
+        fact, state = self.fact, self.state
+        gathers = self.z == 3
+        scatters = (self.z >= 2) & (way == "backward")
+        moved_s = (gathers * state.weight_bytes + scatters * state.exchange_bytes) * byte_s
+        start_s = (gathers.astype(float) + scatters) * fixed_s
+        cut_s = np.where(self.p * self.v == 1, fact[f"{way}_whole_s"], fact[f"{way}_cut_s"])
+        beside_s = fact[f"{way}_hidden_s"] + moved_s * fact["elements"] + start_s * fact["num_pieces"]
+        block_beside_s = fact[f"{way}_block_hidden_s"] + moved_s * fact["least_q"] + start_s
+        return _beside(cut_s, beside_s, overlap), _beside(fact[f"{way}_block_s"], block_beside_s, overlap)
+
+    def _tail(self, rates: Rates, byte_s: Array, fixed_s: Array) -> tuple[Array, Array]:
+        """Seconds for each parameter, and besides, of a stage's exchange after the last micro-batch."""
+        reduce_byte_s, reduce_s = rates.best_exchanges(self.fact["tensor"], self.shards, "all_reduce")
+        each = np.where(self.z == 2, self.state.weight_bytes * byte_s, self.state.exchange_bytes * reduce_byte_s)
+        return each * (self.z <= 2), np.where(self.z == 2, fixed_s, reduce_s) * (self.z <= 2)
 
     def memory(self) -> tuple[Array, Array]:
         """Estimated peak (the first and the last stage with an even share of blocks), and the least of any cut."""
@@ -310,8 +381,8 @@ class _At:
         last += fact["head"] + fetched
         # Of any cut: sum_s L_s = n blocks with L_s (q + a f_s) <= M for every stage gives M >= n / sum_s 1/(q + a f_s);
         # the sum over s of a convex function is at most the integral around the middles (Hermite and Hadamard).
-        q = per_parameter * block_q
-        a = np.maximum(block_a, 1.0)
+        q = per_parameter * fact["least_q"]
+        a = np.maximum(fact["least_a"], 1.0)
         slope, start = np.where(v > 1, 2 / v, 1.0), np.where(v > 1, ((v - 1) * p - 1) / v, 0.0)
         few = np.minimum(np.where(v > 1, p, m), p)  # stages whose micro-batches in flight still differ
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -322,3 +393,8 @@ class _At:
         few_batches = v * m < start * v + 2 * p
         least = np.where(few_batches, per_parameter * all_q / p, least) if self.n else least
         return ROUNDING * np.maximum(first, last) + RESERVE_BYTES, ROUNDING * least + RESERVE_BYTES
+
+
+def _beside(busy_s: Array, beside_s: Array, overlap: float) -> Array:
+    """A pass and the exchanges beside it, as `step` adds them."""
+    return np.asarray(np.maximum(busy_s, beside_s) + (1 - overlap) * np.minimum(busy_s, beside_s))

@@ -44,6 +44,7 @@ Chunk = Sequence[tuple[LayerWork, int]]  # layers and how many of each, in model
 # tens of MiB for each of the groups of a process), and the allocator's rounding of a few per cent of what it holds.
 RESERVE_BYTES = 1.5 * 2**30
 ROUNDING = 1.04
+HIDDEN_LEAST = 0.05  # share of the gradients' exchange that no backward pass hides
 UPDATE_PASSES = 1.0  # of the optimizer's bytes
 
 
@@ -117,6 +118,12 @@ class _Pass:
 
     def total_s(self, overlap: float) -> float:
         return max(self.busy_s, self.hidden_s) + (1 - overlap) * min(self.busy_s, self.hidden_s)
+
+    def times(self, count: float) -> _Pass:
+        """A pass that is this, ``count`` times, and nothing else."""
+        found = _Pass()
+        found.add(self, count)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +350,7 @@ def _after(
             exchange_s = place.channels["data"].collective_s("all_gather", state.weight_bytes * elements)
         if overlap_data:
             hidden_s = overlaps[stage] * sum(backward_s[stage::p])
-            exchange_s = max(exchange_s - hidden_s, exchange_s * 0.05)
+            exchange_s = max(exchange_s - hidden_s, exchange_s * HIDDEN_LEAST)
         # A later stage ends its last backward pass earlier, by the passes of the stages before it.
         data_s = max(data_s, exchange_s - lead_s)
         lead_s += backward_s[stage]
