@@ -24,6 +24,21 @@ from partita.cost.model import CollectiveKind
 from partita.cost.networks import Fabric, channel, edge_s
 
 _UNIT = 1e9  # bytes
+Array = np.ndarray
+
+
+class Groups:
+    """Groups of ranks, one for each row of a table: how far their ranks lie apart, and how many there are."""
+
+    def __init__(self, stride: Array, ranks: Array) -> None:
+        wide = 1 << 32
+        keys, self._where = np.unique(stride.astype(np.int64) * wide + ranks.astype(np.int64), return_inverse=True)
+        self._distinct = [divmod(int(key), wide) for key in keys]
+
+    def each(self, make: Callable[[int, int], tuple[float, float]]) -> tuple[Array, Array]:
+        """``make(stride, ranks)``, called once for each distinct group, as two columns."""
+        found = np.array([make(*pair) for pair in self._distinct], dtype=float).reshape(-1, 2).T
+        return found[0][self._where], found[1][self._where]
 
 
 @dataclass
@@ -42,34 +57,22 @@ class Rates:
             for group in self.fabric.groups
         )
 
-    def exchanges(self, stride: np.ndarray, ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds for each byte, and besides, of a reduce-scatter over ``ranks`` ranks ``stride`` apart."""
-        return self._each(stride, ranks, lambda s, n: self._collective([self.fabric], s, n, "reduce_scatter"))
+    def exchanges(self, groups: Groups) -> tuple[Array, Array]:
+        """Seconds for each byte, and besides, of a reduce-scatter in each of ``groups``."""
+        return groups.each(lambda stride, ranks: self._collective([self.fabric], stride, ranks, "reduce_scatter"))
 
-    def best_exchanges(
-        self, stride: np.ndarray, ranks: np.ndarray, kind: CollectiveKind = "reduce_scatter"
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def best_exchanges(self, groups: Groups, kind: CollectiveKind = "reduce_scatter") -> tuple[Array, Array]:
         """Seconds for each byte and besides, each on the machines that are best at it: no such exchange takes less.
 
         An all-reduce takes the better of two algorithms: its seconds besides are those of the better one, for each byte
         twice those of a reduce-scatter, which neither undercuts.
         """
-        return self._each(stride, ranks, lambda s, n: self._collective(self.alone, s, n, kind))
+        return groups.each(lambda stride, ranks: self._collective(self.alone, stride, ranks, kind))
 
-    def sends(self, span: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds besides, and for each byte, of a send between stages of ``span`` devices, at the least."""
+    def sends(self, groups: Groups) -> tuple[Array, Array]:
+        """Seconds for each byte, and besides, of a send between stages of all devices of ``groups``, at the least."""
         most = max(group.gpus_per_machine for group in self.fabric.groups)
-        byte_s, fixed_s = self._each(np.minimum(span, most), np.zeros_like(span), lambda s, _: self._send(s))
-        return fixed_s, byte_s
-
-    def _each(
-        self, left: np.ndarray, right: np.ndarray, make: Callable[[int, int], tuple[float, float]]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """``make`` once for each distinct pair."""
-        wide = 1 << 32
-        keys, where = np.unique(left.astype(np.int64) * wide + right.astype(np.int64), return_inverse=True)
-        found = np.array([make(*divmod(int(key), wide)) for key in keys], dtype=float).reshape(-1, 2)
-        return found[where, 0], found[where, 1]
+        return groups.each(lambda stride, ranks: self._send(min(stride * ranks, most)))
 
     def _collective(
         self, fabrics: Sequence[Fabric], stride: int, ranks: int, kind: CollectiveKind
@@ -87,6 +90,11 @@ class Rates:
 
     def _send(self, span: int) -> tuple[float, float]:
         """Between neighbours in one machine, or between machines, whichever is less (stages may straddle them)."""
+        if ("send", span) not in self._known:
+            self._known["send", span] = self._best_send(span)
+        return self._known["send", span]
+
+    def _best_send(self, span: int) -> tuple[float, float]:
         pairs = []
         several = len(self.alone) > 1
         for fabric in self.alone:

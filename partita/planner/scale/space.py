@@ -53,7 +53,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from partita.planner.scale.families import REMATS, Family
-from partita.planner.scale.rates import Rates
+from partita.planner.scale.rates import Groups, Rates
 from partita.planner.scale.step import HIDDEN_LEAST, RESERVE_BYTES, ROUNDING, Remat, State
 
 VIRTUALS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)  # chunks of a stage that are usual
@@ -229,8 +229,8 @@ def tabled(
     which = np.repeat(np.arange(len(parts)), sizes)
     p, v, d, m = np.concatenate(parts, axis=1)
     names = list(facts[0])
-    columns = np.array([[fact[name] for name in names] for fact in facts], dtype=float).reshape(len(facts), -1)
-    context = columns[which, names.index("context")]
+    columns = np.array([[fact[name] for fact in facts] for name in names], dtype=float)
+    context = columns[names.index("context")][which]
     sharded = d * context > 1
     choices = zeros if zeros is not None else (0, 1, 2, 3)
     # Of one rank ZeRO 3 keeps no second copy of the weights; of several ZeRO 1 does all that 0 does and keeps less.
@@ -239,11 +239,10 @@ def tabled(
     order = np.concatenate(picked)
     z = np.repeat(np.array(choices), [len(one) for one in picked])
     which, p, v, d, m = which[order], p[order], v[order], d[order], m[order]
-    fact = {name: columns[which, i] for i, name in enumerate(names)}
-    exchange = rates.exchanges(fact["tensor"], fact["context"] * d)
-    sends = rates.sends(fact["tensor"] * fact["context"] * d)
+    fact = {name: columns[i][which] for i, name in enumerate(names)}
+    groups = Groups(fact["tensor"], fact["context"] * d)
     n = families[0].num_blocks
-    at = _At(n, p.astype(float), v.astype(float), (d * fact["context"]), z, m.astype(float), fact, state)
+    at = _At(n, p.astype(float), v.astype(float), (d * fact["context"]), z, m.astype(float), fact, state, groups)
     memory, least_memory = at.memory()
     return Corners(
         family=np.array(place)[which],
@@ -253,8 +252,8 @@ def tabled(
         data=d,
         zero=z,
         num_microbatches=m,
-        estimate_s=at.estimate_s(exchange, sends, rates.overlap),
-        bound_s=at.bound_s(rates, sends),
+        estimate_s=at.estimate_s(rates),
+        bound_s=at.bound_s(rates),
         memory_bytes=memory,
         least_memory_bytes=least_memory,
     )
@@ -272,6 +271,7 @@ class _At:
     m: Array
     fact: dict[str, Array]
     state: State
+    groups: Groups
 
     def _moved_bytes(self) -> Array:
         """Of ZeRO 2 and 3, for each parameter and micro-batch."""
@@ -291,10 +291,11 @@ class _At:
             self.state.update_bytes * elements / np.where(self.z >= 1, self.shards, 1) / self.fact["bandwidth"]
         )
 
-    def estimate_s(self, exchange: tuple[Array, Array], sends: tuple[Array, Array], overlap: float) -> Array:
+    def estimate_s(self, rates: Rates) -> Array:
         """Expected step time."""
-        p, v, m, fact = self.p, self.v, self.m, self.fact
-        byte_s, fixed_s = exchange
+        p, v, m, fact, overlap = self.p, self.v, self.m, self.fact, rates.overlap
+        byte_s, fixed_s = rates.exchanges(self.groups)
+        send_byte_s, send_s = rates.sends(self.groups)
         total = fact["total"]
         per_stage = np.ceil(self.n / (p * v)) * v if self.n else v
         work = np.maximum(np.maximum(total / p, np.minimum(per_stage * fact["largest"], total)), fact["gap"])
@@ -303,16 +304,17 @@ class _At:
         busiest = np.maximum(work, fetch) + (1 - overlap) * np.minimum(work, fetch)
         tail = self._tail_bytes() * share_q * byte_s + fixed_s * (self.shards > 1)
         tail = np.maximum(tail - overlap * 0.6 * busiest, 0.05 * tail)
-        send = np.where(p > 1, 2 * (sends[0] + fact["send"] * sends[1]), 0.0)
+        send = np.where(p > 1, 2 * (send_s + fact["send"] * send_byte_s), 0.0)
         chunk = busiest + v * send
         whole = np.where(v == 1, (m - 1) * chunk + total + p * (chunk - work), m * chunk + (p - 1) * chunk / v)
         return np.asarray(whole + self._update_s(share_q) + tail)
 
-    def bound_s(self, rates: Rates, sends: tuple[Array, Array]) -> Array:
+    def bound_s(self, rates: Rates) -> Array:
         """What no cut undercuts: the formulas above."""
         p, v, m, fact, overlap = self.p, self.v, self.m, self.fact, rates.overlap
-        send = np.where(p > 1, sends[0] + fact["least_send"] * sends[1], 0.0)
-        byte_s, fixed_s = rates.best_exchanges(fact["tensor"], self.shards)
+        send_byte_s, send_s = rates.sends(self.groups)
+        send = np.where(p > 1, send_s + fact["least_send"] * send_byte_s, 0.0)
+        byte_s, fixed_s = rates.best_exchanges(self.groups)
         whole_f, block_f = self._passes_s("forward", byte_s, fixed_s, overlap)
         whole_b, block_b = self._passes_s("backward", byte_s, fixed_s, overlap)
         sum_f, sum_b = (one + (p * v - 1) * send for one in (whole_f, whole_b))
@@ -356,7 +358,7 @@ class _At:
 
     def _tail(self, rates: Rates, byte_s: Array, fixed_s: Array) -> tuple[Array, Array]:
         """Seconds for each parameter, and besides, of a stage's exchange after the last micro-batch."""
-        reduce_byte_s, reduce_s = rates.best_exchanges(self.fact["tensor"], self.shards, "all_reduce")
+        reduce_byte_s, reduce_s = rates.best_exchanges(self.groups, "all_reduce")
         each = np.where(self.z == 2, self.state.weight_bytes * byte_s, self.state.exchange_bytes * reduce_byte_s)
         return each * (self.z <= 2), np.where(self.z == 2, fixed_s, reduce_s) * (self.z <= 2)
 
