@@ -10,6 +10,7 @@ whose least memory fits, priced or not.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -114,13 +115,10 @@ class Searcher:
             if (context > 1 and micro_batch > 1) or self.batch % micro_batch:
                 continue
             for sequence in (True, False) if tensor > 1 else (False,):
-                try:
+                with contextlib.suppress(InfeasibleError):  # then there is no such family
                     self.maker.works(
                         tensor=tensor, context=context, sequence_parallel=sequence, micro_batch=micro_batch
                     )
-                    break
-                except InfeasibleError:
-                    continue
 
     def family(self, fabric: Fabric, tensor: int, context: int, micro_batch: int, sequence: bool) -> Family | str:
         """The priced family, or why there is none."""
@@ -154,17 +152,18 @@ class _Search:
         self.num_tried = 0
         self.most_limit = max(group.kind.gpu.memory_bytes for group in fabric.groups)
         self.refusals: dict[str, None] = {}
+        blocks = sum(not searcher.maker.model.pieces[i].is_gap for i in searcher.chain)
+        self.num_stages = max(blocks, 1)
         self.rates = Rates(fabric, searcher.calibration)
 
     def run(self) -> Found:
         families = list(self._families())
         if not families:
             raise InfeasibleError(self._nothing_fits(None, families))
-        pairs = [self._pairs(family) for family in families]
-        usual = self._table(families, [self._rows(*one, None) for one in zip(families, pairs, strict=True)])
+        usual = self._table(families, self._rows(families))
         self._price_best(families, usual, self.limits.prices)
         limit_s = self.best.prediction.step_time_s if self.best is not None else float("inf")
-        rare = self._table(families, [self._rows(*one, limit_s) for one in zip(families, pairs, strict=True)])
+        rare = self._table(families, self._rows(families, limit_s))
         self._price_best(families, rare, self.limits.rare_prices)
         if self.best is None:
             raise InfeasibleError(self._nothing_fits(usual if len(usual) else rare, families))
@@ -227,19 +226,17 @@ class _Search:
             # A context axis is for sequences that leave too few samples for the devices, or too long for the memory.
             if context > 1 and not fixed.context and not self._wants_context(tensor, context, micro_batch):
                 continue
-            # Cut block boundaries exchange no more bytes than whole ones and keep fewer: whole ones only if need be.
             modes = [fixed.sequence_parallel] if fixed.sequence_parallel is not None else [True, False]
             for sequence in modes if tensor > 1 else [False]:
                 found = self.searcher.family(fabric, tensor, context, micro_batch, sequence)
-                if not isinstance(found, str):
+                if isinstance(found, str):
+                    self.refusals[found] = None
+                else:
                     yield found
-                    break
-                self.refusals[found] = None
 
     def _wants_context(self, tensor: int, context: int, micro_batch: int) -> bool:
         """Whether devices would be left over, with one block a stage and one sample a replica, on half the degree."""
-        blocks = sum(not self.searcher.maker.model.pieces[i].is_gap for i in self.searcher.chain)
-        usable = tensor * (context // 2) * max(blocks, 1) * (self.searcher.batch // micro_batch)
+        usable = tensor * (context // 2) * self.num_stages * (self.searcher.batch // micro_batch)
         return micro_batch == 1 and (usable < self.fabric.num_gpus or self._is_crowded())
 
     def _is_crowded(self) -> bool:
@@ -259,19 +256,27 @@ class _Search:
             datas=(fixed.data,) if fixed.data else None,
         )
 
-    def _rows(self, family: Family, pairs: Pairs, limit_s: float | None) -> np.ndarray:
-        """Degrees of the usual corners; with ``limit_s`` of all others that may take less than that."""
+    def _rows(self, families: Sequence[Family], limit_s: float | None = None) -> list[np.ndarray]:
+        """Degrees of the usual corners; with ``limit_s`` of all others that may take less than that.
+
+        Of two families that differ only in whether boundaries are cut, those with whole ones are the others: they keep
+        more, and are faster only where what an exchange takes besides its bytes decides.
+        """
         fixed = self.constraints
-        chosen = np.ones(len(pairs.stages), dtype=bool)
-        if limit_s is not None:
-            chosen = self._least_s(family, pairs) < limit_s
-        return pairs.rows(
-            len(self.searcher.chain),
-            family.num_blocks,
-            (fixed.virtual,) if fixed.virtual else None,
-            usual=limit_s is None,
-            chosen=chosen,
-        )
+        num_pieces = len(self.searcher.chain)
+        virtuals = (fixed.virtual,) if fixed.virtual else None
+        cut = {(f.tensor, f.context, f.micro_batch) for f in families if f.sequence_parallel}
+        found = []
+        for family in families:
+            pairs = self._pairs(family)
+            is_second = not family.sequence_parallel and (family.tensor, family.context, family.micro_batch) in cut
+            chosen = np.full(len(pairs.stages), not is_second or limit_s is not None)
+            if limit_s is not None:
+                chosen &= self._least_s(family, pairs) < limit_s
+            wanted = (True, False) if is_second else (limit_s is None,)
+            rows = [pairs.rows(num_pieces, family.num_blocks, virtuals, usual=one, chosen=chosen) for one in wanted]
+            found.append(np.concatenate(rows, axis=1))
+        return found
 
     def _least_s(self, family: Family, pairs: Pairs) -> np.ndarray:
         """A bound on all corners of each pair, whatever their chunks, ZeRO stage and sends (`space`: evenly, blocks)."""
