@@ -7,6 +7,7 @@ resolved on the way in: an `Op` has a tuple of output `Value`s, and `operator.ge
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -58,6 +59,18 @@ class TensorSpec:
         )
 
 
+@functools.lru_cache(maxsize=4096)
+def _name_of(target: Callable[..., Any]) -> str:
+    """An op's name is put together anew each time that it is asked for, and planners ask tens of thousands of times."""
+    return str(target)
+
+
+@functools.lru_cache(maxsize=4096)
+def _base_name_of(target: Callable[..., Any]) -> str:
+    parts = str(target).split(".")
+    return parts[1] if len(parts) > 2 else parts[0]
+
+
 @dataclass(frozen=True)
 class OpCall:
     """One call: ``target(*args, **kwargs)`` with `Slot`s for tensors, and the global shapes that go in and come out."""
@@ -72,13 +85,12 @@ class OpCall:
     @property
     def name(self) -> str:
         """E.g. ``aten.mm.default``."""
-        return str(self.target)
+        return _name_of(self.target)
 
     @property
     def base_name(self) -> str:
         """E.g. ``mm``: the name without name space and overload."""
-        parts = self.name.split(".")
-        return parts[1] if len(parts) > 2 else parts[0]
+        return _base_name_of(self.target)
 
     @property
     def overload(self) -> str:

@@ -48,6 +48,7 @@ class Shards:
         return [(layout.lay_of(value), layout.size) for layout in self.layouts]
 
 
+Local = tuple[list[tuple[float, ...]], list[tuple[float, ...]]]  # shapes of inputs and outputs
 Affine = tuple[tuple[float, ...], tuple[float, ...]]  # extents at the base's rows, and how they grow for each row
 
 
@@ -90,6 +91,12 @@ class WorkMaker:
     _checked: dict[object, Shards] = field(default_factory=dict)
     _positions: dict[Value, int] = field(default_factory=dict)
     _scattered_of: dict[int, tuple[Layout, set[Value]]] = field(default_factory=dict)
+
+    # Of each piece: what is saved, what selective recomputation keeps, and what it runs again.
+    _kept_of: dict[Piece, tuple[list[Value], list[Value], list[tuple[int, Op]]]] = field(default_factory=dict)
+
+    _local_of: dict[tuple[int, int, int], Local] = field(default_factory=dict)
+    _passes_of: dict[tuple[int, ...], list[list[tuple[int, Op]]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         base, other = self.model.programs[:2]
@@ -178,11 +185,13 @@ class WorkMaker:
         def whole(value: Value) -> float:
             return self.num_bytes(value, (), rows)
 
-        saved = self._saved(piece, made)
-        kept, again = self._selective(piece, saved, made)
+        if piece not in self._kept_of:  # whatever the degrees and rows
+            found = self._saved(piece, made)
+            self._kept_of[piece] = found, *self._selective(piece, found, made)
+        saved, kept, again = self._kept_of[piece]
         if sum(map(whole, kept)) >= sum(map(whole, saved)):
             kept, again = saved, []
-        items = {phase: tuple(self._items(found, shards, rows)) for phase, found in of_phase.items()}
+        items = {phase: tuple(self._items(own, shards, rows)) for phase, own in of_phase.items()}
         moved = {phase: tuple(self._exchanges(piece, phase, shards, rows)) for phase in of_phase}
         inputs = [value for value in self._entering(piece) if self.solver.is_boundary(value)]
 
@@ -340,22 +349,25 @@ class WorkMaker:
         whole = Way((R,) * len(op.inputs), (R,) * len(op.outputs))
         return [(layout.ways.get(place, whole), layout.size) for layout in shards.layouts]
 
-    def _local(self, op: Op, ways: Sequence[tuple[Way, int]], rows: int) -> tuple[list[tuple[float, ...]], ...]:
+    def _local(self, place: int, op: Op, shards: Shards, rows: int) -> Local:
         """Local shapes of the op's inputs and outputs."""
-        inputs = [
-            self.shape(value, [(way.inputs[i], size) for way, size in ways], rows) for i, value in enumerate(op.inputs)
-        ]
-        outputs = [
-            self.shape(value, [(way.outputs[i], size) for way, size in ways], rows) if value is not None else ()
-            for i, value in enumerate(op.outputs)
-        ]
-        return inputs, outputs
+        key = (place, id(shards), rows)  # shards live as long as their maker
+        if key not in self._local_of:
+            ways = self._ways(place, op, shards)
+            self._local_of[key] = (
+                [self.shape(v, [(way.inputs[i], size) for way, size in ways], rows) for i, v in enumerate(op.inputs)],
+                [
+                    self.shape(v, [(way.outputs[i], size) for way, size in ways], rows) if v is not None else ()
+                    for i, v in enumerate(op.outputs)
+                ],
+            )
+        return self._local_of[key]
 
     def _op_bytes(self, place: int, op: Op, shards: Shards, rows: int) -> float:
         """Bytes that exist while a backward op runs, weights apart."""
         if is_view(op):
             return 0.0
-        inputs, outputs = self._local(op, self._ways(place, op, shards), rows)
+        inputs, outputs = self._local(place, op, shards, rows)
         pairs = [*zip(op.inputs, inputs, strict=True), *zip(op.outputs, outputs, strict=True)]
         return sum(
             math.prod(shape) * value.spec.dtype.itemsize
@@ -368,17 +380,17 @@ class WorkMaker:
         for place, op in ops:
             if is_view(op) or op.call.base_name in _FREE or not op.inputs:
                 continue
-            kernels = self._kernels(op, self._ways(place, op, shards), rows)
+            kernels = self._kernels(place, op, shards, rows)
             if kernels is None:
                 passes.append((place, op))
             else:
                 yield from kernels
         yield from self._passes(passes, shards, rows)
 
-    def _kernels(self, op: Op, ways: Sequence[tuple[Way, int]], rows: int) -> list[Kernel] | None:
+    def _kernels(self, place: int, op: Op, shards: Shards, rows: int) -> list[Kernel] | None:
         """Products and attention; None for what only passes over memory."""
         name = op.call.base_name
-        inputs, outputs = self._local(op, ways, rows)
+        inputs, outputs = self._local(place, op, shards, rows)
         dtype = str(op.inputs[0].spec.dtype).removeprefix("torch.")
         itemsize = op.inputs[0].spec.dtype.itemsize
         if name in _PRODUCTS:
@@ -414,20 +426,16 @@ class WorkMaker:
 
     def _passes(self, ops: Sequence[tuple[int, Op]], shards: Shards, rows: int) -> Iterator[Kernel]:
         """Element-wise ops that read each other's results are one pass."""
-        group: dict[Op, int] = {}
-        members: dict[int, list[tuple[int, Op]]] = defaultdict(list)
-        for place, op in ops:
-            makers = (self.root(value).producer for value in op.inputs)
-            joined = next((group[m] for m in makers if m in group and is_pointwise(m.call)), None)
-            group[op] = joined if joined is not None and is_pointwise(op.call) else len(members)
-            members[group[op]].append((place, op))
+        key = tuple(place for place, _ in ops)
+        if key not in self._passes_of:
+            self._passes_of[key] = self._grouped(ops)
         readers = self._readers()
-        for inside in members.values():
+        for inside in self._passes_of[key]:
             own = {op for _, op in inside}
             read: dict[Value, float] = {}
             written = 0.0
             for place, op in inside:
-                inputs, outputs = self._local(op, self._ways(place, op, shards), rows)
+                inputs, outputs = self._local(place, op, shards, rows)
                 for value, shape in zip(op.inputs, inputs, strict=True):
                     if self.root(value).producer not in own:
                         read[self.root(value)] = self._read_bytes(op, value, shape, outputs)
@@ -435,6 +443,17 @@ class WorkMaker:
                     if output is not None and (not readers[output] or readers[output] - own):
                         written += math.prod(shape) * output.spec.dtype.itemsize
             yield Kernel(kind="memory", num_bytes=sum(read.values()) + written)
+
+    def _grouped(self, ops: Sequence[tuple[int, Op]]) -> list[list[tuple[int, Op]]]:
+        """The ops of each pass, whatever the degrees and rows."""
+        group: dict[Op, int] = {}
+        members: dict[int, list[tuple[int, Op]]] = defaultdict(list)
+        for place, op in ops:
+            makers = (self.root(value).producer for value in op.inputs)
+            joined = next((group[m] for m in makers if m in group and is_pointwise(m.call)), None)
+            group[op] = joined if joined is not None and is_pointwise(op.call) else len(members)
+            members[group[op]].append((place, op))
+        return list(members.values())
 
     def _read_bytes(self, op: Op, value: Value, shape: tuple[float, ...], outputs: list[tuple[float, ...]]) -> float:
         """What an op reads of a value: of a table in which it looks up rows, as much as it writes."""
