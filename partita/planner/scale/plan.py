@@ -89,7 +89,8 @@ class ScalePlanner:
 
         Args:
             effort: how many ways are priced exactly: "thorough" takes seconds, "quick" less than a tenth of one if
-                something was planned before. The lower bound is the same.
+                something was planned before, "exhaustive" prices all whose bound is below the best (minutes and more
+                for large models; "thorough" does so too where that is little work). The bound holds for each.
 
         Raises:
             InfeasibleError: nothing fits the memory or the constraints.
@@ -177,7 +178,8 @@ class ScalePlanner:
         if self.model.reason:
             reasons.append(f"captured whole: {self.model.reason}")
         reasons.append(
-            f"searched {found.num_families} families, {found.num_corners} corners, {found.num_priced} priced exactly"
+            f"searched {found.num_families} families, {found.num_corners} corners, {found.num_priced} priced exactly; "
+            + (f"{found.num_open} more may be faster by their bounds" if found.num_open else "no other is faster")
         )
         return tuple(reasons)
 

@@ -44,20 +44,19 @@ Effort = Literal["quick", "thorough", "exhaustive"]
 @dataclass(frozen=True)
 class _Limits:
     """Work of a search: ops of schedules that are evaluated, exact prices of usual and of other corners, and those of
-    one family."""
+    one family; ops beyond which what is left is not priced as a whole."""
 
-    ops: float
-    prices: float
-    rare_prices: float
-    of_family: float
-    is_complete: bool = False  # also what should not fit by its estimate
+    ops: int
+    prices: int
+    rare_prices: int
+    of_family: int
+    rest_ops: float
 
 
-_UNLIMITED = float("inf")
 LIMITS: dict[Effort, _Limits] = {
-    "quick": _Limits(100_000, 7, 2, 3),
-    "thorough": _Limits(3_000_000, 100, 50, 12),
-    "exhaustive": _Limits(_UNLIMITED, _UNLIMITED, _UNLIMITED, _UNLIMITED, is_complete=True),
+    "quick": _Limits(100_000, 7, 2, 3, 0),
+    "thorough": _Limits(3_000_000, 100, 50, 12, 3_000_000),
+    "exhaustive": _Limits(3_000_000, 100, 50, 12, float("inf")),
 }
 
 
@@ -80,7 +79,10 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """Result of a search: the best, the others in order, the proven bound, and counts for the report."""
+    """Result of a search: the best, the others in order, the proven bound, and counts for the report.
+
+    `num_open`: corners that were not priced though their bound is below the best; with none no corner is faster.
+    """
 
     best: Candidate
     others: tuple[Candidate, ...]
@@ -88,6 +90,7 @@ class Found:
     num_families: int
     num_corners: int
     num_priced: int
+    num_open: int
 
 
 @dataclass
@@ -143,13 +146,35 @@ class Searcher:
         return self._families[key]
 
 
+class _Tried:
+    """A table, and which of its corners were priced."""
+
+    def __init__(self, table: Corners, most_memory_bytes: float) -> None:
+        self.table = table
+        self.is_possible = table.least_memory_bytes <= most_memory_bytes
+        self.is_priced = np.zeros(len(table), dtype=bool)
+
+    @property
+    def bound_s(self) -> float:
+        """No corner that may fit takes less."""
+        return float(self.table.bound_s[self.is_possible].min(initial=float("inf")))
+
+    def open(self, best_s: float) -> np.ndarray:
+        """Corners that may take less than ``best_s`` and were not priced."""
+        return np.flatnonzero(self.is_possible & ~self.is_priced & (self.table.bound_s < best_s))
+
+    def ops(self, corners: np.ndarray) -> np.ndarray:
+        """Work of pricing one cut of each, in ops of a schedule."""
+        p, v, m = (column[corners] for column in (self.table.pipeline, self.table.virtual, self.table.num_microbatches))
+        return np.asarray(_PRICE_OPS + np.where(p > 1, 2 * p * v * np.minimum(m, 6 * p), 0))
+
+
 class _Search:
     def __init__(self, searcher: Searcher, fabric: Fabric, constraints: ScaleConstraints, effort: Effort) -> None:
         self.searcher, self.fabric, self.constraints = searcher, fabric, constraints
         self.limits = LIMITS[effort]
         self.best: Candidate | None = None
         self.priced: list[Candidate] = []
-        self.num_tried = 0
         self.most_limit = max(group.kind.gpu.memory_bytes for group in fabric.groups)
         self.refusals: dict[str, None] = {}
         blocks = sum(not searcher.maker.model.pieces[i].is_gap for i in searcher.chain)
@@ -160,21 +185,25 @@ class _Search:
         families = list(self._families())
         if not families:
             raise InfeasibleError(self._nothing_fits(None, families))
-        usual = self._table(families, self._rows(families))
+        usual = _Tried(self._table(families, self._rows(families)), self.most_limit)
         self._price_best(families, usual, self.limits.prices)
         limit_s = self.best.prediction.step_time_s if self.best is not None else float("inf")
-        rare = self._table(families, self._rows(families, limit_s))
+        rare = _Tried(self._table(families, self._rows(families, limit_s)), self.most_limit)
         self._price_best(families, rare, self.limits.rare_prices)
+        for tried in (usual, rare):
+            self._price_rest(families, tried)
         if self.best is None:
-            raise InfeasibleError(self._nothing_fits(usual if len(usual) else rare, families))
+            raise InfeasibleError(self._nothing_fits(usual.table if len(usual.table) else rare.table, families))
+        best_s = self.best.prediction.step_time_s
         others = sorted((c for c in self.priced if c is not self.best), key=lambda c: c.prediction.step_time_s)
         return Found(
             best=self.best,
             others=tuple(others[:_ALTERNATIVES]),
-            bound_s=min(self.best.prediction.step_time_s, *(self._bound_s(table) for table in (usual, rare))),
+            bound_s=min(best_s, usual.bound_s, rare.bound_s),
             num_families=len(families),
-            num_corners=len(usual) + len(rare),
-            num_priced=self.num_tried,
+            num_corners=len(usual.table) + len(rare.table),
+            num_priced=int(usual.is_priced.sum() + rare.is_priced.sum()),
+            num_open=sum(len(tried.open(best_s)) for tried in (usual, rare)),
         )
 
     def _table(self, families: Sequence[Family], rows: Sequence[np.ndarray]) -> Corners:
@@ -188,31 +217,36 @@ class _Search:
             rates=self.rates,
         )
 
-    def _bound_s(self, table: Corners) -> float:
-        """No corner of the table that may fit takes less."""
-        return float(table.bound_s[table.least_memory_bytes <= self.most_limit].min(initial=float("inf")))
-
-    def _price_best(self, families: Sequence[Family], table: Corners, most: float) -> None:
+    def _price_best(self, families: Sequence[Family], tried: _Tried, most: int) -> None:
         """Prices corners in the order of their estimates; those that may not fit only where nothing else does."""
-        possible = table.least_memory_bytes <= self.most_limit
+        table = tried.table
         fits = table.memory_bytes <= self.most_limit
-        tried: Counter[tuple[int, int]] = Counter()
+        of_family: Counter[tuple[int, int]] = Counter()
         ops = 0
-        for group in (np.flatnonzero(fits & possible), np.flatnonzero(possible & ~fits)):
+        for group in (np.flatnonzero(fits & tried.is_possible), np.flatnonzero(tried.is_possible & ~fits)):
             for i in group[np.argsort(table.estimate_s[group], kind="stable")]:
-                if self.best is not None and (ops >= self.limits.ops or tried.total() >= most):
+                if self.best is not None and (ops >= self.limits.ops or of_family.total() >= most):
                     break
                 if self.best is not None and table.bound_s[i] >= self.best.prediction.step_time_s:
                     continue
-                family = int(table.family[i])
-                key = (family, int(table.remat[i]))
-                if tried[key] >= self.limits.of_family and self.best is not None:
+                key = (int(table.family[i]), int(table.remat[i]))
+                if of_family[key] >= self.limits.of_family and self.best is not None:
                     continue
-                tried[key] += 1
-                ops += self._price(families[family], table, int(i))
-            if self.best is not None and not self.limits.is_complete:
+                of_family[key] += 1
+                ops += self._price(families, tried, int(i))
+            if self.best is not None:
                 break
-        self.num_tried += tried.total()
+
+    def _price_rest(self, families: Sequence[Family], tried: _Tried) -> None:
+        """Prices every corner that may still be faster, if that is little enough work."""
+        if self.best is None:
+            return
+        rest = tried.open(self.best.prediction.step_time_s)
+        if tried.ops(rest).sum() > self.limits.rest_ops:
+            return
+        for i in rest[np.argsort(tried.table.bound_s[rest], kind="stable")]:
+            if tried.table.bound_s[i] < self.best.prediction.step_time_s:
+                self._price(families, tried, int(i))
 
     def _families(self) -> Iterator[Family]:
         fixed, fabric = self.constraints, self.fabric
@@ -287,18 +321,21 @@ class _Search:
         even_s = (m * (ahead.cut_s + back.cut_s) + block_s * later * (later + 1) / 2) / p
         return np.asarray(np.maximum(even_s, m * np.ceil(family.num_blocks / p) * block_s))
 
-    def _price(self, family: Family, table: Corners, i: int) -> int:
+    def _price(self, families: Sequence[Family], tried: _Tried, i: int) -> int:
         """Prices one corner exactly; the work it took."""
+        table = tried.table
+        tried.is_priced[i] = True
+        family = families[table.family[i]]
         p, v, d, zero = (int(column[i]) for column in (table.pipeline, table.virtual, table.data, table.zero))
         remat = REMATS[table.remat[i]]
         degrees = Degrees(data=d, tensor=family.tensor, pipeline=p, virtual=v, context=family.context)
         m = self.searcher.batch // (d * family.micro_batch)
-        tried: set[tuple[int, ...]] = set()
+        seen: set[tuple[int, ...]] = set()
         for from_end in (False, True) if v == 1 else (True,):
             cuts = cut_chain(self._times(family, remat, degrees), p * v, from_end=from_end)
-            if cuts in tried:
+            if cuts in seen:
                 continue
-            tried.add(cuts)
+            seen.add(cuts)
             prediction = predict_step(
                 chunks_of(family, self.searcher.chain, cuts),
                 degrees,
@@ -321,7 +358,7 @@ class _Search:
             self.priced.append(candidate)
             if self.best is None or prediction.step_time_s < self.best.prediction.step_time_s:
                 self.best = candidate
-        return len(tried) * (_PRICE_OPS + (2 * p * v * min(m, 6 * p) if p > 1 else 0))
+        return len(seen) * int(tried.ops(np.array([i]))[0])
 
     def _times(self, family: Family, remat: Remat, degrees: Degrees) -> list[list[float]]:
         """Seconds of every piece of the chain on every stage's kind of device."""
