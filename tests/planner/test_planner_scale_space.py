@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from partita.cluster.model import Link
+from partita.cluster.presets import GPU_KINDS
 from partita.cost.calibration import Calibration
-from partita.cost.networks import Fabric, channel, edge_s
+from partita.cost.networks import Fabric, NodeGroup, channel, edge_s
 from partita.errors import InfeasibleError
 from partita.planner.scale import search as searching
 from partita.planner.scale.families import REMATS, Family
@@ -171,6 +174,7 @@ def test_search_finds_what_enumeration_finds(seed: int, monkeypatch: pytest.Monk
     again = found_by(case)
     searching.paired.cache_clear()
     assert again is not None and again.best.prediction.step_time_s == found.best.prediction.step_time_s
+    assert again.bound_s == pytest.approx(found.bound_s, rel=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -238,6 +242,19 @@ def test_no_mixed_channel_is_better_than_the_best_of_its_kinds(seed: int) -> Non
             byte_s, fixed_s = (column[0] for column in rates.sends(groups))
             real_s = edge_s(fabric, calibration, stage * span, (stage + 1) * span, span, num_bytes)
             assert (fixed_s + num_bytes * byte_s) * (1 - 1e-9) <= real_s
+
+
+def test_machines_with_later_links_inside_than_outside() -> None:
+    """A group on two kinds passes a network where each kind alone would use its links, here the slower ones."""
+    fast = Link(bytes_per_s=1e12, latency_s=1e-7)
+    kinds = [NodeGroup.of(GPU_KINDS[kind], 4, 4) for kind in ("A100-40", "H100")]
+    late = [replace(group, network=fast, link=Link(bytes_per_s=1e12, latency_s=1e-4)) for group in kinds]
+    fabric, calibration = Fabric(groups=tuple(late)), Calibration()
+    groups = Groups(np.array([1]), np.array([4]))
+    real = channel(fabric, calibration, num_ranks=4, stride=1, first=2, span=4)
+    alone = channel(Fabric(groups=fabric.groups[:1]), calibration, num_ranks=4, stride=1, span=4)
+    assert real.collective_s("all_gather", 0.0) < alone.collective_s("all_gather", 0.0)
+    assert Rates(fabric, calibration).best_exchanges(groups)[1][0] <= real.collective_s("all_gather", 0.0)
 
 
 def test_pieces_cost_what_a_pass_of_them_alone_costs() -> None:
