@@ -20,7 +20,7 @@ from partita.constraints import Schedule as Schedule
 from partita.errors import PlanError
 from partita.plan_layout import ORDER, Layout, worker_of
 from partita.plan_layout import Worker as Worker
-from partita.units import fingerprint
+from partita.units import fingerprint, gap_of
 
 if TYPE_CHECKING:
     from partita.graph.graph import Graph
@@ -57,8 +57,8 @@ class Prediction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     @property
     def gap(self) -> float:
-        """Relative distance to the lower bound: 0 means proven optimal under the cost model."""
-        return self.step_time_s / self.lower_bound_s - 1 if self.lower_bound_s > 0 else 0.0
+        """The share of the step time that could at most be saved: 0 means proven optimal under the cost model."""
+        return gap_of(self.step_time_s, self.lower_bound_s)
 
 
 class Alternative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -24,6 +24,7 @@ from partita.planner.inter.problem import InterProblem
 from partita.planner.inter.schedule_time import chunk_peaks, in_flight
 from partita.planner.inter.search import Found, Search, SettingNode, devices_of, settings_of
 from partita.planner.inter.tables import Tables
+from partita.units import gap_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class InterSolution:
 
     @property
     def gap(self) -> float:
-        return (self.objective_s - self.lower_bound_s) / self.objective_s if self.objective_s > 0 else 0.0
+        return gap_of(self.objective_s, self.lower_bound_s)
 
     @property
     def num_groups(self) -> int:

@@ -25,7 +25,7 @@ from partita.planner.intra.model import IntraModel
 from partita.planner.intra.price import Priced, price
 from partita.planner.intra.problem import Assignment, IntraProblem
 from partita.planner.intra.timetable import Timetable, make_timetable
-from partita.units import GIB, format_bytes
+from partita.units import GIB, format_bytes, gap_of
 
 WHOLE = 1e-6  # binaries this near to 0 or 1 are whole
 TOLERANCE = 1e-5  # relative difference between HiGHS' objective and ours that rounding explains
@@ -235,7 +235,7 @@ class _Search:
         assert self._best is not None
         assignment, priced = self._best
         bound = min(self._bound, priced.time_s)
-        gap = (priced.time_s - bound) / priced.time_s if priced.time_s > 0 else 0.0
+        gap = gap_of(priced.time_s, bound)
         return IntraSolution(assignment, priced, bound, gap, status, self._relaxation_s, integral)
 
 

@@ -1,11 +1,14 @@
 """The search for the fastest way to train a cut model on a fabric: all corners at once, then exactly the best.
 
-Families (t, c, b) are priced once each, sequence-parallel where the boundary can be cut. All corners of all families
-are estimated and bounded in one table (`partita.planner.scale.space`). In the order of their estimates, those whose
-estimated memory fits and whose bound is below the best step time are cut into stages (`partita.planner.scale.cuts`) and
-priced exactly (`partita.planner.scale.step`), until the work of an `Effort` is spent; it is counted, not timed, so that
-plans do not depend on the machine that plans. The bound that the solution reports is the least of all corners' bounds
-whose least memory fits, priced or not.
+Families (t, c, b) are priced once each. t divides the smallest machine; c is a power of two (`CONTEXTS`), above 1 only
+with b = 1 and where devices would be left over without; b is one of `MICRO_BATCHES`; block boundaries are cut along t
+where they can be. Other values can be forced, but are not in the space. All corners that are usual are estimated and bounded in one table
+(`partita.planner.scale.space`). In the order of their estimates, those whose estimated memory fits and whose bound is
+below the best step time are cut into stages (`partita.planner.scale.cuts`) and priced exactly
+(`partita.planner.scale.step`), until the work of an `Effort` is spent; it is counted, not timed, so that plans do not
+depend on the machine that plans. A second table has all other corners, but for numbers of stages and replicas whose
+bound is not below the best so far. What may still be faster then is priced too, if that is little enough work. The
+bound that the solution reports is the least of all corners' bounds whose least memory fits, priced or not.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from partita.planner.scale.cuts import cut_chain
 from partita.planner.scale.families import REMATS, Family, machines_of, peak, price_family
 from partita.planner.scale.rates import Rates
 from partita.planner.scale.solution import ScaleConstraints
-from partita.planner.scale.space import Corners, Pairs, paired, tabled
+from partita.planner.scale.space import SLACK, Corners, Pairs, paired, tabled
 from partita.planner.scale.step import Degrees, Remat, State, StepPrediction, predict_step
 from partita.planner.scale.works import WorkMaker
 from partita.units import GIB
@@ -122,6 +125,7 @@ class Searcher:
                     self.maker.works(
                         tensor=tensor, context=context, sequence_parallel=sequence, micro_batch=micro_batch
                     )
+                    break
 
     def family(self, fabric: Fabric, tensor: int, context: int, micro_batch: int, sequence: bool) -> Family | str:
         """The priced family, or why there is none."""
@@ -260,13 +264,15 @@ class _Search:
             # A context axis is for sequences that leave too few samples for the devices, or too long for the memory.
             if context > 1 and not fixed.context and not self._wants_context(tensor, context, micro_batch):
                 continue
+            # Cut block boundaries exchange no more bytes than whole ones and keep fewer: whole ones only if need be (the
+            # programme of their placements takes long, too).
             modes = [fixed.sequence_parallel] if fixed.sequence_parallel is not None else [True, False]
             for sequence in modes if tensor > 1 else [False]:
                 found = self.searcher.family(fabric, tensor, context, micro_batch, sequence)
-                if isinstance(found, str):
-                    self.refusals[found] = None
-                else:
+                if not isinstance(found, str):
                     yield found
+                    break
+                self.refusals[found] = None
 
     def _wants_context(self, tensor: int, context: int, micro_batch: int) -> bool:
         """Whether devices would be left over, with one block a stage and one sample a replica, on half the degree."""
@@ -291,25 +297,15 @@ class _Search:
         )
 
     def _rows(self, families: Sequence[Family], limit_s: float | None = None) -> list[np.ndarray]:
-        """Degrees of the usual corners; with ``limit_s`` of all others that may take less than that.
-
-        Of two families that differ only in whether boundaries are cut, those with whole ones are the others: they keep
-        more, and are faster only where what an exchange takes besides its bytes decides.
-        """
-        fixed = self.constraints
-        num_pieces = len(self.searcher.chain)
-        virtuals = (fixed.virtual,) if fixed.virtual else None
-        cut = {(f.tensor, f.context, f.micro_batch) for f in families if f.sequence_parallel}
+        """Degrees of the usual corners; with ``limit_s`` of all others that may take less than that."""
+        virtuals = (self.constraints.virtual,) if self.constraints.virtual else None
         found = []
         for family in families:
             pairs = self._pairs(family)
-            is_second = not family.sequence_parallel and (family.tensor, family.context, family.micro_batch) in cut
-            chosen = np.full(len(pairs.stages), not is_second or limit_s is not None)
+            chosen = np.ones(len(pairs.stages), dtype=bool)
             if limit_s is not None:
-                chosen &= self._least_s(family, pairs) < limit_s
-            wanted = (True, False) if is_second else (limit_s is None,)
-            rows = [pairs.rows(num_pieces, family.num_blocks, virtuals, usual=one, chosen=chosen) for one in wanted]
-            found.append(np.concatenate(rows, axis=1))
+                chosen = self._least_s(family, pairs) * (1 - SLACK) < limit_s
+            found.append(pairs.rows(family.num_blocks, virtuals, usual=limit_s is None, chosen=chosen))
         return found
 
     def _least_s(self, family: Family, pairs: Pairs) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 
 from partita.errors import InputError
 from partita.planner.scale.step import Remat
+from partita.units import gap_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +108,8 @@ class ScaleSolution:
 
     @property
     def gap(self) -> float:
-        """Proven: at most this share of the step time could be saved."""
-        return max(0.0, 1.0 - self.lower_bound_s / self.step_time_s)
+        """The share of the step time that could at most be saved."""
+        return gap_of(self.step_time_s, self.lower_bound_s)
 
     @property
     def flops_per_device_s(self) -> float:

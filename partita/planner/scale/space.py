@@ -1,9 +1,9 @@
 """The space that `partita.planner.scale.search` searches, and estimates and bounds for all of it at once.
 
 A *corner* of a family (`partita.planner.scale.families`) fixes also p stages of v chunks, d replicas, recomputation and
-ZeRO stage. All p and v with ``p v`` at most the pieces of the chain (interleaved schedules: m a multiple of p), and all
-d that divide the batch into whole micro-batches and leave ``p d`` times the family's devices on the fabric, are in the
-space, so plans on fewer devices are as well. `tabled` gives corners with estimates, bounds and memory, one column each.
+ZeRO stage. In the space are all p up to the pieces of the chain, all v > 1 with p v up to its n blocks (interleaved
+schedules: m a multiple of p), and all d that divide the batch into whole micro-batches and for which the fabric has the
+devices, so plans on fewer devices than there are, too. `tabled` gives corners with estimates, bounds and memory, one column each.
 
 With N devices, B samples in a step, m = B / (d b) micro-batches, Q parameters: chunk c takes ``F_c`` forward and
 ``B_c`` backward, the send of its result included; stage s has the chunks s, s + p, .., their sums ``F^s, B^s``, and x_s
@@ -88,9 +88,7 @@ class Pairs:
     num_microbatches: Array
     usual: Array
 
-    def rows(
-        self, num_pieces: int, num_blocks: int, virtuals: Sequence[int] | None, *, usual: bool, chosen: Array
-    ) -> Array:
+    def rows(self, num_blocks: int, virtuals: Sequence[int] | None, *, usual: bool, chosen: Array) -> Array:
         """Rows (p, v, d, m) of the pairs ``chosen`` with every number of chunks.
 
         Args:
@@ -100,7 +98,7 @@ class Pairs:
         kept = np.flatnonzero(chosen & self.usual if usual else chosen)
         p, d, m, common = (column[kept] for column in (self.stages, self.data, self.num_microbatches, self.usual))
         # Interleaved schedules: a multiple of the stages as micro-batches.
-        most = np.where((p > 1) & (m % p == 0), num_pieces // p, 1)
+        most = np.where((p > 1) & (m % p == 0), np.maximum(num_blocks // p, 1), 1)
         if virtuals is None:
             where = np.repeat(np.arange(len(p)), most)
             v = np.arange(len(where)) - np.repeat(np.cumsum(most) - most, most) + 1
@@ -110,7 +108,7 @@ class Pairs:
         p, d, m, common, most = p[where], d[where], m[where], common[where], most[where]
         if virtuals is None:
             even = -(-num_blocks // (p * v)) * v <= -(-num_blocks // p) + 1
-            common = common & ((v == 1) | (np.isin(v, VIRTUALS) & even & (p * v <= num_blocks)))
+            common = common & ((v == 1) | (np.isin(v, VIRTUALS) & even))
         fits = (v <= most) & (common if usual else ~common)
         return np.stack([p, v, d, m])[:, fits]
 
