@@ -63,7 +63,7 @@ def ways(case: Case) -> Iterator[Way]:
 
 
 def priced(case: Case, way: Way, cuts: tuple[int, ...]) -> StepPrediction:
-    family, p, v, d, remat, zero = way
+    family, _, v, d, remat, zero = way
     searcher = case.searcher
     return predict_step(
         chunks_of(family, searcher.chain, cuts), degrees_of(way), case.fabric,
@@ -242,7 +242,8 @@ def test_no_mixed_channel_is_better_than_the_best_of_its_kinds(seed: int) -> Non
         num_bytes = draw.choice((0.0, 1e4, 1e8))
         for kind in ("reduce_scatter", "all_reduce", "all_gather"):
             byte_s, fixed_s = (
-                column[0] for column in rates.best_exchanges(groups, "all_reduce" if kind == "all_reduce" else kind)  # type: ignore[arg-type]
+                column[0]
+                for column in rates.best_exchanges(groups, "all_reduce" if kind == "all_reduce" else kind)  # type: ignore[arg-type]
             )
             assert (fixed_s + num_bytes * byte_s) * (1 - 1e-9) <= real.collective_s(kind, num_bytes)  # type: ignore[arg-type]
         span = stride * ranks
@@ -285,5 +286,6 @@ def test_a_chain_priced_whole_may_take_more_than_its_chunks() -> None:
         case = random_case(seed)
         case.fabric = Fabric(groups=case.fabric.groups[:1])
         for family in families_of(case):
-            excess.append(family.times["none"].forward.whole_s / family.times["none"].forward.cut_s)
+            ahead = family.times["none"].forward
+            excess.append(ahead.whole_s / ahead.cut_s)
     assert min(excess) >= 1 - 1e-12 and max(excess) > 1.05

@@ -165,7 +165,7 @@ def _times(
     blocks = [piece for piece in dict.fromkeys(chain) if not is_gap[piece]]
     ways = [list(chain), list(chain)[::-1]]  # forward, backward
     return RematTimes(
-        pieces_s=tuple(sum(one.times(1).total_s(overlap) for one in both_ways) for both_ways in zip(*quick, strict=True)),
+        pieces_s=tuple(sum(one.times(1).total_s(overlap) for one in pair) for pair in zip(*quick, strict=True)),
         total_s=sum(_in_order(passes, way).total_s(overlap) for passes, way in zip(quick, ways, strict=True)),
         forward=_bounds(least[0], ways[0], blocks),
         backward=_bounds(least[1], ways[1], blocks),

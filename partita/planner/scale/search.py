@@ -2,9 +2,9 @@
 
 Families (t, c, b) are priced once each. t divides the smallest machine; c is a power of two (`CONTEXTS`), above 1 only
 with b = 1 and where devices would be left over without; b is one of `MICRO_BATCHES`; block boundaries are cut along t
-where they can be. Other values can be forced, but are not in the space. All corners that are usual are estimated and bounded in one table
-(`partita.planner.scale.space`). In the order of their estimates, those whose estimated memory fits and whose bound is
-below the best step time are cut into stages (`partita.planner.scale.cuts`) and priced exactly
+where they can be. Other values can be forced, but are not in the space. All corners that are usual are estimated and
+bounded in one table (`partita.planner.scale.space`). In the order of their estimates, those whose estimated memory fits
+and whose bound is below the best step time are cut into stages (`partita.planner.scale.cuts`) and priced exactly
 (`partita.planner.scale.step`), until the work of an `Effort` is spent; it is counted, not timed, so that plans do not
 depend on the machine that plans. A second table has all other corners, but for numbers of stages and replicas whose
 bound is not below the best so far. What may still be faster then is priced too, if that is little enough work. The
@@ -264,8 +264,8 @@ class _Search:
             # A context axis is for sequences that leave too few samples for the devices, or too long for the memory.
             if context > 1 and not fixed.context and not self._wants_context(tensor, context, micro_batch):
                 continue
-            # Cut block boundaries exchange no more bytes than whole ones and keep fewer: whole ones only if need be (the
-            # programme of their placements takes long, too).
+            # Cut block boundaries exchange no more bytes than whole ones and keep fewer: whole ones only if need be:
+            # the programme of their placements can take a minute.
             modes = [fixed.sequence_parallel] if fixed.sequence_parallel is not None else [True, False]
             for sequence in modes if tensor > 1 else [False]:
                 found = self.searcher.family(fabric, tensor, context, micro_batch, sequence)
@@ -309,7 +309,7 @@ class _Search:
         return found
 
     def _least_s(self, family: Family, pairs: Pairs) -> np.ndarray:
-        """A bound on all corners of each pair, whatever their chunks, ZeRO stage and sends (`space`: evenly, blocks)."""
+        """A bound on all corners of each pair, whatever their chunks, ZeRO stage and sends (`space`)."""
         times = family.times[self.constraints.recompute or "none"]  # recomputation only adds to passes
         ahead, back = times.forward, times.backward
         p, m, block_s = pairs.stages, pairs.num_microbatches, ahead.block_s + back.block_s

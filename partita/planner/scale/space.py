@@ -3,7 +3,8 @@
 A *corner* of a family (`partita.planner.scale.families`) fixes also p stages of v chunks, d replicas, recomputation and
 ZeRO stage. In the space are all p up to the pieces of the chain, all v > 1 with p v up to its n blocks (interleaved
 schedules: m a multiple of p), and all d that divide the batch into whole micro-batches and for which the fabric has the
-devices, so plans on fewer devices than there are, too. `tabled` gives corners with estimates, bounds and memory, one column each.
+devices, so plans on fewer devices than there are, too. `tabled` gives corners with estimates, bounds and memory, one
+column each.
 
 With N devices, B samples in a step, m = B / (d b) micro-batches, Q parameters: chunk c takes ``F_c`` forward and
 ``B_c`` backward, the send of its result included; stage s has the chunks s, s + p, .., their sums ``F^s, B^s``, and x_s
@@ -46,7 +47,6 @@ The estimates by which corners are ordered: ``(m - 1) w_max + W`` for 1F1B, ``m 
 from __future__ import annotations
 
 import functools
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
