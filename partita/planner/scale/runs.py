@@ -41,7 +41,7 @@ from partita.planner.scale.rows import (
 )
 from partita.planner.scale.schedules import Schedule
 from partita.planner.scale.step import Degrees, Remat, State, StepPrediction, predict_step
-from partita.planner.scale.transformer import Split, Transformer, chunks_of
+from partita.planner.scale.transformer import INPUT_LAUNCHES, Split, Transformer, chunks_of
 
 MODERN = ("hopper", "blackwell", "blackwell_ultra", "ada", "cdna3")
 UNKNOWN = {  # words that name what a row cannot say enough about
@@ -102,6 +102,7 @@ class Run:
             state=self.state,
             overlap_data=self.overlap_data,
             compiled=self.compiled,
+            input_launches=INPUT_LAUNCHES,
             calibration=calibration,
         )
 
