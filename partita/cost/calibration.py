@@ -108,9 +108,9 @@ PRIOR_SPREADS: Mapping[str, float] = {
     "latency": 0.6,
     "overlap": 0.2,
 }
-# Constants that were measured by themselves: their values and relative uncertainty. A100: all-reduces of 1 MiB take 44,
+# Constants that were measured by themselves: values and relative uncertainty. A100: all-reduces of 1 MiB take 44,
 # 51 and 93 us among 2, 4 and 8 GPUs of a machine (nccl-tests, tables published with vTrain, Bang et al., MICRO 2024:
-# trace/a100), less 5 to 9 us of transfer; in a step two events order NCCL's stream and the computing one, and the kernel
+# trace/a100), less 5 to 9 us of transfer; in a step two events order the two streams, and the kernel
 # behind each of them starts about 20 us later.
 KNOWN: Mapping[str, Mapping[str, tuple[float, float]]] = {
     "ampere": {"exchange_s": (85e-6, 0.3), "skew_s": (7e-6, 0.3)},

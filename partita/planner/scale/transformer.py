@@ -10,7 +10,8 @@ forward:
 Backward: each product once for the input's gradient and once for the weight's, the two sums over t again, element-wise
 kernels with about twice their bytes. Attention is 4 b s^2 h / (t c) flops; fused attention computes only what a causal
 mask leaves (half) and keeps no scores; otherwise scores of b a s^2 / t elements are written and read by the masked
-softmax (one kernel where its shapes allow it, else five) and the dropout. Context parallelism passes keys and values around (Liu et al., Ring Attention, 2023).
+softmax (one kernel where its shapes allow it, else five) and the dropout.
+Context parallelism passes keys and values around (Liu et al., Ring Attention, 2023).
 
 Kept activations, bytes for each token (Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
 Models", 2022, table 2, in these letters): ``(4h + 4h + 2h dropout) / (t if sequence parallel) + (2 (a + 2g) d + 2h
