@@ -7,7 +7,7 @@
     python -m benchmarks.published --check                  # exit 1 if a goal is missed on vTrain's single-node runs
 
 The JSON file has `rows`, one for each row of the files: `file`, `index`, `source`, `predicted_step_time_s`,
-`predicted_memory_bytes`, `refused` (the reason, or null), `assumed` (facts filled from public definitions) and
+`predicted_memory_bytes`, `fits`, `refused` (the reason, or null), `assumed` (facts filled from public definitions) and
 `measured_step_time_s`; and in `summary["sources"]`, for each source: rows used and refused with the reasons, mean and
 median absolute relative error of the step time, the mean after one scale for the whole source, the share of pairs (same
 model, GPUs and global batch) in the right order, the regret of the plan that the prediction would pick among the
@@ -86,6 +86,7 @@ def predict_entry(entry: Entry, calibration: Calibration | None) -> Row:
         "source": entry.source,
         "predicted_step_time_s": None,
         "predicted_memory_bytes": None,
+        "fits": None,
         "refused": entry.refused,
         "assumed": list(entry.run.assumed) if entry.run else [],
         "measured_step_time_s": entry.measured_s,
@@ -94,6 +95,7 @@ def predict_entry(entry: Entry, calibration: Calibration | None) -> Row:
         found = entry.run.predict(calibration)
         row["predicted_step_time_s"] = found.step_time_s
         row["predicted_memory_bytes"] = found.peak_memory_bytes
+        row["fits"] = entry.run.fits(found)
     return row
 
 
@@ -151,10 +153,9 @@ def _memory(both: Sequence[tuple[Entry, Row]]) -> Row:
         predicted = row["predicted_memory_bytes"]
         if given := positive_of(entry.row, "memory_gib"):
             errors.append(abs(predicted / (given * 2**30) - 1))
-        limit = min(group.kind.gpu.memory_bytes for group in entry.run.fabric.groups)
         ran_out = ran_out_of_memory(entry.row)
         if entry.measured_s or ran_out:
-            verdicts.append((predicted > limit) == (ran_out and not entry.measured_s))
+            verdicts.append(row["fits"] != (ran_out and not entry.measured_s))
     return {
         "memory_error": statistics.mean(errors) if errors else None,
         "num_memory": len(errors),

@@ -63,24 +63,24 @@ GENERATIONS: Mapping[str, Constants] = {
     # Set by hand to Megatron-LM's published V100 rates (72 TF on one GPU, recomputation counted): no complete row.
     "volta": Constants(matmul=0.85, memory=0.8, launch_s=4e-5),
     "ampere": Constants(
-        matmul=0.806, matmul_low=0.7, depth=123.0, memory=0.905, attention=0.568,
-        launch_s=4.9e-05, kernel_s=2.66e-06, exchange_s=1.08e-04, skew_s=5.85e-06, link=0.803, network=0.718,
-        latency=1.34, overlap=0.522,
+        matmul=0.813, matmul_low=0.7, depth=141, memory=0.804, attention=0.578,
+        launch_s=4.62e-05, kernel_s=2.95e-06, exchange_s=7.96e-05, skew_s=6.91e-06, link=0.77, network=0.747,
+        latency=1.03, overlap=0.676,
     ),
     "hopper": Constants(
-        matmul=0.723, matmul_low=0.928, depth=189.0, memory=0.638, attention=0.332,
-        launch_s=2.98e-05, kernel_s=3.51e-06, exchange_s=6.53e-06, skew_s=1.79e-06, link=0.95, network=0.919,
-        latency=1.15, overlap=0.491,
+        matmul=0.715, matmul_low=0.95, depth=169, memory=0.639, attention=0.33,
+        launch_s=2e-05, kernel_s=3.14e-06, exchange_s=1.14e-05, skew_s=3.06e-06, link=0.921, network=0.896,
+        latency=1.11, overlap=0.569,
     ),
     "blackwell": Constants(
-        matmul=0.757, matmul_low=0.831, depth=156.0, memory=0.658, attention=0.223,
-        launch_s=3.23e-05, kernel_s=3.37e-06, exchange_s=5.11e-05, skew_s=2.38e-06, link=0.78, network=0.95,
-        latency=0.873, overlap=0.649,
+        matmul=0.779, matmul_low=0.814, depth=150, memory=0.699, attention=0.236,
+        launch_s=2.41e-05, kernel_s=3.06e-06, exchange_s=5.29e-05, skew_s=4.2e-06, link=0.82, network=0.943,
+        latency=0.884, overlap=0.667,
     ),
     "blackwell_ultra": Constants(
-        matmul=0.779, matmul_low=0.948, depth=143.0, memory=0.705, attention=0.324,
-        launch_s=3e-05, kernel_s=3e-06, exchange_s=2.76e-05, skew_s=3.78e-06, link=0.802, network=0.715,
-        latency=1.22, overlap=0.813,
+        matmul=0.783, matmul_low=0.941, depth=145, memory=0.732, attention=0.345,
+        launch_s=2.73e-05, kernel_s=2.95e-06, exchange_s=4.56e-05, skew_s=1.04e-05, link=0.831, network=0.753,
+        latency=1.03, overlap=0.781,
     ),
 }
 # fmt: on
@@ -108,6 +108,13 @@ PRIOR_SPREADS: Mapping[str, float] = {
     "latency": 0.6,
     "overlap": 0.2,
 }
+# Constants that were measured by themselves: values and relative uncertainty. A100: all-reduces of 1 MiB take 44,
+# 51 and 93 us among 2, 4 and 8 GPUs of a machine (nccl-tests, tables published with vTrain, Bang et al., MICRO 2024:
+# trace/a100), less 5 to 9 us of transfer; in a step two events order the two streams, and the kernel
+# behind each of them starts about 20 us later.
+KNOWN: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    "ampere": {"exchange_s": (85e-6, 0.3), "skew_s": (7e-6, 0.3)},
+}
 LIMITS: Mapping[str, tuple[float, float]] = {
     **{name: (0.05, 0.95) for name in ("matmul", "matmul_low", "memory", "attention", "link", "network")},
     "overlap": (0.0, 1.0),
@@ -129,7 +136,11 @@ class Calibration:
     def prior() -> Calibration:
         """What was believed before any run was looked at: where cross-validation starts."""
         kept = {name: GENERATIONS[name] for name in ("turing", "volta")}
-        return Calibration(generations={**{name: Constants() for name in GENERATIONS}, **kept})
+        known = {
+            name: replace(Constants(), **{constant: value for constant, (value, _) in values.items()})
+            for name, values in KNOWN.items()
+        }
+        return Calibration(generations={**{name: Constants() for name in GENERATIONS}, **known, **kept})
 
     def of(self, generation: str) -> Constants:
         """The constants of `generation`, or of the one nearest to it."""

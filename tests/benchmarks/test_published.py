@@ -68,7 +68,7 @@ def test_goals_on_the_shipped_runs() -> None:
     entries = published.read_entries([published.DATA / "vtrain_single_node.json"])
     rows = [published.predict_entry(entry, None) for entry in entries]
     found = published.by_source(entries, rows)
-    assert found[0]["error"] < 0.09 and found[0]["pairs"] > 0.91 and found[0]["regret"] < 0.032
+    assert found[0]["error"] < 0.075 and found[0]["pairs"] > 0.912 and found[0]["regret"] < 0.035
     # The known miss: near ties between tensor and data ways, where the measured times jump by more than they differ.
     assert ["regret must be" in miss for miss in published.misses(found)] == [True]
     worse = [row | {"predicted_step_time_s": 2 * row["predicted_step_time_s"]} for row in rows]

@@ -59,6 +59,7 @@ def test_facts_of_the_family_fill_in() -> None:
         ({"params_b": 13.0}, "params_b is 13.0"),
         ({"layers": 2.5}, "layers must be a whole number"),
         ({"layers": "24"}, "layers must be a whole number"),
+        ({"hidden": 1e308}, "hidden must be a whole number"),
         ({"heads": 15}, "heads must divide hidden"),
         ({"model": "Own-1B", "ffn": None}, "ffn is absent"),
         ({"model": "Llama-3-8B", "ffn": 14336}, "kv_heads is absent"),
@@ -103,6 +104,37 @@ def test_mixed_clusters_and_cuts() -> None:
     assert uneven.cuts == (11, 21, 23) and uneven.predict().step_time_s < even
     assert read_run(mixed | {"n_gpus": None}).predict().step_time_s == pytest.approx(even)
     assert read_run(mixed | {"cluster": [fast, fast]}).predict().step_time_s < even
+
+
+def test_memory_is_that_of_each_stage_and_its_kind() -> None:
+    large = {"machines": 1, "gpus": 8, "gpu": "A100-80GB"}
+    small = {"machines": 1, "gpus": 8, "gpu": "T4"}  # 15 GiB
+    base = ROW | {"tp": 1, "pp": 2, "dp": 8, "pipeline_cuts": [24], "params_b": None}
+    for cluster, fits in (([large, small], True), ([small, large], False)):
+        run = read_run(base | {"cluster": cluster})
+        found = run.predict()
+        assert found.memory_bytes[0] > 15 * 2**30 > found.memory_bytes[1]
+        assert run.fits(found) is fits
+
+
+def test_the_slowest_stage_of_two_kinds_sets_the_pace() -> None:
+    kinds = [{"machines": 1, "gpus": 8, "gpu": gpu, "inter_bytes_per_s": 2.5e10} for gpu in ("A100-80GB", "T4")]
+    base = ROW | {"tp": 1, "pp": 2, "dp": 8, "params_b": None}
+
+    def per_microbatch(cluster: list[dict[str, Any]], cut: int) -> float:
+        times = [
+            read_run(base | {"cluster": cluster, "pipeline_cuts": [cut], "global_batch": 16 * count}).predict()
+            for count in (32, 64)
+        ]
+        return (times[1].step_time_s - times[0].step_time_s) / 32
+
+    for cut in (4, 13, 23):
+        # The T4s' stage (the last) is the slower one or as slow as the first on T4s; sends differ in their latency.
+        alike = [per_microbatch([kind] * 2, cut) for kind in kinds]
+        assert alike[0] < per_microbatch(kinds, cut) <= alike[1] * 1.001
+    # T4s hold the end of the model: each layer that moves there adds one and the same time.
+    steps = [per_microbatch(kinds, cut) for cut in (4, 8, 12)]
+    assert steps[0] - steps[1] == pytest.approx(steps[1] - steps[2], rel=0.02) and steps[0] > steps[2]
 
 
 def test_measured_times() -> None:

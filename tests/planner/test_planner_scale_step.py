@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partita.cluster.presets import GPU_KINDS
+from partita.cost.calibration import Calibration
 from partita.cost.networks import Fabric, NodeGroup
 from partita.errors import ClusterError, InputError
 from partita.planner.scale.step import Degrees, Remat, State, StepPrediction, predict_step
@@ -100,6 +101,13 @@ def test_a_slower_kind_slows_its_stage() -> None:
 def test_a_compiler_takes_the_host_away() -> None:
     small = Transformer(layers=12, hidden=256, heads=4, ffn=1024, vocab=1000, seq=128)
     assert _step(Degrees(), model=small, compiled=True).step_time_s < 0.5 * _step(Degrees(), model=small).step_time_s
+
+
+def test_each_forward_pass_waits_for_its_batch() -> None:
+    launch_s = Calibration().of("ampere").launch_s
+    plain, fetching = (_step(Degrees(), input_launches=count, num_microbatches=4).step_time_s for count in (0, 1000))
+    assert 4 * 1000 * launch_s <= fetching - plain <= 1.25 * 4 * 1000 * launch_s  # the soft maximum adds to it
+    assert _step(Degrees(), input_launches=1000, compiled=True) == _step(Degrees(), compiled=True)
 
 
 def test_what_does_not_fit() -> None:

@@ -48,6 +48,21 @@ def test_kept_activations_are_the_published_formula() -> None:
     assert sharded.selective_bytes == pytest.approx(sbh * 34 / 8)
 
 
+@pytest.mark.parametrize(
+    ("micro_batch", "tensor", "seq", "fused"),
+    [(1, 4, 1024, True), (1, 8, 1024, False), (2, 8, 1024, True), (4, 1, 2048, True), (4, 1, 4096, False)],
+)
+def test_softmax_in_one_kernel_or_five(micro_batch: int, tensor: int, seq: int, fused: bool) -> None:
+    # 16 heads: Megatron-LM's kernel takes sequences x local heads in fours and rows of at most 2048.
+    model = Transformer(layers=1, hidden=1024, heads=16, ffn=4096, vocab=51200, seq=seq, fused_attention=False)
+    work = block_work(model, Split(micro_batch=micro_batch, tensor=tensor))
+    scores = micro_batch * 16 / tensor * seq**2
+    for items, num_bytes in ((work.forward, 3.0 if fused else 36.0), (work.backward, 4.5 if fused else 40.0)):
+        found = [item for item in items if isinstance(item, Kernel) and item.kind == "memory"]
+        launches = 1 if fused else 5
+        assert [one for one in found if one.num_bytes == num_bytes * scores and one.num_launches == launches]
+
+
 @given(tensor=st.sampled_from([2, 4, 8]), context=st.sampled_from([1, 2, 4]), batch=st.integers(1, 4))
 def test_sharding_divides_the_work(tensor: int, context: int, batch: int) -> None:
     whole = block_work(LLAMA8, Split(micro_batch=batch))

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from partita.cost.calibration import LIMITS, PRIOR_SPREADS, Calibration
+from partita.cost.calibration import KNOWN, LIMITS, PRIOR_SPREADS, Calibration
 from partita.errors import InputError
 from partita.planner.scale.runs import Measured
 
@@ -68,7 +68,8 @@ def _generations(one: Measured, calibration: Calibration) -> set[str]:
 def _fit_generation(measured: list[Measured], start: Calibration, generation: str) -> Calibration:
     names = list(PRIOR_SPREADS)
     origin = np.log([getattr(start.of(generation), name) for name in names])
-    spreads = np.array([PRIOR_SPREADS[name] for name in names])
+    known = {name: spread for name, (_, spread) in KNOWN.get(generation, {}).items()}
+    spreads = np.array([known.get(name, PRIOR_SPREADS[name]) for name in names])
     counts = Counter(one.source for one in measured)
     weights = np.array([min(1.0, SOURCE_RUNS / counts[one.source]) ** 0.5 for one in measured])
     targets = np.log([one.step_time_s for one in measured])

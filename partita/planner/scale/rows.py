@@ -18,6 +18,7 @@ from partita.errors import InputError
 from partita.planner.scale.transformer import Transformer
 
 Row = Mapping[str, Any]
+LARGEST = 10**9  # of any whole number in a row: products of a few of them stay finite
 TOLERANCE = 0.2  # of the parameters that the sizes give against `params_b`
 
 
@@ -99,8 +100,8 @@ def integer_of(row: Row, name: str) -> int | None:
     if value is None:
         return None
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value != int(value) or value < 1:
-        raise Refusal(f"{name} must be a whole number of at least 1, but is {value!r}")
+    if not number or value != int(value) or not 1 <= value <= LARGEST:
+        raise Refusal(f"{name} must be a whole number of at least 1 and at most {LARGEST:g}, but is {value!r:.40}")
     return int(value)
 
 

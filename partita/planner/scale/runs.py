@@ -41,7 +41,7 @@ from partita.planner.scale.rows import (
 )
 from partita.planner.scale.schedules import Schedule
 from partita.planner.scale.step import Degrees, Remat, State, StepPrediction, predict_step
-from partita.planner.scale.transformer import Split, Transformer, chunks_of
+from partita.planner.scale.transformer import INPUT_LAUNCHES, Split, Transformer, chunks_of
 
 MODERN = ("hopper", "blackwell", "blackwell_ultra", "ada", "cdna3")
 UNKNOWN = {  # words that name what a row cannot say enough about
@@ -79,15 +79,22 @@ class Run:
         try:
             if self.remat is not None:
                 return self._predict(self.remat, calibration)
-            limit = min(group.kind.gpu.memory_bytes for group in self.fabric.groups)
             tried: tuple[Remat, ...] = ("none", "selective", "full")
             for remat in tried:
                 found = self._predict(remat, calibration)
-                if found.peak_memory_bytes <= limit:
+                if self.fits(found):
                     break
             return found
         except (InputError, ClusterError) as error:
             raise Refusal(str(error)) from error
+
+    def fits(self, found: StepPrediction) -> bool:
+        """Whether each stage's memory fits the smallest GPU that the stage runs on."""
+        span = self.degrees.stage_devices
+        return all(
+            used <= min(g.kind.gpu.memory_bytes for g in self.fabric.groups_of(stage * span, (stage + 1) * span - 1))
+            for stage, used in enumerate(found.memory_bytes)
+        )
 
     def _predict(self, remat: Remat, calibration: Calibration | None) -> StepPrediction:
         num_chunks = self.degrees.pipeline * self.degrees.virtual
@@ -102,6 +109,7 @@ class Run:
             state=self.state,
             overlap_data=self.overlap_data,
             compiled=self.compiled,
+            input_launches=INPUT_LAUNCHES,
             calibration=calibration,
         )
 

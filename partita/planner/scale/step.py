@@ -6,6 +6,7 @@ context, data, pipeline slowest). For one microbatch on the slowest GPU kind of 
     D = sum of kernel times + blocking exchanges,  H = launches x host time of one,  O = overlapped exchanges
     after each layer:  end <- both(end + D of the layer, sum of H so far)    (the host runs ahead of the device; a pass
     that ends with its heaviest layer, the head, hides less of the host's time than one that begins with it)
+    before a forward pass:  end = sum of H = the launches that fetch the batch
     pass = end, then beside O:  max(pass, O) + (1 - overlap) min(pass, O)
 
 for the forward and the backward pass; the backward pass runs the forward again with full recomputation, the attention
@@ -152,6 +153,7 @@ def predict_step(
     state: State | None = None,
     overlap_data: bool = True,
     compiled: bool = False,
+    input_launches: int = 0,
     calibration: Calibration | None = None,
 ) -> StepPrediction:
     """Predicted step time (s) and peak memory (bytes) of each stage.
@@ -162,6 +164,7 @@ def predict_step(
         zero: 0-3: what is sharded over the data axis (1 optimizer state, 2 + gradients, 3 + parameters).
         overlap_data: whether the exchange of gradients hides behind the last backward pass.
         compiled: whether the host's launches are no limit (CUDA graphs, whole-graph compilers).
+        input_launches: kernels that the host starts before each forward pass, while the device waits for its batch.
 
     Example:
         >>> from partita.cluster.presets import GPU_KINDS
@@ -187,8 +190,10 @@ def predict_step(
     overlaps = [min(place.speed.constants.overlap for place in stage) for stage in places]
     priced: list[_Priced] = []
     cache: dict[tuple[int, int], _Priced] = {}
+    before = 0 if compiled else input_launches
     for index, chunk in enumerate(chunks):
-        priced.append(_slowest(chunk, places[index % p], remat, zero, state, compiled, overlaps[index % p], cache))
+        own_places, overlap = places[index % p], overlaps[index % p]
+        priced.append(_slowest(chunk, own_places, remat, zero, state, compiled, before, overlap, cache))
     sends = _sends(chunks, degrees, fabric, calibration)
     forward_s = [one.forward.total_s(overlaps[i % p]) + sends[i] for i, one in enumerate(priced)]
     backward_s = [one.backward.total_s(overlaps[i % p]) + (sends[i - 1] if i else 0.0) for i, one in enumerate(priced)]
@@ -251,6 +256,7 @@ def _slowest(
     zero: int,
     state: State,
     compiled: bool,
+    input_launches: int,
     overlap: float,
     cache: dict[tuple[int, int], _Priced],
 ) -> _Priced:
@@ -259,6 +265,8 @@ def _slowest(
     best_s = -1.0
     for place in places:
         total = _Priced()
+        start_s = input_launches * place.speed.constants.launch_s
+        total.forward.host_s = total.forward.busy_s = start_s
         layers = []
         for work, count in chunk:
             key = (id(work), hash((place.speed.name, tuple(place.channels.values()))))

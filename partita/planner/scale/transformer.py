@@ -10,7 +10,8 @@ forward:
 Backward: each product once for the input's gradient and once for the weight's, the two sums over t again, element-wise
 kernels with about twice their bytes. Attention is 4 b s^2 h / (t c) flops; fused attention computes only what a causal
 mask leaves (half) and keeps no scores; otherwise scores of b a s^2 / t elements are written and read by the masked
-softmax and the dropout. Context parallelism passes keys and values around (Liu et al., Ring Attention, 2023).
+softmax (one kernel where its shapes allow it, else five) and the dropout.
+Context parallelism passes keys and values around (Liu et al., Ring Attention, 2023).
 
 Kept activations, bytes for each token (Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
 Models", 2022, table 2, in these letters): ``(4h + 4h + 2h dropout) / (t if sequence parallel) + (2 (a + 2g) d + 2h
@@ -43,15 +44,23 @@ PLAIN_ATTENTION = 0.55
 OP_LEVEL_SHARE = 0.5
 # Megatron-LM's softmax of causal scores reads only what the mask leaves, and writes all: three quarters of the bytes.
 CAUSAL_SHARE = 0.75
-# Norms and residuals of blocks with biases (GPT's) reduce over rows for gradients of biases and norms and read random
-# numbers: they take this many times what their bytes alone do. Set once, with the constants of calibration.
-ROW_KERNELS = 1.4
+# Megatron-LM's kernel for scale, causal mask and softmax takes rows of more than 16 and at most 2048 scores (later
+# versions longer ones), and matrices (sequences x local heads) in fours. Elsewhere five kernels follow each other, in
+# four bytes: cast, scale, mask, softmax, cast: 6 + 8 + 8 + 8 + 6 bytes for each score, backward 6 + 12 + 8 + 8 + 6.
+# Source: `FusedScaleMaskSoftmax` of Megatron-LM 2.x and Megatron-DeepSpeed (megatron/model/fused_softmax.py).
+SOFTMAX_SEQ, SOFTMAX_MATRICES = (16, 2048), 4
+SOFTMAX_LAUNCHES, SOFTMAX_BYTES = 5, (36.0, 40.0)
+# Kernels that the host starts before each forward pass: a batch is taken from the loader, its sizes and tokens are
+# broadcast to the tensor ranks, cut into inputs and labels, mask and positions are made (a dozen element-wise kernels),
+# and the loss of the pass before is summed and averaged. The host waits for the sizes, so the device waits meanwhile.
+# Source: `get_batch`, `broadcast_data` and `get_ltor_masks_and_position_ids` of Megatron-LM 2.x, counted.
+INPUT_LAUNCHES = 30
 # Bytes for each logit, forward and backward, of a cross-entropy whose operations each write a four-byte result (to four
 # bytes 6, transposed 8, maximum 4, subtraction 8, exponential 8, sum 4, quotient 8, choice 8; backward: copy, product,
-# transposition 24, to two bytes 6; strided kernels reach about two thirds of what others do), and of a fused one. Where
-# the vocabulary is divided over tensor ranks the measured times (Megatron-DeepSpeed, 2 to 8 ranks) leave no room for
-# more than the fused one's. PyTorch's own module joins some of them.
-LOSS_BYTES, PLAIN_LOSS_BYTES, FUSED_LOSS_BYTES = (110.0, 70.0), (70.0, 45.0), (22.0, 12.0)
+# transposition 24, to two bytes 6), and of a fused one. Where the vocabulary is divided over tensor ranks the measured
+# times (Megatron-DeepSpeed, 2 to 8 ranks) leave no room for more than the fused one's. PyTorch's own module joins some
+# of them, but its strided kernels reach about two thirds of what others do.
+LOSS_BYTES, PLAIN_LOSS_BYTES, FUSED_LOSS_BYTES = (54.0, 30.0), (70.0, 45.0), (22.0, 12.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,23 +197,32 @@ class _Block:
             return forward + ring, backward + ring
         scores = float(batch) * rows * seq
         share = CAUSAL_SHARE if model.causal else 1.0
-        passes = [_memory(share * 2.0 * ELEMENT_BYTES * scores)]  # scale, mask and softmax in one kernel
-        if model.dropout:
-            passes.append(_memory((2.0 * ELEMENT_BYTES + 1) * scores))
-        forward = [_matmul(rows, seq, d, dtype, batch=batch), *passes, _matmul(rows, d, seq, dtype, batch=batch)]
+        softmax = _memory(share * 2.0 * ELEMENT_BYTES * scores)  # with scale and mask in one kernel
+        softmax_backward = _memory(share * 3.0 * ELEMENT_BYTES * scores)
+        if not self.fuses_softmax():
+            softmax = _memory(SOFTMAX_BYTES[0] * scores, launches=SOFTMAX_LAUNCHES)
+            softmax_backward = _memory(SOFTMAX_BYTES[1] * scores, launches=SOFTMAX_LAUNCHES)
+        dropout = [_memory((2.0 * ELEMENT_BYTES + 1) * scores)] if model.dropout else []
+        forward = [
+            _matmul(rows, seq, d, dtype, batch=batch), softmax, *dropout, _matmul(rows, d, seq, dtype, batch=batch),
+        ]  # fmt: skip
         backward = [
             _matmul(rows, seq, d, dtype, batch=batch), _matmul(seq, d, rows, dtype, batch=batch),
-            _memory(share * 3.0 * ELEMENT_BYTES * scores), *passes[1:],
+            softmax_backward, *dropout,
             _matmul(rows, d, seq, dtype, batch=batch), _matmul(seq, d, rows, dtype, batch=batch),
         ]  # fmt: skip
         return forward + ring, backward + ring
 
+    def fuses_softmax(self) -> bool:
+        """Whether scale, mask and softmax of unfused attention are one kernel (see `SOFTMAX_SEQ`)."""
+        low, high = SOFTMAX_SEQ
+        return (self.split.micro_batch * self.local_heads) % SOFTMAX_MATRICES == 0 and low < self.model.seq <= high
+
     def element_wise(self) -> tuple[list[Item], list[Item]]:
         """Norms, dropout and residuals on [T, h]; reshapes of qkv; the activation on [T, f/t]."""
         model, e = self.model, ELEMENT_BYTES
-        rows = ROW_KERNELS if model.bias else 1.0
-        norms = [_memory(rows * 2.0 * e * self.outer * self.h)] * 2
-        residuals = [_memory(rows * (3.0 * e + (1 if model.dropout else 0)) * self.outer * self.h)] * 2
+        norms = [_memory(2.0 * e * self.outer * self.h)] * 2
+        residuals = [_memory((3.0 * e + (1 if model.dropout else 0)) * self.outer * self.h)] * 2
         reshapes = [_memory(2.0 * e * self.tokens * self.qkv, launches=3)]
         rotations = [_memory(2.0 * e * self.tokens * self.qkv, launches=2)] if model.rotary else []
         activation = [_memory((3.0 if model.gated else 2.0) * e * self.tokens * self.ffn)]
@@ -213,7 +231,7 @@ class _Block:
         biases = [_memory(float(e) * self.tokens * (self.qkv + self.ffn), launches=4)] if model.bias else []
         backward = self._eager(
             [
-                *[_memory(rows * 5.0 * e * self.outer * self.h, launches=2)] * 2, *residuals, *reshapes,
+                *[_memory(5.0 * e * self.outer * self.h, launches=2)] * 2, *residuals, *reshapes,
                 *rotations, _memory(gated_bytes), *biases,
             ]
         )  # fmt: skip
@@ -238,6 +256,8 @@ class _Block:
         kept = outer + inner * (0.75 if low else 1.0)  # eight-bit copies stand in for the two-byte inputs of products
         scores = float(self.split.micro_batch * self.local_heads) * model.seq * (model.seq / self.split.context)
         score_bytes = 0.0 if model.fused_attention else (5.0 if model.dropout else 4.0) * scores
+        if not model.fused_attention and not self.fuses_softmax():
+            score_bytes += 4.0 * scores  # the softmax in four bytes, beside its two-byte copy
         return kept + score_bytes, kept * (OP_LEVEL_SHARE if model.fused_attention else 1.0)
 
     def work(self) -> LayerWork:
