@@ -10,11 +10,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx
 
 from partita.graph.graph import Graph, InputKind, OpInfo, Phase
-from partita.planner.stages import Array
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PhaseTimes:
+    """Seconds of each position in the forward and in the backward phase: `fixed` whatever the rows, `row` for the rows
+    of the whole batch."""
+
+    forward_fixed_s: Array
+    forward_row_s: Array
+    backward_fixed_s: Array
+    backward_row_s: Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +39,28 @@ class Work:
     position: dict[str, int]  # of every op node
     nodes: tuple[fx.Node, ...]  # all ops, in order
     rows: frozenset[str]
-    crossing_bytes: Array  # [n]: whole batch, of values that cross the cut before op i, both ways
+    forward: frozenset[str]  # op nodes of the forward phase
+    there_bytes: Array  # [n]: whole batch, of values that cross the cut before op i to later positions
+    back_bytes: Array  # [n]: the same to earlier positions
     saved_bytes: Array  # [n]: whole batch, forward values kept for the backward phase
     parameter_elements: Array  # [n]: of the parameters first read at op i
     parameter_bytes: Array
 
-    def times(self, op_time_s: Callable[[fx.Node], float], fraction: float, floor_s: float) -> Array:
-        """Seconds of each position for `fraction` of the batch's rows; `floor_s` is the part of an op that no size
-        removes."""
-        result = np.zeros(len(self.names))
-        for node in self.nodes:
-            whole = op_time_s(node)
-            fixed = min(whole, floor_s)
-            result[self.position[node.name]] += fixed + (whole - fixed) * (fraction if node.name in self.rows else 1.0)
-        return result
+    def times(self, op_time_s: Callable[[fx.Node], float]) -> PhaseTimes:
+        """The times of all positions. Of an op that works on rows, all but the smallest time of any op grows with
+        them."""
+        wholes = [op_time_s(node) for node in self.nodes]
+        floor_s = min((time_s for time_s in wholes if time_s > 0), default=0.0)
+        count = len(self.names)
+        fixed, row = np.zeros((2, count)), np.zeros((2, count))
+        for node, whole in zip(self.nodes, wholes, strict=True):
+            place = int(node.name not in self.forward), self.position[node.name]
+            own = min(whole, floor_s) if node.name in self.rows else whole
+            fixed[place] += own
+            row[place] += whole - own
+        return PhaseTimes(
+            forward_fixed_s=fixed[0], forward_row_s=row[0], backward_fixed_s=fixed[1], backward_row_s=row[1]
+        )
 
 
 def tensor_bytes(node: fx.Node) -> int:
@@ -57,7 +78,7 @@ def measure_work(graph: Graph) -> Work:
     batch = {item.node for item in graph.inputs_of(InputKind.BATCH)}
     position = _positions(nodes, forward, names, batch)
     count = len(names)
-    crossing, saved = np.zeros(count + 1), np.zeros(count)
+    there, back, saved = np.zeros(count + 1), np.zeros(count + 1), np.zeros(count)
     rows: set[str] = set()
     for node in nodes:
         if any(source.name in batch or source.name in rows for source in node.all_input_nodes):
@@ -68,11 +89,11 @@ def measure_work(graph: Graph) -> Work:
         users = [user for user in node.users if user.name in position]
         places = [position[user.name] for user in users]
         if places and max(places) > here:
-            crossing[here + 1] += num_bytes
-            crossing[min(max(places) + 1, count)] -= num_bytes
+            there[here + 1] += num_bytes
+            there[min(max(places) + 1, count)] -= num_bytes
         if places and min(places) < here:
-            crossing[min(places) + 1] += num_bytes
-            crossing[here + 1] -= num_bytes
+            back[min(places) + 1] += num_bytes
+            back[here + 1] -= num_bytes
         if node.name in forward and not _is_view(node) and any(user.name not in forward for user in users):
             saved[here] += num_bytes
     elements, num_bytes_of = _parameters(graph, position, count)
@@ -81,7 +102,9 @@ def measure_work(graph: Graph) -> Work:
         position=position,
         nodes=tuple(n for n in nodes if isinstance(n.meta.get("op"), OpInfo)),
         rows=frozenset(rows),
-        crossing_bytes=np.maximum(np.cumsum(crossing)[:count], 0.0),
+        forward=frozenset(forward),
+        there_bytes=np.maximum(np.cumsum(there)[:count], 0.0),
+        back_bytes=np.maximum(np.cumsum(back)[:count], 0.0),
         saved_bytes=saved,
         parameter_elements=elements,
         parameter_bytes=num_bytes_of,

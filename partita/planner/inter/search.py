@@ -225,13 +225,12 @@ class PrefixNode:
 def settings_of(tables: Tables) -> list[tuple[float, Setting]]:
     """Every setting of the schedules with one chunk, with its bound; those without any pipeline are left out."""
     problem = tables.problem
-    prefixes = dict.fromkeys(order[:length] for order in problem.orders for length in range(1, len(order) + 1))
     found = []
     for m in problem.microbatch_counts:
         for schedule in problem.schedules:
             if schedule == "interleaved":
                 continue
-            for order in prefixes:
+            for order in problem.beginnings():
                 stages: Sequence[int | None] = (None,)
                 if schedule == "zero_bubble":
                     least = -(-len(order) // max(problem.stage_sizes))
