@@ -211,6 +211,10 @@ class Pricer:
         for worker in workers:
             fractions[worker.process] += self._fraction(corner, worker.data)
         before = _of_stage(corner, stage - 1) if stage else []
+
+        def fraction(data: int) -> float:
+            return self._fraction(corner, data)
+
         ranks = ", ".join(map(str, sorted(fractions)))
         return StageGroup(
             name=f"stage {stage} (process{'es' if len(fractions) > 1 else ''} {ranks})",
@@ -222,18 +226,21 @@ class Pricer:
                 Host(rank=rank, fraction=fraction, limit_bytes=self._memory_limits[rank])
                 for rank, fraction in fractions.items()
             ),
-            link=self._slowest_link(corner, before, workers),
-            back_link=self._slowest_link(corner, workers, before),
+            link=self._slowest_link(before, workers, fraction),
+            back_link=self._slowest_link(workers, before, fraction),
+            shared_link=self._slowest_link(workers, _of_stage(corner, stage + 1), lambda data: 1.0),
             end_s=self._end_of(corner, workers),
         )
 
-    def _slowest_link(self, corner: Corner, source: Sequence[Worker], target: Sequence[Worker]) -> tuple[float, float]:
-        """(latency_s, seconds for a byte of the whole batch) of what the workers of one stage send to those of the
-        next, each to the one of its coordinates."""
+    def _slowest_link(
+        self, source: Sequence[Worker], target: Sequence[Worker], fraction: Callable[[int], float]
+    ) -> tuple[float, float]:
+        """(latency_s, seconds for a byte) of what the workers of one stage send to those of another, each to the one of
+        its coordinates; `fraction` of the bytes by data coordinate."""
         found = [(0.0, 0.0)]
         for one, two in zip(source, target, strict=False):
             latency_s, byte_s = self._link(one, two)
-            found.append((latency_s, byte_s * self._fraction(corner, one.data)))
+            found.append((latency_s, byte_s * fraction(one.data)))
         return max(latency_s for latency_s, _ in found), max(byte_s for _, byte_s in found)
 
     def _link(self, source: Worker, target: Worker) -> tuple[float, float]:

@@ -4,7 +4,8 @@ Legend       stage q holds the positions low .. high - 1 of `Work`; worker (q, d
              the rows of a microbatch.
     forward_q = max over the workers of the stage of sum of forward times with r_d rows;  backward_q alike
     there_q   = transfer into the stage: at the latency and bandwidth of the slowest of the links (q - 1, d) -> (q, d)
-    end_q     = reduction of the stage's gradients over its workers + optimizer on the largest slice
+    end_q     = reduction of the stage's gradients over its workers + optimizer on the largest slice + sending the
+                parameters that later stages read too
     memory    = of every process: bytes of parameters, gradients and optimizer state + what its workers of the stage
                 save for the microbatches in flight
 `StageCosts` is the oracle of the inter-stage solver (`problem`), gives the bounds of `inter.chain` (`chain`), and
@@ -49,8 +50,9 @@ class StageGroup:
         forward_s, backward_s: prefix sums over positions, one row for each kind of worker (kind and rows).
         static_bytes, saved_bytes: prefix sums; saved bytes for all rows of the batch.
         link, back_link: (latency_s, seconds for a byte of the whole batch) into this stage, and back.
-        end_s: of (elements, bytes) of parameters. It must grow at most in proportion beyond its own latency, as
-            rooflines and alpha-beta models do: `end_s(x) / x` does not grow.
+        shared_link: (latency_s, seconds for a byte) to the next stage, of parameters that it reads as well.
+        end_s: of (elements, bytes) of parameters, without sending any. `end_s(x) / x` must not grow, as in rooflines
+            and alpha-beta models.
     """
 
     name: str
@@ -61,6 +63,7 @@ class StageGroup:
     hosts: tuple[Host, ...]
     link: tuple[float, float]
     back_link: tuple[float, float]
+    shared_link: tuple[float, float]
     end_s: Callable[[int, int], float]
 
     @property
@@ -106,6 +109,7 @@ class StageCosts:
         backward = [float((g.backward_s[:, high] - g.backward_s[:, low]).max()) for g, (low, high) in found]
         ends = [
             group.end_s(int(self.elements[high] - self.elements[low]), int(self.num_bytes[high] - self.num_bytes[low]))
+            + (_affine(group.shared_link, self.work.shared_bytes[high]) if high < self.num_ops else 0.0)
             for group, (low, high) in found
         ]
         there, back = self.work.there_bytes, self.work.back_bytes
@@ -238,7 +242,8 @@ class _Tables:
         num_bytes = _between(self.costs.num_bytes[None], at, family)
         kinds, which = np.unique(elements + 1j * num_bytes, return_inverse=True)
         ends = np.array([group.end_s(int(kind.real), int(kind.imag)) for kind in kinds.tolist()])
-        return np.asarray(ends[which].reshape(elements.shape))
+        sent = _affines(group.shared_link, np.append(self.costs.work.shared_bytes, 0.0)[at])
+        return np.asarray(ends[which].reshape(elements.shape) + sent[None, :])
 
 
 def _between(prefix: Array, at: np.ndarray, family: Family) -> Array:

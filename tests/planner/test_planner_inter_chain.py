@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def pipelines(chain: Chain) -> dict[tuple[int, ...], float]:
     found = {}
     for starts in combinations(range(1, chain.num_ops), chain.num_stages - 1):
         edges = (0, *starts, chain.num_ops)
-        spans = [slice(low, high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+        spans = [slice(low, high) for low, high in pairwise(edges)]
         if any(chain.memory_bytes[q, span].sum() > chain.limit_bytes[q] for q, span in enumerate(spans)):
             continue
         times = PipelineTimes(
