@@ -367,9 +367,10 @@ def _explained(plans: list[Plan], bound_s: float, num_corners: int) -> tuple[Pla
             )
         reasons = (
             *plan.reasons,
-            f"{num_corners} combinations of workers, threads, mesh, microbatches, schedule and compilation were "
-            "bounded; stage boundaries are optimal within each that the bound could not exclude. The lower bound is "
-            "proven for the planner's formula; what the best plans are predicted to take comes from simulating them.",
+            f"{num_corners} combinations of workers, threads, mesh, orders of processes, shares of rows, microbatches, "
+            "schedule and compilation were bounded; stage boundaries are optimal within each that the bound could not "
+            "exclude. The lower bound is proven for the planner's formula; what the best plans are predicted to take "
+            "comes from simulating them.",
         )
         if ties:
             reasons += (
