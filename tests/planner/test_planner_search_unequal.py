@@ -230,3 +230,22 @@ def test_shares_are_even_where_columns_are() -> None:
     assert found.shares == split_evenly(graph.batch_size, 2)
     with pytest.raises(PlanError):
         lower(graph, msgspec.structs.replace(found, shares=(20, 20)))
+
+
+def test_stages_of_one_process_share_its_memory() -> None:
+    """Every stage alone would fit; together they must as well, or the plan says what is missing."""
+    graph = graph_of("chain")
+    wanted = Constraints(pipeline=2, data=1, num_microbatches=4, compiled=False, threads_per_worker=1)
+
+    def plan_in(memory_bytes: int) -> Plan:
+        cluster = cluster_of((memory_bytes,), (1.0,), cores=2)
+        return search(graph, cluster, UnequalCost((1.0,)), constraints=wanted, microbatches=True)[0]
+
+    free = plan_in(0).prediction
+    assert free is not None
+    need = free.memory_bytes["0"]
+    held = plan_in(need).prediction
+    assert held is not None and held.memory_bytes["0"] <= need
+    assert held.lower_bound_s <= held.step_time_s
+    with pytest.raises(InfeasibleError, match="smallest change"):
+        plan_in(need // 2)
