@@ -17,6 +17,7 @@ from partita.errors import InfeasibleError, SolverError
 from partita.planner.inter import InterSolution, solve_inter
 from partita.planner.inter.chain import Chain
 from partita.planner.stage_costs import StageCosts
+from partita.units import format_time
 
 TIME_LIMIT_S = 2.0  # of one corner's proof; what is left then is told as the gap
 _MOST_AT_ONCE = 48  # boundaries of a first, thinned selection
@@ -32,11 +33,12 @@ class Boundaries:
     lower_bound_s: float
 
 
-def best_boundaries(costs: StageCosts) -> Boundaries:
-    """The best starts.
+def best_boundaries(costs: StageCosts, worth_s: float = np.inf) -> Boundaries:
+    """The best starts. Those with a makespan of at least `worth_s` are not told apart.
 
     Raises:
-        InfeasibleError: there are fewer ops than stages, or no starts fit the memory; names the smallest change.
+        InfeasibleError: there are fewer ops than stages, or no starts fit the memory (names the smallest change), or
+            none are below `worth_s`.
         SolverError: the solver's answer does not hold when it is priced anew.
     """
     count, n = len(costs.groups), costs.num_ops
@@ -52,15 +54,17 @@ def best_boundaries(costs: StageCosts) -> Boundaries:
     if not np.isfinite(bound_s):
         raise _why_not(costs)
     best = _first(costs, chain, bound_s)
-    cuts = _cuts(chain, best)
+    cuts = _cuts(chain, best, worth_s)
     if len(cuts) > _MOST_AT_ONCE:
         step = -(-len(cuts) // _MOST_AT_ONCE)
-        found = _solved(costs, sorted({*cuts[::step], *(best.starts if best else ())}))
+        found = _solved(costs, sorted({*cuts[::step], *(best.starts if best else ())}), worth_s)
         if found is not None and (best is None or found.makespan_s < best.makespan_s):
             best = found
-        cuts = _cuts(chain, best)
-    solved = _solved(costs, sorted({*cuts, *(best.starts if best else ())}))
+        cuts = _cuts(chain, best, worth_s)
+    solved = _solved(costs, sorted({*cuts, *(best.starts if best else ())}), worth_s)
     if solved is None:
+        if np.isfinite(worth_s):
+            raise InfeasibleError(f"No stage boundaries that fit take less than {format_time(worth_s)}.")
         raise _why_not(costs)
     if best is not None and best.makespan_s < solved.makespan_s:  # the solver came to its limit
         solved = Boundaries(starts=best.starts, makespan_s=best.makespan_s, lower_bound_s=solved.lower_bound_s)
@@ -82,16 +86,16 @@ def _first(costs: StageCosts, chain: Chain, bound_s: float) -> Boundaries | None
     return min(found, key=lambda one: one.makespan_s, default=None)
 
 
-def _cuts(chain: Chain, best: Boundaries | None) -> list[int]:
+def _cuts(chain: Chain, best: Boundaries | None, worth_s: float) -> list[int]:
     """The boundaries of all pipelines that are better."""
-    windows = chain.windows(best.makespan_s if best is not None else np.inf)
+    windows = chain.windows(min(best.makespan_s, worth_s) if best is not None else worth_s)
     return sorted({cut for low, high in windows or () for cut in range(low, high + 1)})
 
 
-def _solved(costs: StageCosts, cuts: Sequence[int]) -> Boundaries | None:
-    """The best starts among `cuts`; None where none fit."""
+def _solved(costs: StageCosts, cuts: Sequence[int], worth_s: float) -> Boundaries | None:
+    """The best starts among `cuts`; None where none fit, or are found below `worth_s`."""
     try:
-        solution = solve_inter(costs.problem(cuts), time_limit_s=TIME_LIMIT_S)
+        solution = solve_inter(costs.problem(cuts), time_limit_s=TIME_LIMIT_S, worth_s=worth_s)
     except InfeasibleError:
         return None
     starts = _starts(solution, cuts)

@@ -108,14 +108,14 @@ class Pricer:
         """Lower bound of the corner's step time for contiguous stages that fit their memory; infinity where none do."""
         return self._fixed_s(corner) + self._stage_costs(corner).chain().bound_s()
 
-    def price(self, corner: Corner, stage_starts: tuple[str, ...] | None) -> Price:
-        """The best split of the corner. Raises `InfeasibleError` where none fits the memory, `PlanError` for unknown
-        starts."""
+    def price(self, corner: Corner, stage_starts: tuple[str, ...] | None, worth_s: float = np.inf) -> Price:
+        """The best split of the corner; those of a step of at least `worth_s` are not told apart. Raises
+        `InfeasibleError` where none fits the memory, or is below `worth_s`, `PlanError` for unknown starts."""
         costs = self._stage_costs(corner)
         if stage_starts is not None:
             found = self._forced(costs, stage_starts)
         else:
-            found = best_boundaries(costs)
+            found = best_boundaries(costs, worth_s - self._fixed_s(corner))
             if self._too_much(self._memory(costs, found.starts)) is not None:
                 found = self._with_even_memory(costs, found)
         memory = self._memory(costs, found.starts)

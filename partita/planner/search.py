@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -108,26 +109,33 @@ def _branch_and_bound(
     any split), and when it comes up again it is priced, which takes longest. The visit ends when a bound exceeds the
     worst of `limit` found, which no later corner can then improve.
     """
-    heap = [(pricer.bound_s(corner), place, corner.pipeline == 1) for place, corner in enumerate(space)]
+    heap = [(pricer.bound_s(corner), 0, 0, place, corner.pipeline == 1) for place, corner in enumerate(space)]
     heapq.heapify(heap)
+    explained = False
     found: list[_Candidate] = []
     bounds: list[float] = []
     misses: list[str] = []
     while heap and not (len(found) >= limit and heap[0][0] > found[limit - 1].price.step_time_s):
-        bound_s, place, is_chain = heapq.heappop(heap)
+        bound_s, _, _, place, is_chain = heapq.heappop(heap)
         corner = space[place]
         if not is_chain and stage_starts is None:
-            heapq.heappush(heap, (max(bound_s, pricer.chain_bound_s(corner)), place, True))
+            chain_s = max(bound_s, pricer.chain_bound_s(corner))
+            thrift = (corner.pipeline, corner.num_microbatches) if math.isinf(chain_s) else (0, 0)
+            heapq.heappush(heap, (chain_s, -thrift[0], -thrift[1], place, True))
             continue
+        if math.isinf(bound_s) and (found or explained):
+            break  # no corner that is left fits its memory, and to say why takes long
         try:
-            price = pricer.price(corner, stage_starts)
+            worth_s = found[limit - 1].price.step_time_s if len(found) >= limit else math.inf
+            price = pricer.price(corner, stage_starts, worth_s)
         except InfeasibleError as error:
-            misses.append(str(error))
+            explained = math.isinf(bound_s)
+            misses.insert(0 if explained else len(misses), str(error))  # the thriftiest says what would help
             continue
         bounds.append(max(bound_s, price.lower_bound_s))
         found.append(_Candidate(corner, price))
         found.sort(key=lambda c: (c.price.step_time_s, len(c.corner.workers)))
-    return found[:limit], bounds + [bound_s for bound_s, _, _ in heap], misses
+    return found[:limit], bounds + [bound_s for bound_s, *_ in heap], misses
 
 
 Places = dict[str, dict[str, str]]

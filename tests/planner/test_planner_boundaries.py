@@ -170,3 +170,22 @@ def test_more_stages_than_ops_is_infeasible() -> None:
     costs = random_costs(0, 3, 2, 1, "1f1b")
     with pytest.raises(InfeasibleError, match="4 stages for 3 ops"):
         best_boundaries(replace(costs, groups=costs.groups * 2))
+
+
+@given(cases(), st.sampled_from([0.5, 1.0, 1.01, 2.0]))
+@settings(max_examples=200, deadline=None)
+def test_only_what_is_below_the_worth_has_to_be_found(costs: StageCosts, factor: float) -> None:
+    """Below it, the optimum is found and proven; otherwise it is proven that none is below."""
+    best_s = best_by_enumeration(costs)
+    if best_s is None or best_s == 0:
+        return
+    worth_s = factor * best_s
+    try:
+        found = best_boundaries(costs, worth_s)
+    except InfeasibleError as error:
+        assert worth_s <= best_s and "less than" in str(error)
+        return
+    assert found.makespan_s == costs.makespan_s(found.starts)
+    assert min(worth_s, best_s) * (1 - 1e-6) <= found.lower_bound_s <= best_s
+    if factor > 1:
+        assert found.makespan_s == pytest.approx(best_s, rel=1e-9)
