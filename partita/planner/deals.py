@@ -25,9 +25,10 @@ from partita.planner.inter.shares import share_candidates
 from partita.planner.layout import Deal, dealt_evenly, room
 from partita.units import proportional, split_evenly
 
-MAX_ORDERS = 24
-MAX_COUNTS = 16  # ways of dividing the workers between kinds of processes, those nearest to the kinds' speeds
-MAX_SHARES = 16
+MAX_ORDERS = 6
+MAX_COUNTS = 4  # ways of dividing the workers between kinds of processes, those nearest to the kinds' speeds
+MAX_SHARES = 16  # without a pipeline; with one MAX_PIPELINE_SHARES
+MAX_PIPELINE_SHARES = 1
 
 
 def deals(cluster: Cluster, num_workers: int, threads_per_worker: int, *, ordered: bool) -> tuple[Deal, ...]:
@@ -90,7 +91,8 @@ def share_vectors(
     speeds = [_speed(cluster, [w for w in workers if w.data == coordinate]) for coordinate in range(data)]
     rows = -(-batch_size // num_microbatches)
     found = [even]
-    for share in share_candidates(columns, speeds, rows, MAX_SHARES):
+    most = MAX_PIPELINE_SHARES if any(worker.stage for worker in workers) else MAX_SHARES
+    for share in share_candidates(columns, speeds, rows, most):
         if min(share) >= 1:
             whole = tuple(num_microbatches * own for own in share)
             found.append(whole if sum(whole) == batch_size else proportional(batch_size, share))
@@ -158,7 +160,7 @@ def _clustered(
         bytes_per_s=np.where(same, cluster.process_link.bytes_per_s, cluster.network.bytes_per_s),
     )
     speed = {names[kind[p.rank]]: _process_rate(cluster, p) for p in processes}
-    orders = candidate_orders(devices, links, speed, limit=8)
+    orders = candidate_orders(devices, links, speed, limit=MAX_ORDERS - 1)
     return tuple(tuple(processes[place].rank for place in order) for order in orders)
 
 
