@@ -65,6 +65,7 @@ def problems(draw: st.DrawFn, max_ops: int = 5, max_devices: int = 4) -> InterPr
         stage_sizes=stage_sizes,
         orders=_orders(rng, num_devices, draw(st.integers(1, 2))),
         fixed_s=float(rng.integers(0, 3)),
+        uses_all=draw(st.booleans()),
     )
 
 
@@ -164,7 +165,7 @@ def best_by_enumeration(problem: InterProblem) -> float | None:
 
 
 def _device_groups(problem: InterProblem) -> list[tuple[tuple[int, ...], ...]]:
-    """Every way to cut a beginning of an order into sub-meshes of allowed sizes."""
+    """Every way to cut a beginning of an order (all of it with `uses_all`) into sub-meshes of allowed sizes."""
     found = []
     for order in problem.orders:
         open_: list[tuple[tuple[int, ...], ...]] = [()]
@@ -174,7 +175,8 @@ def _device_groups(problem: InterProblem) -> list[tuple[tuple[int, ...], ...]]:
             for size in problem.stage_sizes:
                 if used + size <= len(order):
                     open_.append((*groups, order[used : used + size]))
-                    found.append(open_[-1])
+                    if not problem.uses_all or used + size == len(order):
+                        found.append(open_[-1])
     return list(dict.fromkeys(found))
 
 

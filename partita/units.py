@@ -62,3 +62,23 @@ def split_evenly(total: int, parts: int) -> tuple[int, ...]:
     """
     base, extra = divmod(total, parts)
     return tuple(base + (index < extra) for index in range(parts))
+
+
+def proportional(total: int, shares: tuple[int, ...]) -> tuple[int, ...]:
+    """Whole numbers that add up to `total`, as near as possible in proportion to `shares`, each at least 1 if it can
+    be.
+
+    >>> proportional(7, (2, 1))
+    (5, 2)
+    """
+    weight = sum(shares)
+    exact = [total * share / weight for share in shares]
+    sizes = [int(value) for value in exact]
+    order = sorted(range(len(shares)), key=lambda i: (sizes[i] - exact[i], i))
+    for index in order[: total - sum(sizes)]:
+        sizes[index] += 1
+    for index, size in enumerate(sizes):
+        if size == 0 and max(sizes) > 1:
+            sizes[sizes.index(max(sizes))] -= 1
+            sizes[index] = 1
+    return tuple(sizes)

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from partita.cluster.model import Cluster, Machine, Process
 from partita.errors import InfeasibleError
 from partita.plan import Worker
 
+Deal = tuple[tuple[int, int], ...]  # (rank of a process, its number of workers), in the order of the workers
+
 
 def worker_layout(
-    cluster: Cluster, data: int, pipeline: int, num_workers: int, threads_per_worker: int, tensor: int = 1
+    cluster: Cluster,
+    data: int,
+    pipeline: int,
+    num_workers: int,
+    threads_per_worker: int,
+    tensor: int = 1,
+    deal: Deal | None = None,
 ) -> tuple[Worker, ...]:
     """Place the ``pipeline * data * tensor`` workers on the processes of `cluster`; worker
     ``(stage * data + d) * tensor + t`` is (stage, d, t): the tensor axis exchanges most and has the nearest workers.
 
     Workers are dealt to processes in that order in contiguous runs, so with several processes the stages land in
     different processes and a stage's data group stays inside one where it fits. Every process gets at least one worker.
+    `deal` says in which order the processes come and how many workers each gets (see `partita.planner.deals`); by
+    default they come by rank and get equally many.
     Within a process, workers get consecutive cores and stay inside a NUMA node where possible. More workers than cores
     share cores (see `oversubscribed`). Raises `InfeasibleError` where a process would stay without a worker, or a
     worker needs more threads than its process has cores.
@@ -39,8 +51,13 @@ def worker_layout(
                 f"process "
                 f"{process.rank} has {len(process.cores)}. Set threads_per_worker={len(process.cores)}."
             )
+    if deal is None:
+        counts = dealt_evenly(processes, num_workers, threads_per_worker)
+        deal = tuple((process.rank, count) for process, count in zip(processes, counts, strict=True))
+    of_rank = {process.rank: process for process in processes}
     workers: list[Worker] = []
-    for process, count in zip(processes, _deal(processes, num_workers, threads_per_worker), strict=True):
+    for rank, count in deal:
+        process = of_rank[rank]
         machine = cluster.machines[process.machine]
         chunks = core_chunks(process, machine, threads_per_worker)
         for slot in range(count):
@@ -90,7 +107,7 @@ def core_chunks(process: Process, machine: Machine, size: int) -> list[tuple[int
     return chunks
 
 
-def _deal(processes: list[Process], num_workers: int, threads_per_worker: int) -> list[int]:
+def dealt_evenly(processes: Sequence[Process], num_workers: int, threads_per_worker: int) -> list[int]:
     """Workers of each process: one in turn while there is room, then (oversubscribed) one in turn regardless."""
     counts = [1] * len(processes)
     for _ in range(num_workers - len(processes)):

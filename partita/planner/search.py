@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +15,6 @@ from partita.cost.model import CostModel
 from partita.errors import InfeasibleError, PlanError, ProgramError
 from partita.graph.graph import Graph
 from partita.plan import Alternative, Constraints, Plan, Prediction, Worker, cluster_fingerprint
-from partita.planner.bound import space_bound_s
 from partita.planner.describe import title
 from partita.planner.inputs import placed_inputs
 from partita.planner.layout import oversubscribed
@@ -21,7 +22,7 @@ from partita.planner.price import Price, Pricer
 from partita.planner.space import Corner, corners
 from partita.planner.tensor import TensorPlacement, place_on_tensor_axis
 from partita.planner.work import Work, measure_work
-from partita.units import format_bytes, format_time, split_evenly
+from partita.units import format_bytes, format_time
 
 MAX_REFINED = 3  # refining a compiled plan compiles it
 
@@ -90,7 +91,7 @@ def search(
         raise InfeasibleError(misses[0] if misses else "No plan satisfies the constraints: free one of them.")
     bounds += [_time_s(plan) for plan in plans]  # evaluated ones and blocks belong to the space as well
     plans.sort(key=lambda plan: (_time_s(plan), plan.num_workers))
-    return _explained(_keep(plans, limit), space_bound_s(bounds), len(space))
+    return _explained(_keep(plans, limit), min(bounds), len(space))
 
 
 @dataclass(frozen=True)
@@ -102,22 +103,39 @@ class _Candidate:
 def _branch_and_bound(
     pricer: Pricer, space: tuple[Corner, ...], stage_starts: tuple[str, ...] | None, limit: int
 ) -> tuple[list[_Candidate], list[float], list[str]]:
-    """The best `limit` candidates, the bounds of all corners, and why corners are infeasible. Corners are visited by
-    rising bound; the visit ends when a bound exceeds the worst of `limit` found, which no later corner can then
-    improve."""
-    bounded = sorted(((pricer.bound_s(corner), place) for place, corner in enumerate(space)))
+    """The best `limit` candidates, proven lower bounds that cover all corners, and why corners are infeasible.
+
+    Corners are visited by rising bound. One that comes up is bounded better (a chain's bound takes longer than that of
+    any split), and when it comes up again it is priced, which takes longest. The visit ends when a bound exceeds the
+    worst of `limit` found, which no later corner can then improve.
+    """
+    heap = [(pricer.bound_s(corner), 0, 0, place, corner.pipeline == 1) for place, corner in enumerate(space)]
+    heapq.heapify(heap)
+    explained = False
     found: list[_Candidate] = []
+    bounds: list[float] = []
     misses: list[str] = []
-    for bound_s, place in bounded:
-        if len(found) >= limit and bound_s > found[limit - 1].price.step_time_s:
-            break
-        try:
-            found.append(_Candidate(space[place], pricer.price(space[place], stage_starts)))
-        except InfeasibleError as error:
-            misses.append(str(error))
+    while heap and not (len(found) >= limit and heap[0][0] > found[limit - 1].price.step_time_s):
+        bound_s, _, _, place, is_chain = heapq.heappop(heap)
+        corner = space[place]
+        if not is_chain and stage_starts is None:
+            chain_s = max(bound_s, pricer.chain_bound_s(corner))
+            thrift = (corner.pipeline, corner.num_microbatches) if math.isinf(chain_s) else (0, 0)
+            heapq.heappush(heap, (chain_s, -thrift[0], -thrift[1], place, True))
             continue
+        if math.isinf(bound_s) and (found or explained):
+            break  # no corner that is left fits its memory, and to say why takes long
+        try:
+            worth_s = found[limit - 1].price.step_time_s if len(found) >= limit else math.inf
+            price = pricer.price(corner, stage_starts, worth_s)
+        except InfeasibleError as error:
+            explained = math.isinf(bound_s)
+            misses.insert(0 if explained else len(misses), str(error))  # the thriftiest says what would help
+            continue
+        bounds.append(max(bound_s, price.lower_bound_s))
+        found.append(_Candidate(corner, price))
         found.sort(key=lambda c: (c.price.step_time_s, len(c.corner.workers)))
-    return found[:limit], [bound_s for bound_s, _ in bounded], misses
+    return found[:limit], bounds + [bound_s for bound_s, *_ in heap], misses
 
 
 Places = dict[str, dict[str, str]]
@@ -169,7 +187,7 @@ def _graph_plan(
     inputs, rules = placer.place(corner)
     reasons = [
         f"stage {stage}: {format_time(time_s)} a microbatch"
-        for stage, time_s in enumerate(price.solution.stage_time_s)
+        for stage, time_s in enumerate(price.stage_time_s)
         if corner.pipeline > 1
     ]
     if oversubscribed(cluster, len(corner.workers), corner.threads_per_worker):
@@ -187,8 +205,8 @@ def _graph_plan(
         num_microbatches=corner.num_microbatches,
         schedule=corner.schedule,
         compiled=corner.compiled,
-        stage_starts=tuple(work.names[start] for start in price.solution.starts),
-        shares=split_evenly(graph.batch_size, corner.data) if graph.batch_size else (),
+        stage_starts=tuple(work.names[start] for start in price.starts),
+        shares=corner.shares,
         prediction=Prediction(
             step_time_s=price.step_time_s,
             lower_bound_s=0.0,
@@ -357,9 +375,10 @@ def _explained(plans: list[Plan], bound_s: float, num_corners: int) -> tuple[Pla
             )
         reasons = (
             *plan.reasons,
-            f"{num_corners} combinations of workers, threads, mesh, microbatches, schedule and compilation were "
-            "bounded; stage boundaries are optimal within each that the bound could not exclude. The lower bound is "
-            "proven for the planner's formula; what the best plans are predicted to take comes from simulating them.",
+            f"{num_corners} combinations of workers, threads, mesh, orders of processes, shares of rows, microbatches, "
+            "schedule and compilation were bounded; stage boundaries are optimal within each that the bound could not "
+            "exclude. The lower bound is proven for the planner's formula; what the best plans are predicted to take "
+            "comes from simulating them.",
         )
         if ties:
             reasons += (

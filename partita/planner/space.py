@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from partita.cluster.model import Cluster
 from partita.errors import InfeasibleError
 from partita.plan import Constraints, Schedule, Worker
+from partita.planner.deals import deals, share_vectors
 from partita.planner.layout import room, worker_layout
 
 
@@ -23,6 +25,7 @@ class Corner:
     schedule: Schedule
     compiled: bool
     workers: tuple[Worker, ...]
+    shares: tuple[int, ...] = ()  # rows of the batch by data coordinate; () where it has none
 
 
 def corners(
@@ -41,7 +44,7 @@ def corners(
             )
             continue
         try:
-            workers = worker_layout(cluster, data, pipeline, data * pipeline * tensor, threads, tensor)
+            layouts = _layouts(cluster, data, pipeline, tensor, threads)
         except InfeasibleError as error:
             reasons.append(str(error))
             continue
@@ -52,23 +55,40 @@ def corners(
                     f"num_microbatches must be at most the {rows} rows of a worker, but got {num_microbatches}."
                 )
                 continue
-            for schedule in _schedules(constraints, pipeline, num_microbatches):
-                for compiled in (True, False) if constraints.compiled is None else (constraints.compiled,):
-                    found.append(
-                        Corner(
-                            data=data,
-                            pipeline=pipeline,
-                            tensor=tensor,
-                            threads_per_worker=threads,
-                            num_microbatches=num_microbatches,
-                            schedule=schedule,
-                            compiled=compiled,
-                            workers=workers,
-                        )
+            placed = [
+                (workers, shares)
+                for workers in layouts
+                for shares in share_vectors(cluster, workers, data, batch_size, num_microbatches)
+            ]
+            schedules = _schedules(constraints, pipeline, num_microbatches)
+            kinds = (True, False) if constraints.compiled is None else (constraints.compiled,)
+            for schedule, compiled, (workers, shares) in product(schedules, kinds, placed):
+                found.append(
+                    Corner(
+                        data=data,
+                        pipeline=pipeline,
+                        tensor=tensor,
+                        threads_per_worker=threads,
+                        num_microbatches=num_microbatches,
+                        schedule=schedule,
+                        compiled=compiled,
+                        workers=workers,
+                        shares=shares,
                     )
+                )
     if not found:
         raise InfeasibleError(reasons[0] if reasons else "No mesh satisfies the constraints: free one of them.")
     return tuple(found)
+
+
+def _layouts(cluster: Cluster, data: int, pipeline: int, tensor: int, threads: int) -> list[tuple[Worker, ...]]:
+    """The ways of placing a mesh on the processes (one on equal machines)."""
+    total = data * pipeline * tensor
+    first = worker_layout(cluster, data, pipeline, total, threads, tensor)  # refuses what cannot be
+    if len(cluster.processes) == 1:
+        return [first]
+    candidates = deals(cluster, total, threads, ordered=pipeline > 1)
+    return [worker_layout(cluster, data, pipeline, total, threads, tensor, deal) for deal in candidates]
 
 
 def _meshes(

@@ -1,20 +1,37 @@
 """The work of a training step along the order of its forward ops: times, bytes that cross cuts, weights, activations.
 
 Every backward op is put at the position of a forward op, as lowering does by stage: the latest forward value that it
-reads, but not after any backward value that it reads (gradients flow from later positions to earlier ones only).
+reads, or the parameter whose gradient it leads to where that is later, but not after any backward value that it reads
+(gradients flow from later positions to earlier ones only). Ops of parameters, constants and factories alone are free:
+every stage that reads one computes it itself. They count where the forward phase first reads them, and cross no cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx
 
-from partita.graph.graph import Graph, InputKind, OpInfo, Phase
-from partita.planner.stages import Array
+from partita.graph.graph import Graph, InputKind, OpInfo, OutputKind, Phase
+from partita.graph.simplify import is_random
+
+Array = npt.NDArray[np.float64]
+_FREE_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.SEED)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PhaseTimes:
+    """Seconds of each position in the forward and in the backward phase: `fixed` whatever the rows, `row` for the rows
+    of the whole batch."""
+
+    forward_fixed_s: Array
+    forward_row_s: Array
+    backward_fixed_s: Array
+    backward_row_s: Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,20 +43,29 @@ class Work:
     position: dict[str, int]  # of every op node
     nodes: tuple[fx.Node, ...]  # all ops, in order
     rows: frozenset[str]
-    crossing_bytes: Array  # [n]: whole batch, of values that cross the cut before op i, both ways
+    forward: frozenset[str]  # op nodes of the forward phase
+    there_bytes: Array  # [n]: whole batch, of values that cross the cut before op i to later positions
+    back_bytes: Array  # [n]: the same to earlier positions
+    shared_bytes: Array  # [n]: of parameters that live before the cut and are read behind it as well
     saved_bytes: Array  # [n]: whole batch, forward values kept for the backward phase
     parameter_elements: Array  # [n]: of the parameters first read at op i
     parameter_bytes: Array
 
-    def times(self, op_time_s: Callable[[fx.Node], float], fraction: float, floor_s: float) -> Array:
-        """Seconds of each position for `fraction` of the batch's rows; `floor_s` is the part of an op that no size
-        removes."""
-        result = np.zeros(len(self.names))
-        for node in self.nodes:
-            whole = op_time_s(node)
-            fixed = min(whole, floor_s)
-            result[self.position[node.name]] += fixed + (whole - fixed) * (fraction if node.name in self.rows else 1.0)
-        return result
+    def times(self, op_time_s: Callable[[fx.Node], float]) -> PhaseTimes:
+        """The times of all positions. Of an op that works on rows, all but the smallest time of any op grows with
+        them."""
+        wholes = [op_time_s(node) for node in self.nodes]
+        floor_s = min((time_s for time_s in wholes if time_s > 0), default=0.0)
+        count = len(self.names)
+        fixed, row = np.zeros((2, count)), np.zeros((2, count))
+        for node, whole in zip(self.nodes, wholes, strict=True):
+            place = int(node.name not in self.forward), self.position[node.name]
+            own = min(whole, floor_s) if node.name in self.rows else whole
+            fixed[place] += own
+            row[place] += whole - own
+        return PhaseTimes(
+            forward_fixed_s=fixed[0], forward_row_s=row[0], backward_fixed_s=fixed[1], backward_row_s=row[1]
+        )
 
 
 def tensor_bytes(node: fx.Node) -> int:
@@ -55,33 +81,39 @@ def measure_work(graph: Graph) -> Work:
     forward = {node.name for node in nodes if _phase(node) is Phase.FORWARD}
     names = tuple(node.name for node in nodes if node.name in forward and isinstance(node.meta.get("op"), OpInfo))
     batch = {item.node for item in graph.inputs_of(InputKind.BATCH)}
-    position = _positions(nodes, forward, names, batch)
+    parameters = {item.name: item.node for item in graph.inputs_of(InputKind.PARAMETER)}
+    gradients = {o.node: parameters[o.target] for o in graph.outputs_of(OutputKind.GRADIENT) if o.target in parameters}
+    free = _free_nodes(graph)
+    position = _positions(graph, forward, free, names, gradients)
     count = len(names)
-    crossing, saved = np.zeros(count + 1), np.zeros(count)
+    there, back, saved = np.zeros(count + 1), np.zeros(count + 1), np.zeros(count)
     rows: set[str] = set()
     for node in nodes:
         if any(source.name in batch or source.name in rows for source in node.all_input_nodes):
             rows.add(node.name)
         here, num_bytes = position[node.name], tensor_bytes(node)
-        if isinstance(node.meta.get("val"), tuple | list):
-            continue  # its `getitem`s are counted
+        if node.name in free or isinstance(node.meta.get("val"), tuple | list):
+            continue  # of a tuple its `getitem`s are counted
         users = [user for user in node.users if user.name in position]
         places = [position[user.name] for user in users]
         if places and max(places) > here:
-            crossing[here + 1] += num_bytes
-            crossing[min(max(places) + 1, count)] -= num_bytes
+            there[here + 1] += num_bytes
+            there[min(max(places) + 1, count)] -= num_bytes
         if places and min(places) < here:
-            crossing[min(places) + 1] += num_bytes
-            crossing[here + 1] -= num_bytes
+            back[min(places) + 1] += num_bytes
+            back[here + 1] -= num_bytes
         if node.name in forward and not _is_view(node) and any(user.name not in forward for user in users):
             saved[here] += num_bytes
-    elements, num_bytes_of = _parameters(graph, position, count)
+    elements, num_bytes_of, shared = _parameters(graph, position, free, count)
     return Work(
         names=names,
         position=position,
         nodes=tuple(n for n in nodes if isinstance(n.meta.get("op"), OpInfo)),
         rows=frozenset(rows),
-        crossing_bytes=np.maximum(np.cumsum(crossing)[:count], 0.0),
+        forward=frozenset(forward),
+        there_bytes=np.maximum(np.cumsum(there)[:count], 0.0),
+        back_bytes=np.maximum(np.cumsum(back)[:count], 0.0),
+        shared_bytes=shared,
         saved_bytes=saved,
         parameter_elements=elements,
         parameter_bytes=num_bytes_of,
@@ -102,35 +134,92 @@ def _is_view(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
-def _positions(nodes: list[fx.Node], forward: set[str], names: tuple[str, ...], batch: set[str]) -> dict[str, int]:
+def _free_nodes(graph: Graph) -> set[str]:
+    free = {item.node for item in graph.inputs if item.kind in _FREE_KINDS}
+    for node in graph.nodes:
+        if not is_random(node) and all(source.name in free for source in node.all_input_nodes):
+            free.add(node.name)
+    return free
+
+
+def _positions(
+    graph: Graph, forward: set[str], free: set[str], names: tuple[str, ...], gradients: Mapping[str, str]
+) -> dict[str, int]:
+    """`gradients`: node of a parameter's gradient -> the parameter's node."""
+    nodes = graph.nodes
     index = {name: place for place, name in enumerate(names)}
     position: dict[str, int] = {}
-    weights: dict[str, int] = {}  # a weight lives where the forward phase first reads it
     last = 0
     for node in nodes:
         if node.name in forward:
             last = index.get(node.name, last)
-            for source in node.all_input_nodes:
-                if source.op == "placeholder" and source.name not in batch:
-                    weights.setdefault(source.name, last)
-            sources = [position[s.name] for s in node.all_input_nodes if s.name in position]
-            position[node.name] = index.get(node.name, max(sources, default=last))
+            before = [position[s.name] for s in node.all_input_nodes if s.name in position]
+            position[node.name] = index.get(node.name, max(before, default=last))
+    homes = _homes(list(graph.module.graph.nodes), forward, free, position)
+    position.update({name: home for name, home in homes.items() if name in position})
+    least = _least_positions(nodes, forward, homes, gradients)
+    for node in nodes:
+        if node.name in forward:
             continue
-        read = [position[s.name] for s in node.all_input_nodes if s.name in forward]
-        read += [weights[s.name] for s in node.all_input_nodes if s.name in weights]
-        gradients = [position[s.name] for s in node.all_input_nodes if s.name in position and s.name not in forward]
+        sources = [source.name for source in node.all_input_nodes]
+        read = [position[name] for name in sources if name in forward and name not in free]
+        read += [homes[name] for name in sources if name in homes]
+        if read and node.name in least:
+            read.append(least[node.name])
+        later = [position[name] for name in sources if name in position and name not in forward | free]
         end = max(len(names) - 1, 0)
-        position[node.name] = min(max(read, default=end), min(gradients, default=end))
+        here = min(max(read, default=end), min(later, default=end))
+        position[node.name] = min(here, homes.get(gradients.get(node.name, ""), here))
     return position
 
 
-def _parameters(graph: Graph, position: dict[str, int], count: int) -> tuple[Array, Array]:
-    elements, num_bytes = np.zeros(count), np.zeros(count)
+def _homes(nodes: list[fx.Node], forward: set[str], free: set[str], position: Mapping[str, int]) -> dict[str, int]:
+    """Free nodes -> where the forward phase first reads them, directly or through other free nodes."""
+    homes: dict[str, int] = {}
+    for node in reversed(nodes):
+        if node.name in free:
+            read = [homes[user.name] for user in node.users if user.name in homes]
+            read += [position[user.name] for user in node.users if user.name in forward and user.name not in free]
+            if read:
+                homes[node.name] = min(read)
+    return homes
+
+
+def _least_positions(
+    nodes: list[fx.Node], forward: set[str], homes: Mapping[str, int], gradients: Mapping[str, str]
+) -> dict[str, int]:
+    """Backward ops that lead to a parameter's gradient -> the last position at which one of these parameters lives: a
+    weight gradient does not follow the activation that it reads to the stage before."""
+    least: dict[str, int] = {}
+    for node in reversed(nodes):
+        if node.name in forward:
+            continue
+        wanted = [least[user.name] for user in node.users if user.name in least]
+        if node.name in gradients:
+            wanted.append(homes.get(gradients[node.name], 0))
+        if wanted:
+            least[node.name] = max(wanted)
+    return least
+
+
+def _parameters(graph: Graph, position: Mapping[str, int], free: set[str], count: int) -> tuple[Array, Array, Array]:
+    """(elements, bytes, bytes that are read behind each cut too) of the parameters."""
+    elements, num_bytes, shared = np.zeros(count), np.zeros(count), np.zeros(count + 1)
     placeholders = {node.name: node for node in graph.module.graph.nodes if node.op == "placeholder"}
+    furthest: dict[str, int] = {}
+    for node in reversed(graph.module.graph.nodes):
+        if node.name in free:
+            read = [furthest[user.name] for user in node.users if user.name in furthest]
+            read += [position[user.name] for user in node.users if user.name in position and user.name not in free]
+            if read:
+                furthest[node.name] = max(read)
     for item in graph.inputs_of(InputKind.PARAMETER):
         places = [position[user.name] for user in placeholders[item.node].users if user.name in position]
         if places:
-            size = int(np.prod(item.shape, dtype=np.int64))
-            elements[min(places)] += size
-            num_bytes[min(places)] += size * item.dtype.itemsize
-    return elements, num_bytes
+            size, home = int(np.prod(item.shape, dtype=np.int64)), min(places)
+            elements[home] += size
+            num_bytes[home] += size * item.dtype.itemsize
+            last = max(furthest.get(item.node, home), home)
+            shared[home + 1] += size * item.dtype.itemsize
+            shared[last + 1] -= size * item.dtype.itemsize
+    return elements, num_bytes, np.maximum(np.cumsum(shared)[:count], 0.0)

@@ -21,7 +21,7 @@ from partita.program.draws import hoist_draws
 from partita.program.instructions import Box, Draw
 from partita.sharding.placement import Placement, Replicate, Shard
 from partita.sharding.shard import ShardedGraph, shard
-from partita.units import split_evenly
+from partita.units import proportional, split_evenly
 
 TIME, TENSOR, DATA = "time", "tensor", "data"
 Seeds = Mapping[str, Mapping[str, int]]
@@ -151,22 +151,6 @@ def split(
     if key not in kept:
         kept[key] = _Splitting(graph, num_microbatches, shares, num_tensor, seeds, rules, local_statistics).run()
     return kept[key]
-
-
-def proportional(total: int, shares: tuple[int, ...]) -> tuple[int, ...]:
-    """Whole numbers that add up to `total`, as near as possible in proportion to `shares`, each at least 1 if it can
-    be."""
-    weight = sum(shares)
-    exact = [total * share / weight for share in shares]
-    sizes = [int(value) for value in exact]
-    order = sorted(range(len(shares)), key=lambda i: (sizes[i] - exact[i], i))
-    for index in order[: total - sum(sizes)]:
-        sizes[index] += 1
-    for index, size in enumerate(sizes):
-        if size == 0 and max(sizes) > 1:
-            sizes[sizes.index(max(sizes))] -= 1
-            sizes[index] = 1
-    return tuple(sizes)
 
 
 @dataclass(frozen=True)

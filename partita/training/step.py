@@ -32,7 +32,7 @@ from partita.training.optimizers import check_optimizer
 from partita.training.planning import block_plan
 from partita.training.runners import BlockRunner, GraphRunner, LossFn, owners_of
 from partita.training.watch import Watch
-from partita.units import split_evenly
+from partita.units import proportional
 
 MAX_GRAPHS = 8  # batch shapes and states of the model that are captured; further ones run as one block
 
@@ -452,7 +452,7 @@ def make_runner(
 
 
 def adapted_plan(plan: Plan, graph: Graph) -> Plan:
-    """The same split for another batch shape: rows shared anew, fewer microbatches where there are too few rows.
+    """The same split for another batch shape: rows in the same proportion, fewer microbatches where there are too few.
 
     Raises:
         TooFewRowsError: the batch has fewer rows than the data axis has workers.
@@ -469,7 +469,7 @@ def adapted_plan(plan: Plan, graph: Graph) -> Plan:
         plan,
         graph_fingerprint=graph.fingerprint,
         num_microbatches=microbatches,
-        shares=split_evenly(graph.batch_size, num_data) if num_data > 1 else (),
+        shares=proportional(graph.batch_size, plan.shares or (1,) * num_data) if num_data > 1 else (),
         compiled=False,
         prediction=None,
     )

@@ -136,7 +136,8 @@ def test_backward_ops_follow_their_forward_ops() -> None:
     assert forward == [0, 1, 2, 3, 4]
     assert work.position["mm_default_4"] <= 3 and work.position["mm_default_11"] == 0
     assert work.parameter_elements.tolist() == [WIDTH**2] * LAYERS + [0]
-    assert work.crossing_bytes[0] == 0 and (work.crossing_bytes[1:] > 0).all()
+    assert work.there_bytes[0] == work.back_bytes[0] == 0
+    assert (work.there_bytes[1:] > 0).all() and (work.back_bytes[1:] > 0).all()
 
 
 def test_the_best_plan_uses_both_cores_and_is_ranked_with_plain_pytorch() -> None:

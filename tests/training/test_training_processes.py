@@ -76,7 +76,13 @@ def expected() -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
     return losses, state, moments
 
 
-@pytest.mark.parametrize("corner", ["data", "pipeline", "tensor", "fully sharded", "tensor and fully sharded", "block"])
+@pytest.mark.parametrize(
+    "corner",
+    [
+        "data", "pipeline", "tensor", "fully sharded", "tensor and fully sharded", "block", "uneven shares",
+        "second process first",
+    ],
+)  # fmt: skip
 def test_two_processes_equal_plain_pytorch(corner: str, tmp_path: Path) -> None:
     results = run_job(corner, tmp_path)
     losses, state, moments = expected()
@@ -87,6 +93,8 @@ def test_two_processes_equal_plain_pytorch(corner: str, tmp_path: Path) -> None:
         assert result["moments"] == pytest.approx(moments, rel=1e-3, abs=1e-6)
     if corner == "data":  # each process read its half of the batches of the planned size
         assert [result["rows"][0] for result in results] == [4, 4]
+    if corner == "uneven shares":
+        assert [result["rows"][0] for result in results] == [6, 2]
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ import json
 import sys
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import partita
-from partita import Constraints
+from partita import Cluster, Constraints
 
 CORNERS = {
     "data": Constraints(data=2, pipeline=1, compiled=False),
@@ -33,7 +34,26 @@ CORNERS = {
         inputs={"0.*": {"tensor": "S(0)"}, "2.weight": {"tensor": "S(1)"}},
     ),
     "block": None,
+    "uneven shares": Constraints(data=2, pipeline=1, num_microbatches=1, threads_per_worker=1, compiled=False),
+    "second process first": Constraints(
+        data=1,
+        pipeline=2,
+        num_microbatches=2,
+        schedule="1f1b",
+        threads_per_worker=1,
+        compiled=False,
+        stage_starts=("addmm_1",),
+    ),
 }
+
+
+def as_on_unequal_machines(corner: str, plan: partita.Plan) -> partita.Plan:
+    """What the planner chooses where one machine is faster, or has more memory."""
+    if corner == "uneven shares":
+        return msgspec.structs.replace(plan, shares=(6, 2))
+    workers = (plan.workers[1], plan.workers[0])
+    swapped = [msgspec.structs.replace(worker, index=i, stage=i) for i, worker in enumerate(workers)]
+    return msgspec.structs.replace(plan, workers=tuple(swapped))
 
 
 def build(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -63,6 +83,10 @@ def main(corner: str, folder: str, rank: int) -> None:
     first = next(iter(batches))
     constraints = CORNERS[corner]
     options: dict[str, Any] = {} if constraints is None else {"plan": constraints}
+    if corner in ("uneven shares", "second process first"):
+        cluster = Cluster.detect()
+        plan = partita.plan(model, loss_fn, first, optimizer=optimizer, cluster=cluster, constraints=constraints)
+        options["plan"] = as_on_unequal_machines(corner, plan)
     function = branching if constraints is None else loss_fn
     losses, num_rows = [], []
     with partita.parallelize(model, optimizer, function, first, timeout_s=30, **options) as step:

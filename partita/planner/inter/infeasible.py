@@ -72,7 +72,8 @@ def _least_need(tables: Tables, setting: Setting, stages: int) -> tuple[float, i
     family, count = tables.family, setting.num_devices
     end = np.full(len(family), np.inf)
     end[-1] = 0.0
-    behind = {place: (end, np.full(len(family), -1)) for place in range(1, count + 1)}
+    ends = (count,) if tables.problem.uses_all else range(1, count + 1)
+    behind = {place: (end, np.full(len(family), -1)) for place in ends}
     best: tuple[float, int] | None = None
     for from_end in range(1, stages + 1):
         cells: dict[int, tuple[Array, np.ndarray]] = {}

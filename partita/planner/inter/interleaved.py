@@ -225,10 +225,9 @@ def push_interleaved(search: Search) -> list[Setting]:
     """Push the root nodes of every interleaved setting; returns the settings."""
     found = []
     problem, tables = search.tables.problem, search.tables
-    prefixes = dict.fromkeys(order[:length] for order in problem.orders for length in range(2, len(order) + 1))
     least, most = min(problem.stage_sizes), max(problem.stage_sizes)
     for m in problem.microbatch_counts:
-        for order in prefixes:
+        for order in problem.beginnings(2):
             groups = [s for s in range(2, len(order) // least + 1) if m % s == 0 and s * most >= len(order)]
             bound_s = _whole_bound_s(tables, order, m) * (1 - ROUNDING) if groups else np.inf
             for s in groups:

@@ -57,8 +57,9 @@ def _broken_stages(problem: InterProblem, solution: InterSolution) -> Iterator[s
     if any(not stage.ops for stage in stages):
         yield "a stage must hold an op"
     used = tuple(device for stage in stages[:groups] for device in stage.devices)
-    if not any(order[: len(used)] == used for order in problem.orders):
-        yield "the sub-meshes must follow each other from the beginning of an order"
+    if used not in problem.beginnings():
+        whole = "hold an order" if problem.uses_all else "follow each other from the beginning of an order"
+        yield f"the sub-meshes must {whole}"
     if any(len(stage.devices) not in problem.stage_sizes for stage in stages):
         yield "a stage's number of devices must be in stage_sizes"
     if any(stage.devices != stages[q % groups].devices for q, stage in enumerate(stages)):

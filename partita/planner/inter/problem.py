@@ -1,6 +1,7 @@
 """The inter-stage problem: which ops form a stage, on which devices, how many microbatches, which schedule.
 
-Space        An order pi of devices (one of `orders`), its first L devices (the others stay idle), S stages. Stage s
+Space        An order pi of devices (one of `orders`), its first L devices (the others stay idle; with `uses_all` none
+             does), S stages. Stage s
              holds the ops I_{s+1} \\ I_s of a chain of down-sets {} = I_0 < I_1 < ... < I_S = all ops, and the devices
              pi(p_s) .. pi(p_s + d_s - 1) with p_0 = 0, p_{s+1} = p_s + d_s, p_S = L and d_s in `stage_sizes`; one of
              the options that the stage costs offer for (ops, devices); m in `microbatch_counts`; a schedule of
@@ -78,6 +79,7 @@ class InterProblem:
         chunk_counts: candidates for v of the interleaved schedule, which also needs m to be a multiple of S.
         stage_sizes: how many devices a stage may have.
         orders: candidate device orders (indices; each device at most once); see `partita.planner.inter.orders`.
+        uses_all: whether every device of an order must be in a stage.
         fixed_s: added to every step.
         max_down_sets: more of them, and the prefixes of topological orders stand for all.
     """
@@ -94,6 +96,7 @@ class InterProblem:
     chunk_counts: tuple[int, ...] = (2,)
     stage_sizes: tuple[int, ...] = (1,)
     orders: tuple[tuple[int, ...], ...] = field(default=())
+    uses_all: bool = False
     fixed_s: float = 0.0
     max_down_sets: int = 800
 
@@ -126,6 +129,11 @@ class InterProblem:
         """Pairs (first, second), each once."""
         pairs = {(value.producer, consumer) for value in self.values for consumer in value.consumers}
         return sorted(pairs | set(self.before))
+
+    def beginnings(self, least: int = 1) -> list[tuple[int, ...]]:
+        """The devices that a pipeline may use, in order, each once: at least `least` of them."""
+        found = [o[:n] for o in self.orders for n in ((len(o),) if self.uses_all else range(1, len(o) + 1))]
+        return list(dict.fromkeys(order for order in found if len(order) >= least))
 
     def rows(self, num_microbatches: int) -> int:
         return self.batch_rows // num_microbatches

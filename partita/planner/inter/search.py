@@ -47,13 +47,14 @@ class Found:
 
 @dataclass
 class Search:
-    """The heap and the best pipelines. `keep`: how many of them."""
+    """The heap and the best pipelines. `keep`: how many of them; `worth_s`: others need not be told apart."""
 
     tables: Tables
     max_nodes: int
     deadline: float
     gap: float = 0.0  # relative: ends where it is proven
     keep: int = 4
+    worth_s: float = np.inf
     best: list[Found] = field(default_factory=list)
     num_nodes: int = 0
     num_labels: int = 0
@@ -64,7 +65,8 @@ class Search:
 
     @property
     def best_s(self) -> float:
-        return self.best[0].makespan_s if self.best else np.inf
+        """The makespan that is to be undercut."""
+        return min(self.best[0].makespan_s, self.worth_s) if self.best else self.worth_s
 
     @property
     def cutoff_s(self) -> float:
@@ -225,13 +227,12 @@ class PrefixNode:
 def settings_of(tables: Tables) -> list[tuple[float, Setting]]:
     """Every setting of the schedules with one chunk, with its bound; those without any pipeline are left out."""
     problem = tables.problem
-    prefixes = dict.fromkeys(order[:length] for order in problem.orders for length in range(1, len(order) + 1))
     found = []
     for m in problem.microbatch_counts:
         for schedule in problem.schedules:
             if schedule == "interleaved":
                 continue
-            for order in prefixes:
+            for order in problem.beginnings():
                 stages: Sequence[int | None] = (None,)
                 if schedule == "zero_bubble":
                     least = -(-len(order) // max(problem.stage_sizes))

@@ -73,18 +73,24 @@ class InterSolution:
 
 
 def solve_inter(
-    problem: InterProblem, *, gap: float = 0.0, max_nodes: int = 20_000, time_limit_s: float = 10.0
+    problem: InterProblem,
+    *,
+    gap: float = 0.0,
+    max_nodes: int = 20_000,
+    time_limit_s: float = 10.0,
+    worth_s: float = np.inf,
 ) -> InterSolution:
     """The best pipeline, searched until the relative gap is proven to be at most `gap`, or to one of the limits
-    (that of nodes counts once a pipeline is found).
+    (that of nodes counts once a pipeline is found). Pipelines that take `worth_s` or longer are not told apart: the
+    search ends when none is below.
 
-    Raises `InfeasibleError` where no pipeline fits, naming the limit and the smallest change.
+    Raises `InfeasibleError` where no pipeline fits, naming the limit and the smallest change, or is below `worth_s`.
 
     Example: see `tests/planner/test_planner_inter_solve.py`.
     """
     begin = time.monotonic()
     tables = Tables(problem, family_of(problem))
-    search = Search(tables, max_nodes, begin + time_limit_s, gap)
+    search = Search(tables, max_nodes, begin + time_limit_s, gap, worth_s=worth_s - problem.fixed_s)
     settings = []
     for bound_s, setting in sorted(settings_of(tables), key=lambda one: one[0]):
         search.push(bound_s, 0, SettingNode(setting, bound_s))
@@ -99,6 +105,8 @@ def solve_inter(
                 f"No pipeline was found that fits within time_limit_s={time_limit_s:g}, and none was proven not to "
                 "exist. Raise it, or give fewer orders, sizes or microbatch counts."
             )
+        if np.isfinite(worth_s):
+            raise InfeasibleError(f"No pipeline that fits takes less than worth_s={worth_s:g}.")
         raise explain_infeasible(tables)
     solutions = [_solution(tables, found, search, lower_bound_s, begin) for found in reversed(search.best)]
     best = solutions.pop()
