@@ -18,6 +18,7 @@ from partita.graph.recording import Recording, StepInputs, functionalize, lift_c
 from partita.graph.repeat import depends_on_state
 from partita.graph.simplify import simplify
 from partita.graph.standins import Substitution, model_tensors
+from partita.graph.strides import address_entries
 
 
 def capture(
@@ -71,6 +72,7 @@ def capture(
         _check_repeats(model, loss_fn, inputs, substitution, first)
         lift_constants(first)
         functional = functionalize(first, inputs, _loss_dtype(first))
+        address_entries(functional.module.graph, functional.labels)
         simplify(functional.module.graph)
         names = {name: substitution.name_of(tensor) or name for name, tensor in functional.constants.items()}
     return assemble(functional, inputs, [path for path, _ in paths], names)
