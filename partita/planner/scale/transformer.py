@@ -53,8 +53,8 @@ SOFTMAX_LAUNCHES, SOFTMAX_BYTES = 5, (36.0, 40.0)
 # Kernels that the host starts before each forward pass: a batch is taken from the loader, its sizes and tokens are
 # broadcast to the tensor ranks, cut into inputs and labels, mask and positions are made (a dozen element-wise kernels),
 # and the loss of the pass before is summed and averaged. The host waits for the sizes, so the device waits meanwhile.
-# What they do is in `get_batch`, `broadcast_data` and `get_ltor_masks_and_position_ids` of Megatron-LM 2.x; how many kernels
-# that are is an estimate.
+# What happens is in `get_batch`, `broadcast_data` and `get_ltor_masks_and_position_ids` of Megatron-LM 2.x; how many
+# kernels that takes is an estimate.
 INPUT_LAUNCHES = 30
 # Bytes for each logit, forward and backward, of a cross-entropy whose operations each write a four-byte result (to four
 # bytes 6, transposed 8, maximum 4, subtraction 8, exponential 8, sum 4, quotient 8, choice 8; backward: copy, product,
