@@ -199,7 +199,7 @@ def test_texts_tell_the_plan() -> None:
     for part in (
         "200 ms",
         "100 ms",
-        "gap 100%",
+        "gap 50%",
         "15%",
         "It is fast.",
         "other",
