@@ -101,14 +101,18 @@ def share_vectors(
 
 def _speed(cluster: Cluster, column: Sequence[Worker]) -> float:
     """Of a column whose workers follow one another: FLOP/s as far as they are told, else cores."""
-    rates = [_rate(cluster.machines[worker.machine], worker) for worker in column]
+    rates = [
+        _rate(cluster.machines[worker.machine], () if worker.gpu is None else (worker.gpu,), len(worker.cores))
+        for worker in column
+    ]
     return len(rates) / sum(1.0 / rate for rate in rates)
 
 
-def _rate(machine: Machine, worker: Worker) -> float:
-    if worker.gpu is not None:
-        return max(machine.gpus[worker.gpu].flops_per_s.get("float32", 0.0), 1.0)
-    return len(worker.cores) * (machine.flops_per_s_per_core or 1.0)
+def _rate(machine: Machine, gpus: Sequence[int], num_cores: int) -> float:
+    """FLOP/s of the GPUs, else of the cores; at least 1, as it is divided by."""
+    if gpus:
+        return max(sum(machine.gpus[gpu].flops_per_s.get("float32", 0.0) for gpu in gpus), 1.0)
+    return num_cores * (machine.flops_per_s_per_core or 1.0)
 
 
 def _evenly_spread(processes: Sequence[Process]) -> bool:
@@ -165,10 +169,7 @@ def _clustered(
 
 
 def _process_rate(cluster: Cluster, process: Process) -> float:
-    machine = cluster.machines[process.machine]
-    if process.gpus:
-        return sum(machine.gpus[gpu].flops_per_s.get("float32", 0.0) for gpu in process.gpus)
-    return len(process.cores) * (machine.flops_per_s_per_core or 1.0)
+    return _rate(cluster.machines[process.machine], process.gpus, len(process.cores))
 
 
 def _counts(cluster: Cluster, processes: Sequence[Process], num_workers: int, threads: int) -> list[tuple[int, ...]]:

@@ -34,6 +34,7 @@ from partita.errors import InfeasibleError, PlanError
 from partita.graph.graph import Graph
 from partita.plan import Worker
 from partita.planner.boundaries import Boundaries, best_boundaries
+from partita.planner.inter.chain import prefix_sums
 from partita.planner.space import Corner
 from partita.planner.stage_costs import Host, StageCosts, StageGroup
 from partita.planner.work import Array, PhaseTimes, Work
@@ -79,7 +80,7 @@ class Pricer:
         self._links: dict[tuple[int, int], tuple[float, float]] = {}
         self._memory_limits = {p.rank: float(p.memory_bytes or np.inf) for p in cluster.processes}
         static = 2 * work.parameter_bytes + state_bytes_per_element * work.parameter_elements
-        self._static, self._saved = _prefix(static), _prefix(work.saved_bytes)
+        self._static, self._saved = prefix_sums(static), prefix_sums(work.saved_bytes)
 
     def bound_s(self, corner: Corner) -> float:
         """Lower bound of the corner's step time for any split of the ops (see the module's docstring); of a corner
@@ -302,8 +303,8 @@ class Pricer:
             times = self._times(worker, active)
             factor = (self._compiled_factor(worker, active) if corner.compiled else 1.0) / corner.tensor
             self._prefixes[key] = (
-                _prefix((times.forward_fixed_s + fraction * times.forward_row_s) * factor),
-                _prefix((times.backward_fixed_s + fraction * times.backward_row_s) * factor),
+                prefix_sums((times.forward_fixed_s + fraction * times.forward_row_s) * factor),
+                prefix_sums((times.backward_fixed_s + fraction * times.backward_row_s) * factor),
             )
         return self._prefixes[key]
 
@@ -345,7 +346,3 @@ class Pricer:
 
 def _of_stage(corner: Corner, stage: int) -> list[Worker]:
     return [worker for worker in corner.workers if worker.stage == stage]
-
-
-def _prefix(figures: Array) -> Array:
-    return np.concatenate([[0.0], np.cumsum(figures)])

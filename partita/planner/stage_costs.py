@@ -20,10 +20,11 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from partita.plan import Schedule
 from partita.planner.inter import InterDevice, InterProblem, Links, StageTable, Value
-from partita.planner.inter.chain import Chain
+from partita.planner.inter.chain import Chain, prefix_sums
 from partita.planner.inter.family import Family
 from partita.planner.inter.schedule_time import PipelineTimes, in_flight, makespan_s
 from partita.planner.work import Array, Work
@@ -95,11 +96,11 @@ class StageCosts:
 
     @cached_property
     def elements(self) -> Array:
-        return _prefix(self.work.parameter_elements)
+        return prefix_sums(self.work.parameter_elements)
 
     @cached_property
     def num_bytes(self) -> Array:
-        return _prefix(self.work.parameter_bytes)
+        return prefix_sums(self.work.parameter_bytes)
 
     def times(self, starts: Sequence[int]) -> PipelineTimes:
         """The times of given stages."""
@@ -109,7 +110,7 @@ class StageCosts:
         backward = [float((g.backward_s[:, high] - g.backward_s[:, low]).max()) for g, (low, high) in found]
         ends = [
             group.end_s(int(self.elements[high] - self.elements[low]), int(self.num_bytes[high] - self.num_bytes[low]))
-            + (_affine(group.shared_link, self.work.shared_bytes[high]) if high < self.num_ops else 0.0)
+            + (float(_transfer_s(group.shared_link, self.work.shared_bytes[high])) if high < self.num_ops else 0.0)
             for group, (low, high) in found
         ]
         there, back = self.work.there_bytes, self.work.back_bytes
@@ -118,8 +119,8 @@ class StageCosts:
             backward_s=backward,
             weight_s=[0.0] * len(found),
             end_s=ends,
-            forward_transfer_s=[_affine(g.link, there[low]) for g, (low, _) in found[1:]],
-            backward_transfer_s=[_affine(g.back_link, back[low]) for g, (low, _) in found[1:]],
+            forward_transfer_s=[float(_transfer_s(g.link, there[low])) for g, (low, _) in found[1:]],
+            backward_transfer_s=[float(_transfer_s(g.back_link, back[low])) for g, (low, _) in found[1:]],
         )
 
     def makespan_s(self, starts: Sequence[int]) -> float | None:
@@ -157,8 +158,8 @@ class StageCosts:
             end_s=np.outer(ends if uniform else np.zeros(len(ends)), self.work.parameter_elements),
             memory_bytes=np.stack([self._memory_of(q) for q in range(len(self.groups))]),
             limit_bytes=np.array([g.limit_bytes for g in self.groups]),
-            there_s=np.stack([_affines(g.link, self.work.there_bytes) for g in self.groups]),
-            back_s=np.stack([_affines(g.back_link, self.work.back_bytes) for g in self.groups]),
+            there_s=np.stack([_transfer_s(g.link, self.work.there_bytes) for g in self.groups]),
+            back_s=np.stack([_transfer_s(g.back_link, self.work.back_bytes) for g in self.groups]),
             schedule=self.schedule,
             num_microbatches=self.num_microbatches,
         )
@@ -242,7 +243,7 @@ class _Tables:
         num_bytes = _between(self.costs.num_bytes[None], at, family)
         kinds, which = np.unique(elements + 1j * num_bytes, return_inverse=True)
         ends = np.array([group.end_s(int(kind.real), int(kind.imag)) for kind in kinds.tolist()])
-        sent = _affines(group.shared_link, np.append(self.costs.work.shared_bytes, 0.0)[at])
+        sent = _transfer_s(group.shared_link, np.append(self.costs.work.shared_bytes, 0.0)[at])
         return np.asarray(ends[which].reshape(elements.shape) + sent[None, :])
 
 
@@ -253,13 +254,7 @@ def _between(prefix: Array, at: np.ndarray, family: Family) -> Array:
     return np.asarray(np.where(family.inside, np.maximum(most, 0.0), 0.0))
 
 
-def _affine(link: tuple[float, float], num_bytes: float) -> float:
-    return float(link[0] + num_bytes * link[1]) if num_bytes > 0 else 0.0
-
-
-def _affines(link: tuple[float, float], num_bytes: Array) -> Array:
+def _transfer_s(link: tuple[float, float], num_bytes: npt.ArrayLike) -> Array:
+    """Nothing takes no time."""
+    num_bytes = np.asarray(num_bytes, dtype=float)
     return np.asarray(np.where(num_bytes > 0, link[0] + num_bytes * link[1], 0.0))
-
-
-def _prefix(figures: Array) -> Array:
-    return np.concatenate([[0.0], np.cumsum(figures)])

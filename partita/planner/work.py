@@ -17,10 +17,9 @@ import torch
 from torch import fx
 
 from partita.graph.graph import Graph, InputKind, OpInfo, OutputKind, Phase
-from partita.graph.simplify import is_random
+from partita.graph.homes import free_nodes, homes, least_places
 
 Array = npt.NDArray[np.float64]
-_FREE_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.SEED)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,7 +82,7 @@ def measure_work(graph: Graph) -> Work:
     batch = {item.node for item in graph.inputs_of(InputKind.BATCH)}
     parameters = {item.name: item.node for item in graph.inputs_of(InputKind.PARAMETER)}
     gradients = {o.node: parameters[o.target] for o in graph.outputs_of(OutputKind.GRADIENT) if o.target in parameters}
-    free = _free_nodes(graph)
+    free = free_nodes(graph.module.graph.nodes, {item.node: item for item in graph.inputs})
     position = _positions(graph, forward, free, names, gradients)
     count = len(names)
     there, back, saved = np.zeros(count + 1), np.zeros(count + 1), np.zeros(count)
@@ -134,16 +133,8 @@ def _is_view(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
-def _free_nodes(graph: Graph) -> set[str]:
-    free = {item.node for item in graph.inputs if item.kind in _FREE_KINDS}
-    for node in graph.nodes:
-        if not is_random(node) and all(source.name in free for source in node.all_input_nodes):
-            free.add(node.name)
-    return free
-
-
 def _positions(
-    graph: Graph, forward: set[str], free: set[str], names: tuple[str, ...], gradients: Mapping[str, str]
+    graph: Graph, forward: set[str], free: frozenset[str], names: tuple[str, ...], gradients: Mapping[str, str]
 ) -> dict[str, int]:
     """`gradients`: node of a parameter's gradient -> the parameter's node."""
     nodes = graph.nodes
@@ -155,54 +146,27 @@ def _positions(
             last = index.get(node.name, last)
             before = [position[s.name] for s in node.all_input_nodes if s.name in position]
             position[node.name] = index.get(node.name, max(before, default=last))
-    homes = _homes(list(graph.module.graph.nodes), forward, free, position)
-    position.update({name: home for name, home in homes.items() if name in position})
-    least = _least_positions(nodes, forward, homes, gradients)
+    home = homes(graph.module.graph.nodes, position, free)
+    position.update({name: place for name, place in home.items() if name in position})
+    least = least_places((node for node in nodes if node.name not in forward), gradients, home)
     for node in nodes:
         if node.name in forward:
             continue
         sources = [source.name for source in node.all_input_nodes]
         read = [position[name] for name in sources if name in forward and name not in free]
-        read += [homes[name] for name in sources if name in homes]
+        read += [home[name] for name in sources if name in home]
         if read and node.name in least:
             read.append(least[node.name])
         later = [position[name] for name in sources if name in position and name not in forward | free]
         end = max(len(names) - 1, 0)
         here = min(max(read, default=end), min(later, default=end))
-        position[node.name] = min(here, homes.get(gradients.get(node.name, ""), here))
+        position[node.name] = min(here, home.get(gradients.get(node.name, ""), here))
     return position
 
 
-def _homes(nodes: list[fx.Node], forward: set[str], free: set[str], position: Mapping[str, int]) -> dict[str, int]:
-    """Free nodes -> where the forward phase first reads them, directly or through other free nodes."""
-    homes: dict[str, int] = {}
-    for node in reversed(nodes):
-        if node.name in free:
-            read = [homes[user.name] for user in node.users if user.name in homes]
-            read += [position[user.name] for user in node.users if user.name in forward and user.name not in free]
-            if read:
-                homes[node.name] = min(read)
-    return homes
-
-
-def _least_positions(
-    nodes: list[fx.Node], forward: set[str], homes: Mapping[str, int], gradients: Mapping[str, str]
-) -> dict[str, int]:
-    """Backward ops that lead to a parameter's gradient -> the last position at which one of these parameters lives: a
-    weight gradient does not follow the activation that it reads to the stage before."""
-    least: dict[str, int] = {}
-    for node in reversed(nodes):
-        if node.name in forward:
-            continue
-        wanted = [least[user.name] for user in node.users if user.name in least]
-        if node.name in gradients:
-            wanted.append(homes.get(gradients[node.name], 0))
-        if wanted:
-            least[node.name] = max(wanted)
-    return least
-
-
-def _parameters(graph: Graph, position: Mapping[str, int], free: set[str], count: int) -> tuple[Array, Array, Array]:
+def _parameters(
+    graph: Graph, position: Mapping[str, int], free: frozenset[str], count: int
+) -> tuple[Array, Array, Array]:
     """(elements, bytes, bytes that are read behind each cut too) of the parameters."""
     elements, num_bytes, shared = np.zeros(count), np.zeros(count), np.zeros(count + 1)
     placeholders = {node.name: node for node in graph.module.graph.nodes if node.op == "placeholder"}

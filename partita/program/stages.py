@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from partita.errors import PlanError
-from partita.graph.graph import Graph, Input, InputKind, OpInfo, Phase
+from partita.graph.graph import Graph, Input, OpInfo, Phase
+from partita.graph.homes import free_nodes, homes, least_places
 from partita.graph.simplify import is_random
-
-_FREE_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.SEED)
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,15 @@ def assign_stages(
     """Stages of one local graph. `inputs` describes its placeholders by name (those of the captured graph); `gradients`
     maps the nodes that give a parameter's gradient to the parameter's placeholder: they run where it is read first."""
     phase = _phases(module)
-    free = _free_nodes(module, inputs)
+    free = free_nodes(module.graph.nodes, inputs)
     nodes = [node for node in module.graph.nodes if node.op == "call_function"]
     forward = [node for node in nodes if phase[node.name] is Phase.FORWARD and node.name not in free]
     stage = _forward_stages(forward, cuts, 0)
     drawing = {stage[node.name] for node in forward if is_random(node)}
     if len(drawing) > 1:
         stage = _forward_stages(forward, cuts, max(drawing))
-    home = _home_of_parameters(nodes, stage, free)
-    least = _least_stages(nodes, phase, gradients, home)
+    home = homes(module.graph.nodes, stage, free)
+    least = least_places((node for node in nodes if phase[node.name] is Phase.BACKWARD), gradients, home)
     for node in nodes:
         if phase[node.name] is Phase.BACKWARD and node.name not in free:
             if node.target is operator.getitem:
@@ -115,59 +114,6 @@ def _phases(module: fx.GraphModule) -> dict[str, Phase]:
         backward = backward or any(phase.get(item.name) is Phase.BACKWARD for item in node.all_input_nodes)
         phase[node.name] = Phase.BACKWARD if backward and node.op == "call_function" else Phase.FORWARD
     return phase
-
-
-def _free_nodes(module: fx.GraphModule, inputs: Mapping[str, Input]) -> frozenset[str]:
-    free: set[str] = set()
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            known = inputs.get(node.name)
-            is_free = known is not None and known.kind in _FREE_KINDS
-        else:
-            is_free = not is_random(node) and all(item.name in free for item in node.all_input_nodes)
-        if is_free:
-            free.add(node.name)
-    return frozenset(free)
-
-
-def _home_of_parameters(nodes: Sequence[fx.Node], stage: Mapping[str, int], free: frozenset[str]) -> dict[str, int]:
-    """First stage whose forward phase reads a free node, directly or through other free nodes."""
-    home: dict[str, int] = {}
-
-    def settle(node: fx.Node, value: int) -> None:
-        if home.get(node.name, value + 1) <= value:
-            return
-        home[node.name] = value
-        if node.op == "call_function":
-            for item in node.all_input_nodes:
-                settle(item, value)
-
-    for node in nodes:
-        if node.name in stage:
-            for item in node.all_input_nodes:
-                if item.name in free:
-                    settle(item, stage[node.name])
-    return home
-
-
-def _least_stages(
-    nodes: Sequence[fx.Node], phase: Mapping[str, Phase], gradients: Mapping[str, str], home: Mapping[str, int]
-) -> dict[str, int]:
-    """Backward ops that lead to a parameter's gradient -> the highest stage at which one of these parameters lives.
-
-    Without it, the weight gradient of a stage's first layer would follow the activation that the layer reads down to
-    the stage below, and the new weight would have to come back every step.
-    """
-    least: dict[str, int] = {}
-    for node in reversed(nodes):
-        if phase[node.name] is not Phase.BACKWARD:
-            continue
-        wanted = [least[user.name] for user in node.users if user.name in least]
-        if node.name in gradients:
-            wanted.append(home.get(gradients[node.name], 0))
-        if wanted:
-            least[node.name] = max(wanted)
-    return least
 
 
 def _backward_stage(

@@ -13,6 +13,8 @@ import sys
 import threading
 from pathlib import Path
 
+import job_of_two
+
 rank, port, mode, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4])
 script_pid = os.getpid()
 
@@ -26,14 +28,7 @@ def write_threads() -> None:
 
 
 atexit.register(write_threads)
-os.environ.update(
-    RANK=str(rank),
-    WORLD_SIZE="2",
-    LOCAL_RANK=str(rank),
-    LOCAL_WORLD_SIZE="2",
-    MASTER_ADDR="127.0.0.1",
-    MASTER_PORT=port,
-)
+job_of_two.enter(rank, port)
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

@@ -11,15 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import job_of_two
+
 rank, port, mode = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-os.environ.update(
-    RANK=str(rank),
-    WORLD_SIZE="2",
-    LOCAL_RANK=str(rank),
-    LOCAL_WORLD_SIZE="2",
-    MASTER_ADDR="127.0.0.1",
-    MASTER_PORT=port,
-)
+job_of_two.enter(rank, port)
 
 import torch  # noqa: E402
 

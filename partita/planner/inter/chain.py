@@ -122,15 +122,17 @@ class _Stage:
         ahead = m if schedule == "gpipe" else min(m, chain.num_stages - q)
         there = chain.there_s[1:].min(axis=1, initial=np.inf) if chain.num_stages > 1 else np.zeros(0)
         back = chain.back_s[1:].min(axis=1, initial=np.inf) if chain.num_stages > 1 else np.zeros(0)
-        before_f = _sums(chain.forward_s[: q + 1].min(axis=0)) + there[:q].sum()
-        before_t = _sums((chain.forward_s + chain.backward_s)[: q + 1].min(axis=0)) + there[:q].sum() + back[:q].sum()
-        any_f = _sums(chain.forward_s.min(axis=0))
-        any_t = _sums((chain.forward_s + chain.backward_s).min(axis=0))
+        before_f = prefix_sums(chain.forward_s[: q + 1].min(axis=0)) + there[:q].sum()
+        before_t = (
+            prefix_sums((chain.forward_s + chain.backward_s)[: q + 1].min(axis=0)) + there[:q].sum() + back[:q].sum()
+        )
+        any_f = prefix_sums(chain.forward_s.min(axis=0))
+        any_t = prefix_sums((chain.forward_s + chain.backward_s).min(axis=0))
         path = np.full_like(any_t, any_t[-1] + there.sum() + back.sum())
         behind = any_f + (any_t[-1] - any_t) + there.sum() + back[q:].sum()
-        steady = _sums((m - 1) * b + (m - ahead) * f)
-        load, end = _sums(m * (f + b)), _sums(e)
-        memory = _sums(chain.memory_bytes[q])
+        steady = prefix_sums((m - 1) * b + (m - ahead) * f)
+        load, end = prefix_sums(m * (f + b)), prefix_sums(e)
+        memory = prefix_sums(chain.memory_bytes[q])
         return _Stage(
             rise=np.stack([load + end, load, steady, steady + end, memory]),
             base=np.stack([before_f, before_t, path, behind, np.zeros_like(path)]),
@@ -151,5 +153,6 @@ class _Stage:
         return max(int(np.searchsorted(fall, r[high] - target, side="left")) for r, fall, target in targets)
 
 
-def _sums(figures: Array) -> Array:
+def prefix_sums(figures: Array) -> Array:
+    """[n + 1]: what lies before each boundary."""
     return np.concatenate([[0.0], np.cumsum(figures)])

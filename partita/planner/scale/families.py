@@ -20,7 +20,7 @@ another's links. Estimates are those of the kind with the highest peak.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from partita.cost.calibration import Calibration
@@ -143,11 +143,20 @@ def _passes(works: Sequence[LayerWork], place: _Place) -> list[_Passes]:
 
 def _least(passes: Sequence[_Pass]) -> _Pass:
     """Each part at its best."""
+    return _joined(passes, min)
+
+
+def _sum(passes: Sequence[_Pass]) -> _Pass:
+    """All of them as one layer."""
+    return _joined(passes, sum)
+
+
+def _joined(passes: Sequence[_Pass], join: Callable[[Iterable[float]], float]) -> _Pass:
     return _Pass(
-        device_s=min(one.device_s for one in passes),
-        exchange_s=min(one.exchange_s for one in passes),
-        host_s=min(one.host_s for one in passes),
-        hidden_s=min(one.hidden_s for one in passes),
+        device_s=join(one.device_s for one in passes),
+        exchange_s=join(one.exchange_s for one in passes),
+        host_s=join(one.host_s for one in passes),
+        hidden_s=join(one.hidden_s for one in passes),
     )
 
 
@@ -184,16 +193,6 @@ def _with_remat(works: Sequence[LayerWork], passes: Sequence[_Passes], remat: Re
         ahead.append(forward)
         back.append(_sum(parts))
     return ahead, back
-
-
-def _sum(passes: Sequence[_Pass]) -> _Pass:
-    """All of them as one layer."""
-    return _Pass(
-        device_s=sum(one.device_s for one in passes),
-        exchange_s=sum(one.exchange_s for one in passes),
-        host_s=sum(one.host_s for one in passes),
-        hidden_s=sum(one.hidden_s for one in passes),
-    )
 
 
 def _in_order(passes: Sequence[_Pass], pieces: Sequence[int]) -> _Pass:
