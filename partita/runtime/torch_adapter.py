@@ -4,6 +4,7 @@ names them.
 * `torch._inductor.standalone_compile`: compiles one fx graph without Dynamo; its artifact is called with the inputs.
 * Inductor's configuration names `cpp_wrapper`, `cpp.threads` and `fallback_random`.
 * `torch._inductor.lowering.lowerings`, `torch._inductor.mkldnn_ir.LinearUnary`: how a product by oneDNN is compiled.
+* `torch._inductor.codecache.CppCodeCache`: compiles and keeps a few functions of our own.
 * `torch._subclasses.FakeTensorMode`: inputs for the compiler that have shapes and strides but no memory.
 * `OpOverload._op`, `._schema`, `._overloadname`, `.tags`: an op's inner callable and its signature.
 * `torch._foreach_add`, `torch._foreach_add_`: sums of many tensors in one call.
@@ -14,6 +15,7 @@ names them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 import warnings
@@ -92,6 +94,19 @@ def _register_lowering() -> None:
         return ir.TensorBox.create(mkldnn_ir._create_output_node(mkldnn_ir.LinearUnary(layout, tensors, constants)))
 
     lowering.lowerings[torch.ops.partita.product.default] = lower
+
+
+def compile_source(source: str) -> ctypes.CDLL | None:
+    """A library of the `extern "C"` functions of C++ code, optimised for this processor; None if nothing here can
+    compile it. The compiler keeps it on disk by its content."""
+    from torch._inductor.codecache import CppCodeCache
+
+    try:
+        with _quiet():
+            library: ctypes.CDLL = CppCodeCache.load(source)
+    except Exception:  # no compiler, a broken one, a folder that cannot be written: what is optional stays away
+        return None
+    return library
 
 
 @contextlib.contextmanager
