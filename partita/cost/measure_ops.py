@@ -19,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from partita.graph.custom_ops import with_real_buffers
+from partita.units import fingerprint
 
 REPEAT_S = 0.002  # one sample repeats the op for about this long, so that the clock's grain does not matter
 NUM_SAMPLES = 5
@@ -53,6 +54,24 @@ def make_arguments(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     arguments = fx.map_arg((node.args, node.kwargs), lambda n: n)
     args, kwargs = fx.node.map_aggregate(arguments, real)
     return with_real_buffers(node.target, tuple(args)), dict(kwargs)
+
+
+def op_key(node: fx.Node, num_threads: int) -> str:
+    """What the time of an op depends on: the op, its inputs' shapes, strides and dtypes, other arguments, and
+    threads."""
+
+    def text(leaf: Any) -> str:
+        if not isinstance(leaf, fx.Node):
+            return repr(leaf)
+        value = leaf.meta.get("val")
+        tensors = pytree.tree_leaves(value)
+        return ";".join(
+            f"{t.dtype}{tuple(t.shape)}{t.stride()}" if isinstance(t, torch.Tensor) else repr(t) for t in tensors
+        )
+
+    leaves: list[str] = []
+    structure = fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: leaves.append(text(leaf)))
+    return f"{node.target}|{fingerprint([structure, *leaves])}|{num_threads}"
 
 
 def index_bound(node: fx.Node) -> int:
@@ -102,25 +121,21 @@ def time_call(call: Callable[[], object], *, repeat_s: float = REPEAT_S) -> floa
     return statistics.median(samples)
 
 
-def measure_nodes(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s: float) -> list[float | None]:
-    """Seconds of each op on a thread pinned to `cores` with that many torch threads; None where the budget had run
-    out or the op cannot be run alone (the caller then uses the roofline)."""
-    results: list[float | None] = []
-
-    def body() -> None:
-        end = time.perf_counter() + budget_s
-        for node in nodes:
-            results.append(_measure_node(node) if time.perf_counter() < end else None)
-
-    _on_pinned_threads([cores], [body])
-    return results
+def time_in_turns(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds of one call of each, sampled in turns: what disturbs the machine for a while disturbs all of them."""
+    counts = []
+    for call in calls:
+        call()
+        counts.append(max(1, min(int(REPEAT_S / 2 / max(_timed(call, 1), 1e-8)), 100_000)))
+    rounds = [[_timed(call, count) for call, count in zip(calls, counts, strict=True)] for _ in range(NUM_SAMPLES)]
+    return [min(samples) for samples in zip(*rounds, strict=True)]
 
 
 def measure_dispatch_s(cores: tuple[int, ...]) -> float:
     """Seconds of Python and dispatcher per op: an op on one element does next to nothing else."""
     found: list[float] = []
     value = torch.ones(1)
-    _on_pinned_threads([cores], [lambda: found.append(time_call(lambda: torch.ops.aten.neg.default(value)))])
+    on_pinned_threads([cores], [lambda: found.append(time_call(lambda: torch.ops.aten.neg.default(value)))])
     return found[0]
 
 
@@ -164,7 +179,7 @@ def measure_together(
             barrier.abort()
             raise
 
-    _on_pinned_threads(cores, [functools.partial(guarded, place) for place in range(len(calls))])
+    on_pinned_threads(cores, [functools.partial(guarded, place) for place in range(len(calls))])
     slowest_s: list[float] = [max(round_s) for round_s in zip(*times_s, strict=True)][1:]
     return statistics.median(slowest_s)
 
@@ -176,18 +191,7 @@ def _timed(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _measure_node(node: fx.Node) -> float | None:
-    assert callable(node.target)
-    target: Callable[..., object] = node.target
-    try:
-        args, kwargs = make_arguments(node)
-        with torch.no_grad():
-            return time_call(lambda: target(*args, **kwargs))
-    except (RuntimeError, KeyError, IndexError, NotImplementedError):
-        return None  # cannot run on made-up values; not an error of the user's
-
-
-def _on_pinned_threads(cores: Sequence[tuple[int, ...]], bodies: Sequence[Callable[[], None]]) -> None:
+def on_pinned_threads(cores: Sequence[tuple[int, ...]], bodies: Sequence[Callable[[], None]]) -> None:
     """Run each body on a new thread pinned to its cores; re-raise the first failure."""
     failures: list[BaseException] = []
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import msgspec
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from partita.cache import read_json, write_json
 from partita.cluster.model import Cluster
 from partita.cost.collectives import collective_time_s, link_between
-from partita.cost.measure_ops import measure_dispatch_s, measure_nodes
+from partita.cost.measure_nodes import measure_nodes
+from partita.cost.measure_ops import measure_dispatch_s, op_key
 from partita.cost.memory import update_traffic_bytes
 from partita.cost.model import CollectiveKind, Place
 from partita.cost.overheads import Overheads
@@ -34,6 +34,7 @@ from partita.graph.graph import OpInfo
 from partita.sharding.communication import COMMUNICATION_OPS
 from partita.units import fingerprint
 
+FORMAT = "variants"  # of the kept times: those of other kernels mean nothing now
 FUSED_SHARE = 0.4
 UPDATE_TENSOR_S = 12e-6  # what an optimizer takes for each tensor, whatever its size
 DISPATCH_S = 4e-6  # of a CPU op, where not measured
@@ -44,24 +45,6 @@ UNCERTAINTY_ROOFLINE = 0.5
 MEASURE_LIMIT_BYTES = 2**30  # ops that touch more are left to the roofline: measuring them could exhaust the memory
 
 MeasureNodes = Callable[..., list[float | None]]
-
-
-def op_key(node: fx.Node, num_threads: int) -> str:
-    """What the time of an op depends on: the op, its inputs' shapes, strides and dtypes, other arguments, and
-    threads."""
-
-    def text(leaf: Any) -> str:
-        if not isinstance(leaf, fx.Node):
-            return repr(leaf)
-        value = leaf.meta.get("val")
-        tensors = pytree.tree_leaves(value)
-        return ";".join(
-            f"{t.dtype}{tuple(t.shape)}{t.stride()}" if isinstance(t, torch.Tensor) else repr(t) for t in tensors
-        )
-
-    leaves: list[str] = []
-    structure = fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: leaves.append(text(leaf)))
-    return f"{node.target}|{fingerprint([structure, *leaves])}|{num_threads}"
 
 
 def is_free(node: fx.Node) -> bool:
@@ -82,7 +65,7 @@ class CostTable:
         self._cluster = cluster
         self._efficiency = optimizer_efficiency
         hardware = [(m.cpu, len(m.cores), m.cache_bytes, tuple(g.name for g in m.gpus)) for m in cluster.machines]
-        self._name = f"cost/{fingerprint([*hardware, torch.__version__])}.json"
+        self._name = f"cost/{fingerprint([*hardware, torch.__version__, FORMAT])}.json"
         self._ops: dict[str, float] = {}
         self._wholes: dict[tuple[object, ...], dict[float, float]] = {}  # segment or update -> num_active -> seconds
         self._overheads: Overheads | None = None

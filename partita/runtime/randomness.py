@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from partita.runtime.masks import bernoulli
 from partita.runtime.torch_adapter import op_name, overload_with_generator, takes_generator
 
 aten = torch.ops.aten
@@ -34,6 +35,10 @@ def _native_dropout(generator: Generator, value: Tensor, p: float, train: bool |
         return value.clone(), torch.ones_like(value, dtype=torch.bool)
     mask = torch.empty(value.shape, dtype=torch.bool, device=value.device).bernoulli_(1 - p, generator=generator)
     return value.mul(mask).mul_(0.0 if p == 1 else 1 / (1 - p)), mask
+
+
+def _bernoulli(generator: Generator, value: Tensor, p: float, **options: Any) -> Tensor:
+    return bernoulli(value, p, generator)
 
 
 _BY_HAND: dict[str, Callable[..., Any]] = {
@@ -60,6 +65,8 @@ def with_generator(target: Any) -> Callable[..., Any]:
         tensor([0.4963, 0.7682])
     """
     name, overload = op_name(target)
+    if target is aten.bernoulli.p:
+        return _bernoulli
     if takes_generator(target):
         return lambda generator, *args, **options: target(*args, **{**options, "generator": generator})
     if name in _BY_HAND and overload in ("default", "low_dtype"):

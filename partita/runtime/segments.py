@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, fx
 
+from partita.cost.variants import with_variants
 from partita.graph.storages import last_uses
 from partita.program.instructions import Segment
 from partita.runtime.randomness import is_random, with_generator
@@ -52,9 +53,12 @@ class Code:
 
 
 def build(segment: Segment, *, compiled: bool, device: torch.device, num_threads: int) -> Code:
-    """Code for a segment, compiled if asked and possible; a failing compiler is a `CompileWarning` with the reason."""
+    """Code for a segment, compiled if asked and possible; a failing compiler is a `CompileWarning` with the reason.
+
+    Matrices are multiplied by the library that is faster for them here (`partita.cost.variants`)."""
     strides = tuple(_stride(node) for node in segment.module.graph.nodes if node.op == "placeholder")
-    plain = python_code(segment.module.graph, segment.module)
+    module = with_variants(segment.module, num_threads) if device.type == "cpu" else segment.module
+    plain = python_code(module.graph, module)
     if not compiled:
         return Code(plain, strides)
     if segment.random:
@@ -63,7 +67,7 @@ def build(segment: Segment, *, compiled: bool, device: torch.device, num_threads
         (spec.shape, _contiguous(spec.shape) if stride is None else stride, spec.dtype)
         for spec, stride in zip(segment.input_specs, strides, strict=True)
     ]
-    made = _compiled(segment, layouts, device, num_threads)
+    made = _compiled(segment.key, module, layouts, device, num_threads)
     if isinstance(made, str):
         return Code(plain, strides, reason=made)
     return Code(plain, tuple(layout[1] for layout in layouts), made)
@@ -73,23 +77,27 @@ _MADE: dict[tuple[object, ...], Call | str] = {}  # what the compiler gave, or w
 _MAKING = threading.Lock()
 
 
-def _compiled(segment: Segment, layouts: Sequence[Layout], device: torch.device, num_threads: int) -> Call | str:
+def _compiled(
+    name: str, module: fx.GraphModule, layouts: Sequence[Layout], device: torch.device, num_threads: int
+) -> Call | str:
     """The compiled segment, or the reason why there is none; each once a process: plans of one model share segments,
     and a plan is measured before it is run."""
-    key = (segment.key, *layouts, device, num_threads)
+    key = (name, *layouts, device, num_threads)
     with _MAKING:
         if key not in _MADE:
-            _MADE[key] = _compile(segment, layouts, device, num_threads)
+            _MADE[key] = _compile(name, module, layouts, device, num_threads)
         return _MADE[key]
 
 
-def _compile(segment: Segment, layouts: Sequence[Layout], device: torch.device, num_threads: int) -> Call | str:
+def _compile(
+    name: str, module: fx.GraphModule, layouts: Sequence[Layout], device: torch.device, num_threads: int
+) -> Call | str:
     try:
-        return compile_graph(segment.module, layouts, device=device, num_threads=num_threads)
+        return compile_graph(module, layouts, device=device, num_threads=num_threads)
     except Exception as error:  # whatever goes wrong inside a compiler, the plain code is right
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
         warnings.warn(
-            f"segment {segment.key} could not be compiled and runs op by op, which is slower but gives the "
+            f"segment {name} could not be compiled and runs op by op, which is slower but gives the "
             f"same result: {reason}. Pass compile=False to silence this. {_where(error)}",
             CompileWarning,
             stacklevel=4,

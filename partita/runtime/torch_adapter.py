@@ -3,6 +3,8 @@ names them.
 
 * `torch._inductor.standalone_compile`: compiles one fx graph without Dynamo; its artifact is called with the inputs.
 * Inductor's configuration names `cpp_wrapper`, `cpp.threads` and `fallback_random`.
+* `torch._inductor.lowering.lowerings`, `torch._inductor.mkldnn_ir.LinearUnary`: how a product by oneDNN is compiled.
+* `torch._inductor.codecache.CppCodeCache`: compiles and keeps a few functions of our own.
 * `torch._subclasses.FakeTensorMode`: inputs for the compiler that have shapes and strides but no memory.
 * `OpOverload._op`, `._schema`, `._overloadname`, `.tags`: an op's inner callable and its signature.
 * `torch._foreach_add`, `torch._foreach_add_`: sums of many tensors in one call.
@@ -13,6 +15,8 @@ names them.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +26,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from partita.cost.variants import ONEDNN
 
 Compiled = Callable[..., Sequence[Tensor]]
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
@@ -44,6 +50,7 @@ def compile_graph(
         examples: list[Any] = [
             torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in layouts
         ]
+    _register_lowering()
     graph = fx.GraphModule(module, _without_values(module))
     patches = {"cpp_wrapper": True, "cpp.threads": num_threads, "fallback_random": True}
     with config.patch(patches), _quiet(), torch.no_grad():
@@ -56,6 +63,50 @@ def compile_graph(
             options={"config_patches": dict(patches)},
         )
     return artifact
+
+
+@torch.library.custom_op("partita::product", mutates_args=())
+def product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """``left @ right.T + bias`` by oneDNN, with factors of any strides.
+
+    The compiler has a lowering of the kernel's own op, but only for frozen weights, and rewrites what surrounds it; of
+    this op it knows what is said here.
+    """
+    result: Tensor = ONEDNN(left, right, bias, "none", [], "")
+    return result
+
+
+@product.register_fake
+def _(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[0])
+
+
+@functools.cache
+def _register_lowering() -> None:
+    """Has the compiler call the kernel directly, without Python and without the interpreter's lock."""
+    from torch._inductor import ir, lowering, mkldnn_ir
+
+    def lower(left: Any, right: Any, bias: Any) -> Any:
+        tensors = [ir.ExternKernel.realize_input(item) for item in (left, right, bias) if item is not None]
+        constants = ([] if bias is not None else [None]) + ["none", [-1], ""]
+        shape = [left.get_size()[0], right.get_size()[0]]
+        layout = ir.FixedLayout(device=left.get_device(), dtype=left.get_dtype(), size=shape)
+        return ir.TensorBox.create(mkldnn_ir._create_output_node(mkldnn_ir.LinearUnary(layout, tensors, constants)))
+
+    lowering.lowerings[torch.ops.partita.product.default] = lower
+
+
+def compile_source(source: str) -> ctypes.CDLL | None:
+    """A library of the `extern "C"` functions of C++ code, optimised for this processor; None if nothing here can
+    compile it. The compiler keeps it on disk by its content."""
+    from torch._inductor.codecache import CppCodeCache
+
+    try:
+        with _quiet():
+            library: ctypes.CDLL = CppCodeCache.load(source)
+    except Exception:  # no compiler, a broken one, a folder that cannot be written: what is optional stays away
+        return None
+    return library
 
 
 @contextlib.contextmanager
@@ -79,8 +130,10 @@ def _without_values(module: fx.GraphModule) -> fx.Graph:
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
-        mapping[node] = graph.node_copy(node, lambda old: mapping[old])
-        mapping[node].meta = {}
+        mapping[node] = copy = graph.node_copy(node, lambda old: mapping[old])
+        copy.meta = {}
+        if copy.target is ONEDNN:
+            copy.target, copy.args = torch.ops.partita.product.default, copy.args[:3]
     return graph
 
 

@@ -18,10 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from partita.cluster.model import Cluster, Gpu, Link, Machine, Process
 from partita.cost.collectives import collective_time_s, link_time_s
-from partita.cost.measure_ops import make_arguments, make_tensor, measure_nodes, measure_together, placeholder_bound
+from partita.cost.measure_nodes import measure_nodes
+from partita.cost.measure_ops import make_arguments, make_tensor, measure_together, op_key, placeholder_bound
 from partita.cost.overheads import Overheads
 from partita.cost.roofline import rates_of, roofline_s
-from partita.cost.table import CostTable, op_key
+from partita.cost.table import CostTable
 from partita.graph.graph import OpInfo, Phase
 
 

@@ -13,7 +13,7 @@ from partita.runtime import torch_adapter
 
 def test_names_exist() -> None:
     import torch._inductor as inductor
-    from torch._inductor import config
+    from torch._inductor import config, lowering, mkldnn_ir
     from torch.distributed import distributed_c10d
 
     parameters = inspect.signature(inductor.standalone_compile).parameters
@@ -21,6 +21,12 @@ def test_names_exist() -> None:
     assert isinstance(config.cpp_wrapper, bool)
     assert isinstance(config.fallback_random, bool)
     assert isinstance(config.cpp.threads, int)
+    assert isinstance(lowering.lowerings, dict) and callable(mkldnn_ir._create_output_node)
+    assert list(inspect.signature(mkldnn_ir.LinearUnary.__init__).parameters)[1:] == [
+        "layout",
+        "inputs",
+        "constant_args",
+    ]
     assert callable(distributed_c10d._get_default_store)
     with FakeTensorMode(shape_env=ShapeEnv()):
         assert torch.empty_strided((2, 3), (1, 2)).stride() == (1, 2)

@@ -1,0 +1,39 @@
+"""Measuring every op of a list alone, by the kernel that will run: the faster variant where it has several."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import fx
+
+from partita.cost.measure_ops import make_arguments, on_pinned_threads, time_call
+from partita.cost.variants import product_of, time_of_faster
+
+
+def measure_nodes(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s: float) -> list[float | None]:
+    """Seconds of each op on a thread pinned to `cores` with that many torch threads; None where the budget had run
+    out or the op cannot be run alone (the caller then uses the roofline)."""
+    results: list[float | None] = []
+
+    def body() -> None:
+        end = time.perf_counter() + budget_s
+        for node in nodes:
+            results.append(_measure_node(node) if time.perf_counter() < end else None)
+
+    on_pinned_threads([cores], [body])
+    return results
+
+
+def _measure_node(node: fx.Node) -> float | None:
+    assert callable(node.target)
+    target: Callable[..., object] = node.target
+    try:
+        if product_of(node) is not None:
+            return time_of_faster(node)
+        args, kwargs = make_arguments(node)
+        with torch.no_grad():
+            return time_call(lambda: target(*args, **kwargs))
+    except (RuntimeError, KeyError, IndexError, NotImplementedError):
+        return None  # cannot run on made-up values; not an error of the user's

@@ -1,0 +1,181 @@
+"""Another library's kernel in the place of an op, where it is faster here and gives the same result.
+
+PyTorch multiplies float32 matrices on the CPU by MKL, which on some processors leaves vector units unused that oneDNN
+uses: on a Zen 5 core large products take less than half the time. oneDNN in turn takes about 10 us more for each call,
+so small products stay where they are. Neither is known beforehand: both are run on the shapes at hand, in turns, and
+the choice is kept on disk by what `op_key` tells and the processor.
+
+Both sum in float32, in another order: results differ by rounding, as they do between processors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from partita.cache import read_json, write_json
+from partita.cluster.hardware import cpu_name
+from partita.cost.measure_ops import make_arguments, on_pinned_threads, op_key, time_in_turns
+from partita.units import fingerprint
+
+ONEDNN = torch.ops.mkldnn._linear_pointwise.default  # (x [m, k], w [n, k], bias [n] or None, ...) -> x w' + bias
+CLEARLY_FASTER = 0.93  # of the op's own time: what two runs differ by is no reason to leave it
+_TRANSPOSED = (torch.ops.aten.t.default, torch.ops.aten.permute.default, torch.ops.aten.transpose.int)
+
+
+@dataclass(frozen=True)
+class Product:
+    """``left @ right + bias`` of float32 matrices; `bias` has one dim, or is None."""
+
+    left: fx.Node
+    right: fx.Node
+    bias: fx.Node | None
+
+
+def product_of(node: fx.Node) -> Product | None:
+    """The product that an op node computes, if oneDNN can compute it."""
+    if not torch.backends.mkldnn.is_available() or node.kwargs:
+        return None
+    if node.target is torch.ops.aten.mm.default:
+        left, right = _nodes(node.args)
+        found = Product(left, right, None)
+    elif node.target is torch.ops.aten.addmm.default:
+        bias, left, right = _nodes(node.args)
+        found = Product(left, right, bias)
+    else:
+        return None
+    factors = [_tensor(found.left), _tensor(found.right)]
+    if any(value is None or not _is_plain(value) or value.dim() != 2 for value in factors):
+        return None
+    if found.bias is not None:
+        bias_value = _tensor(found.bias)
+        if bias_value is None or not _is_plain(bias_value) or bias_value.dim() != 1:
+            return None
+        if bias_value.shape[0] != factors[1].shape[1]:  # type: ignore[union-attr]
+            return None  # one value for all columns
+    return found
+
+
+def with_variants(module: fx.GraphModule, num_threads: int) -> fx.GraphModule:
+    """The module with a variant in the place of every op that has one which is faster on `num_threads` threads.
+
+    The module itself if there is none. What is not known yet is measured: some milliseconds for each kind of op.
+    """
+    products = [node for node in module.graph.nodes if node.op == "call_function" and product_of(node)]
+    chosen = {node.name for node in choose(products, num_threads)}
+    if not chosen:
+        return module
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.name in chosen:
+            copies[node] = _as_onednn(graph, node, copies)
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.eliminate_dead_code()  # transposed views that nobody reads any more
+    return fx.GraphModule(module, graph)
+
+
+def choose(nodes: Iterable[fx.Node], num_threads: int) -> list[fx.Node]:
+    """Those of `nodes` (each with a `product_of`) that oneDNN computes faster on `num_threads` threads."""
+    keyed = [(node, op_key(node, num_threads)) for node in nodes]
+    with _LOCK:
+        choices = _choices()
+        missing = {key: node for node, key in keyed if key not in choices}
+        if missing:
+            choices.update(_measured(missing, num_threads))
+            _store(choices)
+        return [node for node, key in keyed if choices[key]]
+
+
+def time_of_faster(node: fx.Node) -> float:
+    """Seconds of the node's product by whichever library is faster for it, in this thread."""
+    own_s, other_s = _times_s(node)
+    return other_s if other_s < CLEARLY_FASTER * own_s else own_s
+
+
+# One node ------------------------------------------------------------------------------------------------------------
+
+
+def _nodes(args: tuple[Any, ...]) -> list[fx.Node]:
+    return [item for item in args if isinstance(item, fx.Node)]
+
+
+def _tensor(node: fx.Node) -> torch.Tensor | None:
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _is_plain(value: torch.Tensor) -> bool:
+    return value.dtype is torch.float32 and value.device.type == "cpu" and value.numel() > 0
+
+
+def _as_onednn(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    product = product_of(node)
+    assert product is not None
+    right = product.right
+    if right.target in _TRANSPOSED and right.op == "call_function":  # a weight, seen from the other side and back
+        weight = copies[right.all_input_nodes[0]]
+    else:
+        weight = graph.call_function(torch.ops.aten.permute.default, (copies[right], [1, 0]))
+        value = _tensor(right)
+        weight.meta["val"] = value.t() if value is not None else None
+    bias = None if product.bias is None else copies[product.bias]
+    result = graph.call_function(ONEDNN, (copies[product.left], weight, bias, "none", [], ""))
+    result.meta = dict(node.meta)
+    return result
+
+
+# Measuring and keeping -----------------------------------------------------------------------------------------------
+
+_LOCK = threading.Lock()
+_CHOICES: dict[str, bool] = {}  # by `op_key`
+_READ: list[str] = []
+
+
+def _times_s(node: fx.Node) -> tuple[float, float]:
+    assert callable(node.target)
+    target: Callable[..., object] = node.target
+    args, _ = make_arguments(node)
+    bias, left, right = args if len(args) == 3 else (None, *args)
+    with torch.no_grad():
+        own_s, other_s = time_in_turns([lambda: target(*args), lambda: ONEDNN(left, right.t(), bias, "none", [], "")])
+    return own_s, other_s
+
+
+def _measured(nodes: dict[str, fx.Node], num_threads: int) -> dict[str, bool]:
+    found: dict[str, bool] = {}
+
+    def body() -> None:
+        torch.set_num_threads(num_threads)
+        for key, node in nodes.items():
+            own_s, other_s = _times_s(node)
+            found[key] = other_s < CLEARLY_FASTER * own_s
+
+    on_pinned_threads([()], [body])
+    return found
+
+
+def _name() -> str:
+    processor = (cpu_name(Path("/")), torch.backends.cpu.get_cpu_capability(), torch.__version__)
+    return f"variants/{fingerprint(processor)}.json"
+
+
+def _choices() -> dict[str, bool]:
+    if not _READ:
+        kept = (read_json(_name()) or {}).get("onednn")
+        if isinstance(kept, dict):
+            _CHOICES.update({key: value for key, value in kept.items() if isinstance(value, bool)})
+        _READ.append(_name())
+    return _CHOICES
+
+
+def _store(choices: dict[str, bool]) -> None:
+    kept = (read_json(_name()) or {}).get("onednn")  # another process may have added to it
+    write_json(_name(), {"onednn": {**(kept if isinstance(kept, dict) else {}), **choices}})
