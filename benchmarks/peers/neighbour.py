@@ -1,7 +1,7 @@
 """A process that keeps one core partly busy: `python -m benchmarks.peers.neighbour --child burn`.
 
-Asked to `start`, it burns `share` of every `period_s` on the core `core` until it is asked to `stop`; it then tells how much
-processor time it took, and over how long.
+Asked to `start`, it burns `share` of every `period_s` on the core `core` until it is asked to `stop`; it then tells
+how much processor time it took, and over how long.
 """
 
 from __future__ import annotations

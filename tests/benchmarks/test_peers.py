@@ -1,4 +1,4 @@
-"""The race of peers: its verdicts on rows made by hand, the choice of settings, and JAX twins beside their torch models."""
+"""The race of peers: its verdicts on rows made by hand, the choice of settings, JAX twins beside their torch models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.peers.field import Field
 from benchmarks.peers.fsdp import blocks_of
 from benchmarks.peers.plain import plain_step
 from benchmarks.peers.race import race
-from benchmarks.peers.roster import BY_NAME, PAIRS, PEERS, num_cores, parse_pairs
+from benchmarks.peers.roster import BY_NAME, PAIRS, PEERS, parse_pairs
 from benchmarks.peers.workload import Workload, load_arrays, save_arrays
 from benchmarks.processes import Child
 
@@ -152,7 +152,8 @@ def test_the_fastest_setting_is_chosen_and_the_others_are_recorded() -> None:
     assert prepared.plan == "all, 0.002 s" and prepared.step(0) == 2.0
     assert prepared.first_loss == 1.0  # of the first that works: later ones may share its weights
     assert prepared.trials_s["refused"] == "ValueError: not with this model"
-    assert prepared.trials_s["0.02 s"] == pytest.approx(0.02, rel=0.8)
+    slow_s = prepared.trials_s["0.02 s"]
+    assert isinstance(slow_s, float) and slow_s >= 0.02
     with pytest.raises(RuntimeError, match="none does: .*not with this model"):
         fastest([refused()], [0])
 
@@ -293,4 +294,3 @@ def test_a_race_of_plain_and_distributed_peers() -> None:
     assert row["first_losses"]["ddp"] == pytest.approx(row["first_losses"]["eager 1"], rel=1e-5)
     assert len(row["rounds"]["ddp"]) == 2 and row["eager 1"] > 0
     assert set(row["trials_s"]["eager 1"]) == {"for-loop optimizer", "foreach optimizer", "fused optimizer"}
-    assert num_cores() >= 1
