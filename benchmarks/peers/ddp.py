@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.families import Task
 from benchmarks.peers.choose import Prepared, fastest
 from benchmarks.peers.plain import optimizer_variants
 from benchmarks.peers.workload import Workload
@@ -47,13 +49,30 @@ def mean_first_loss(prepared: Prepared) -> Prepared:
     return prepared
 
 
+class ModelWithLoss(nn.Module):
+    """A model whose forward pass is its loss, so that all of it is inside of the wrapper, and compiled with it."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.model, self.loss_fn = task.model, task.loss_fn
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self.loss_fn(self.model, batch)
+
+
+def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
+    loss: torch.Tensor = model(batch)
+    return loss
+
+
 def prepare(name: str, workload: Workload) -> Prepared:
     join_job()
     task = workload.task()
+    inner = ModelWithLoss(task)
     if name == "ddp compiled":
         torch.compiler.reset()
-        task.model.compile()  # inside of the wrapper, which cuts the graph at its buckets so that sums overlap
-    model = DistributedDataParallel(task.model, gradient_as_bucket_view=True)
-    variants = optimizer_variants(task, task.loss_fn, model)
+        inner.compile()  # inside of the wrapper, which cuts the graph at its buckets so that sums overlap
+    model = DistributedDataParallel(inner, gradient_as_bucket_view=True)
+    variants = optimizer_variants(task, loss_of, model)
     batches = own_rows(workload.batches(task))
     return mean_first_loss(fastest(variants, batches, agree=largest, label=f"{name} x{dist.get_world_size()}, "))
