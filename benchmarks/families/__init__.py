@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.families.base import Batch, Family, Kind, LossFn, Scale, Size, Task, make_optimizer
+from benchmarks.families.base import SIZES, Batch, Family, Kind, LossFn, Scale, Size, Task, make_optimizer
 from benchmarks.families.plain_other import PLAIN_OTHER
 from benchmarks.families.plain_supervised import PLAIN_SUPERVISED
 from benchmarks.families.transformers_other import TRANSFORMERS_OTHER
@@ -11,7 +11,8 @@ from benchmarks.families.transformers_text import TRANSFORMERS_TEXT
 FAMILIES: tuple[Family, ...] = (*TRANSFORMERS_TEXT, *TRANSFORMERS_OTHER, *PLAIN_SUPERVISED, *PLAIN_OTHER)
 
 __all__ = [
-    "FAMILIES", "Batch", "Family", "Kind", "LossFn", "Scale", "Size", "Task", "get", "make_optimizer", "select",
+    "FAMILIES", "SIZES", "Batch", "Family", "Kind", "LossFn", "Scale", "Size", "Task", "get", "make_optimizer",
+    "select",
 ]  # fmt: skip
 
 

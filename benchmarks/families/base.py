@@ -1,4 +1,4 @@
-"""`Family` and `Task`: one kind of model together with its loss and its data, in two sizes."""
+"""`Family` and `Task`: one kind of model together with its loss and its data, in three sizes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Scale = Literal["tiny", "small"]
+Scale = Literal["tiny", "small", "large"]
 Kind = Literal[
     "encoder", "decoder", "encoder-decoder", "mixture-of-experts", "state-space", "vision", "conv", "audio",
     "contrastive", "recurrent", "generative", "graph", "recommender", "reinforcement", "energy", "dense",
@@ -42,6 +42,8 @@ SIZES: Mapping[Scale, Size] = {
     "tiny": Size(batch=8, length=12, width=32, depth=2, heads=4, vocabulary=96, image=32, audio=800),
     # For timing: steps of about 5 to 300 ms on one core.
     "small": Size(batch=16, length=64, width=128, depth=4, heads=4, vocabulary=1000, image=64, audio=3200),
+    # For timing where arithmetic decides: steps of about a second on one core, where a family has depth or images.
+    "large": Size(batch=16, length=128, width=256, depth=6, heads=4, vocabulary=2000, image=128, audio=6400),
 }
 
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 
-from benchmarks import coverage, prediction, same_result, step_time
+from benchmarks import coverage, prediction, same_result
 from benchmarks.same_result import CASES, Course
 from partita.plan import Plan, Worker
 
@@ -137,15 +137,3 @@ def test_large_blocks_do_not_go_into_holes_of_the_heap() -> None:
     environment = {**os.environ, **prediction.RETURNING_ALLOCATOR}
     done = subprocess.run([sys.executable, "-c", _HOLE], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True", "False"]
-
-
-def test_step_time_compares_with_the_best_peer() -> None:
-    rounds = {"eager 1": [[3.0, 3.0], [3.2]], "compiled all": [[2.0], [2.2]], "partita": [[2.1, 2.1], [2.1]]}
-    row = step_time.judge(rounds)
-    assert row["best_peer"] == "compiled all" and row["ratio"] == pytest.approx(1.0)
-    assert row["ratio_of_fastest"] == pytest.approx(1.05)
-    summary, misses = step_time.summarise([{"family": str(i), **row} for i in range(8)])
-    assert summary["largest_ratio"] == pytest.approx(1.0) and misses == []
-    slow = {"family": "slow", **row, "ratio": 1.04}
-    assert step_time.summarise([slow] * 8)[1][0] == "slow: partita / compiled all must be at most 1.03, but is 1.040"
-    assert "not compared" in step_time.summarise([{"family": "x", **step_time.judge({"partita": [[1.0]]})}])[1][0]
