@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import msgspec
 from partita.cache import read_json
 from partita.cluster.files import split_cores, validate
 from partita.cluster.hardware import interface_bytes_per_s, network_interface, read_machine
-from partita.cluster.job import Job, current_job
+from partita.cluster.job import Job, bound_alone, current_job
 from partita.cluster.model import Cluster, Link, Machine, Process, machine_fingerprint
 from partita.cluster.presets import CPU_NETWORK, LOOPBACK
 from partita.errors import ClusterError
@@ -50,6 +51,12 @@ def detect(*, timeout_s: float = 60.0) -> Cluster:
             or the processes of one host are bound to cores that overlap in part.
     """
     job = current_job()
+    if bound_alone():
+        warnings.warn(
+            f"Open MPI has bound this process to {len(os.sched_getaffinity(0))} of {os.cpu_count()} hardware threads, "
+            "and partita uses no others. Start it with `mpirun --bind-to none ...` to use the whole machine",
+            stacklevel=3,
+        )
     sighting = look(0 if job is None else job.rank)
     sightings = (sighting,) if job is None else exchange(sighting, job, timeout_s=timeout_s)
     return assemble(sightings)
@@ -171,7 +178,7 @@ def job_store(job: Job, *, timeout_s: float = 60.0) -> Store:
     if job.master_address is None:
         raise ClusterError(
             f"{job.launcher} does not tell where rank 0 runs, so MASTER_ADDR must name its host, but it is not set. "
-            "Pass it on, e.g. `mpirun -x MASTER_ADDR=host0 -x MASTER_PORT=29500 ...`."
+            f"Pass it on, e.g. `{_passing_on(job.launcher)}`."
         )
     served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
@@ -191,6 +198,15 @@ def job_store(job: Job, *, timeout_s: float = 60.0) -> Store:
         ) from error
     # torchrun restarts a job on the same store; its attempt number keeps the attempts apart.
     return PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _passing_on(launcher: str) -> str:
+    """How the launcher gives its processes a variable."""
+    if launcher == "Open MPI":
+        return "mpirun -x MASTER_ADDR=host0 -x MASTER_PORT=29500 ..."
+    if launcher in ("MPICH", "MVAPICH"):
+        return "mpirun -genv MASTER_ADDR host0 -genv MASTER_PORT 29500 ..."
+    return "export MASTER_ADDR=host0 MASTER_PORT=29500"
 
 
 def _initialised_store() -> Store | None:

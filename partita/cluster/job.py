@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from partita.errors import ClusterError
 
 DEFAULT_PORT = 29_500  # torchrun's default rendezvous port as well
+FIRST_PORT, NUM_PORTS = 20_000, 12_000  # below those that Linux gives to outgoing connections (32768 and up)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,15 @@ _LAUNCHERS = (
 )
 
 
+# What names a run: equal for its processes, another one for every other run on the same host.
+_RUN_NAMES = {
+    "srun": ("SLURM_JOB_ID", "SLURM_STEP_ID"),
+    "Open MPI": ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"),
+}
+_JOB_LISTS = ("SLURM_JOB_NODELIST", "SLURM_NODELIST")
+_STEP_LISTS = ("SLURM_STEP_NODELIST", *_JOB_LISTS)
+
+
 def current_job(environment: Mapping[str, str] | None = None) -> Job | None:
     """The job that this process belongs to, or None for a process that runs alone.
 
@@ -99,6 +110,8 @@ def current_job(environment: Mapping[str, str] | None = None) -> Job | None:
             continue
         if launcher.name == "srun" and not _inside_step(variables):
             continue
+        if launcher.name == "MPICH" and _inside_step(variables) and "MPI_LOCALRANKID" not in variables:
+            continue  # srun speaks its protocol (`--mpi=pmi2`), and tells more in its own variables
         world_size = _first_int(variables, launcher.world_size)
         if world_size is None:
             raise ClusterError(
@@ -107,6 +120,16 @@ def current_job(environment: Mapping[str, str] | None = None) -> Job | None:
             )
         return None if world_size == 1 else _job(launcher, variables, world_size)
     return None
+
+
+def bound_alone(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether Open MPI has bound this process to some cores though it is the only one of its host.
+
+    It does so unless it is told not to: a single process then has one core of the machine, or one socket.
+    """
+    variables = os.environ if environment is None else environment
+    alone = variables.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    return alone and variables.get("OMPI_MCA_orte_bound_at_launch") == "1"
 
 
 def _job(launcher: _Launcher, variables: Mapping[str, str], world_size: int) -> Job:
@@ -136,16 +159,18 @@ def _job(launcher: _Launcher, variables: Mapping[str, str], world_size: int) -> 
 def _master(
     launcher: _Launcher, variables: Mapping[str, str], local_world_size: int, world_size: int
 ) -> tuple[str | None, int]:
-    """Where rank 0 can be reached. A Slurm job's port is spread by its id, so that two jobs can share a host."""
+    """Where rank 0 can be reached. Ports are spread by the launcher's name of the run, so that two can share a host."""
     port = _first_int(variables, ("MASTER_PORT",))
     address = variables.get("MASTER_ADDR") or None
-    if launcher.name == "srun":
-        address = address or _first_host(variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST"))
-        job_id = _first_int(variables, ("SLURM_JOB_ID",)) or 0
-        port = port if port is not None else 20_000 + job_id % 20_000
     if address is None and local_world_size >= world_size:
         address = "127.0.0.1"
-    return address, DEFAULT_PORT if port is None else port
+    if address is None:  # mpirun inside of a Slurm job begins on its first host as well
+        lists = _STEP_LISTS if launcher.name == "srun" else _JOB_LISTS
+        address = _first_host(next((variables[name] for name in lists if variables.get(name)), None))
+    if port is None:
+        run = [variables[name] for name in _RUN_NAMES.get(launcher.name, ()) if variables.get(name)]
+        port = FIRST_PORT + zlib.crc32(" ".join(run).encode()) % NUM_PORTS if run else DEFAULT_PORT
+    return address, port
 
 
 def _inside_step(variables: Mapping[str, str]) -> bool:
@@ -170,14 +195,15 @@ def _slurm_local_size(variables: Mapping[str, str]) -> int | None:
 
 
 def _first_host(node_list: str | None) -> str | None:
-    """The first host of a Slurm node list: ``"gpu[003-005,9],login"`` -> ``"gpu003"``.
+    """The first host of a Slurm node list: ``"gpu[003-005,9],login"`` -> ``"gpu003"``; ``"r[2-4]n[1,7]"`` ->
+    ``"r2n1"``.
 
     Source: Slurm's host-list expressions (`scontrol show hostnames`).
     """
     if not node_list:
         return None
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", node_list)
-    return f"{match[1]}{match[2] or ''}{match[3] or ''}" if match else None
+    match = re.match(r"(?:[^,\[]|\[[^\]]*\])+", node_list)  # up to the first comma outside of brackets
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0]) if match else None
 
 
 def _first_int(variables: Mapping[str, str], names: tuple[str, ...]) -> int | None:

@@ -12,6 +12,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +22,10 @@ from torch import Generator, Tensor, fx
 from partita.cost.variants import with_variants
 from partita.graph.storages import last_uses
 from partita.program.instructions import Segment
+from partita.runtime.compiling import Background, Request, compile_or_load
+from partita.runtime.portable import NotPortableError
 from partita.runtime.randomness import is_random, with_generator
-from partita.runtime.torch_adapter import Layout, compile_graph, direct
+from partita.runtime.torch_adapter import Layout, direct
 
 Call = Callable[..., Sequence[Tensor]]
 
@@ -57,23 +60,62 @@ def build(segment: Segment, *, compiled: bool, device: torch.device, num_threads
 
     Matrices are multiplied by the library that is faster for them here (`partita.cost.variants`)."""
     strides = tuple(_stride(node) for node in segment.module.graph.nodes if node.op == "placeholder")
-    module = with_variants(segment.module, num_threads) if device.type == "cpu" else segment.module
+    module = _module(segment, device, num_threads)
     plain = python_code(module.graph, module)
     if not compiled:
         return Code(plain, strides)
     if segment.random:
         return Code(plain, strides, reason="its random ops draw from the worker's own generator")
-    layouts: list[Layout] = [
-        (spec.shape, _contiguous(spec.shape) if stride is None else stride, spec.dtype)
-        for spec, stride in zip(segment.input_specs, strides, strict=True)
-    ]
+    layouts = _layouts(segment)
     made = _compiled(segment.key, module, layouts, device, num_threads)
     if isinstance(made, str):
         return Code(plain, strides, reason=made)
     return Code(plain, tuple(layout[1] for layout in layouts), made)
 
 
+def compile_ahead(
+    segment: Segment, background: Background, *, device: torch.device, num_threads: int
+) -> Future[Call] | None:
+    """Has `background` compile a segment, so that `build` finds it when the returned future is done, whether compiled
+    or failed; None if there is nothing to wait for."""
+    layouts = _layouts(segment)
+    key = (segment.key, *layouts, device, num_threads)
+    if segment.random or key in _MADE:
+        return None
+    try:
+        request = Request.of(_module(segment, device, num_threads), layouts, device=device, num_threads=num_threads)
+    except NotPortableError:  # only this process has its ops: `build` compiles it
+        return None
+    kept: Future[Call] = Future()
+
+    def arrived(done: Future[Call]) -> None:
+        if not done.cancelled():
+            error = done.exception()
+            if error is not None:
+                _UNTOLD.add(key)
+            _MADE.setdefault(key, done.result() if error is None else _first_line(error))
+        kept.set_result(_MADE.get(key))  # type: ignore[arg-type]
+
+    background.submit(request).add_done_callback(arrived)
+    return kept
+
+
+def _module(segment: Segment, device: torch.device, num_threads: int) -> fx.GraphModule:
+    return with_variants(segment.module, num_threads) if device.type == "cpu" else segment.module
+
+
+def _layouts(segment: Segment) -> list[Layout]:
+    """The exact layouts in which compiled code takes its inputs."""
+    nodes = [node for node in segment.module.graph.nodes if node.op == "placeholder"]
+    strides = [_stride(node) for node in nodes]
+    return [
+        (spec.shape, _contiguous(spec.shape) if stride is None else stride, spec.dtype)
+        for spec, stride in zip(segment.input_specs, strides, strict=True)
+    ]
+
+
 _MADE: dict[tuple[object, ...], Call | str] = {}  # what the compiler gave, or why it failed
+_UNTOLD: set[tuple[object, ...]] = set()  # failed in the background: whoever builds the segment is warned
 _MAKING = threading.Lock()
 
 
@@ -86,23 +128,36 @@ def _compiled(
     with _MAKING:
         if key not in _MADE:
             _MADE[key] = _compile(name, module, layouts, device, num_threads)
-        return _MADE[key]
+        made = _MADE[key]
+        if isinstance(made, str) and key in _UNTOLD:
+            _UNTOLD.discard(key)
+            _warn(name, made)
+        return made
 
 
 def _compile(
     name: str, module: fx.GraphModule, layouts: Sequence[Layout], device: torch.device, num_threads: int
 ) -> Call | str:
     try:
-        return compile_graph(module, layouts, device=device, num_threads=num_threads)
+        return compile_or_load(module, layouts, device=device, num_threads=num_threads)
     except Exception as error:  # whatever goes wrong inside a compiler, the plain code is right
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
-        warnings.warn(
-            f"segment {name} could not be compiled and runs op by op, which is slower but gives the "
-            f"same result: {reason}. Pass compile=False to silence this. {_where(error)}",
-            CompileWarning,
-            stacklevel=4,
-        )
+        reason = _first_line(error)
+        _warn(name, reason, _where(error))
         return reason
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else repr(error)}"
+
+
+def _warn(name: str, reason: str, where: str = "") -> None:
+    warnings.warn(
+        f"segment {name} could not be compiled and runs op by op, which is slower but gives the "
+        f"same result: {reason}. Pass compile=False to silence this. {where}",
+        CompileWarning,
+        stacklevel=5,
+    )
 
 
 def _where(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 names them.
 
 * `torch._inductor.standalone_compile`: compiles one fx graph without Dynamo; its artifact is called with the inputs.
+* `torch._inductor.standalone_compile.CompiledArtifact.save` and `.load`: the artifact on disk.
+* `torch._inductor.runtime.cache_dir_utils.cache_dir`: where Inductor keeps what it compiled.
 * Inductor's configuration names `cpp_wrapper`, `cpp.threads` and `fallback_random`.
 * `torch._inductor.lowering.lowerings`, `torch._inductor.mkldnn_ir.LinearUnary`: how a product by oneDNN is compiled.
 * `torch._inductor.codecache.CppCodeCache`: compiles and keeps a few functions of our own.
@@ -107,6 +109,28 @@ def compile_source(source: str) -> ctypes.CDLL | None:
     except Exception:  # no compiler, a broken one, a folder that cannot be written: what is optional stays away
         return None
     return library
+
+
+def save_compiled(compiled: Compiled, path: str) -> None:
+    """Write what `compile_graph` gave to a file."""
+    compiled.save(path=path, format="binary")  # type: ignore[attr-defined]
+
+
+def load_compiled(path: str) -> Compiled:
+    """What `save_compiled` wrote, of the same torch on the same kind of machine. It is code: whoever can write the file
+    can run anything, as in all of Inductor's cache."""
+    from torch._inductor.standalone_compile import CompiledArtifact
+
+    with _quiet():
+        artifact: Compiled = CompiledArtifact.load(path=path, format="binary")
+    return artifact
+
+
+def compiler_cache_dir() -> str:
+    """Inductor's cache folder (`TORCHINDUCTOR_CACHE_DIR`)."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
 
 
 @contextlib.contextmanager

@@ -22,15 +22,16 @@ from partita.errors import CaptureError, InputError, PlanError
 from partita.graph import Graph, capture
 from partita.plan import Constraints, Plan
 from partita.runtime.allocator import keep_freed_memory
+from partita.runtime.segments import CompileWarning
 from partita.runtime.transport import Transport
-from partita.training.adopt import choose
+from partita.training.adopt import Adoption
 from partita.training.arguments import check_planning, check_running, check_task
 from partita.training.described import described_plan, described_planner, is_described_gpus
 from partita.training.events import PlanChosen, WarningRaised, emit
 from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
 from partita.training.measuring import StepValues
-from partita.training.optimizers import OptimizerFacts, check_optimizer
+from partita.training.optimizers import OptimizerFacts, check_optimizer, kind_of
 from partita.training.overrides import current_override
 from partita.training.planning import (
     best_plan,
@@ -39,8 +40,10 @@ from partita.training.planning import (
     has_compiler,
     ranked_plans,
 )
+from partita.training.remembered import Memory
 from partita.training.runners import LossFn, named_state
 from partita.training.step import Step, StepSetup, make_runner
+from partita.training.trial import fits
 
 NUM_MEASURED = 4  # graph plans that are run before one is adopted
 MAX_COMPILED_OPS = 3000  # compiling larger graphs takes minutes
@@ -144,8 +147,9 @@ def parallelize(
         optimizer: an ordinary `torch.optim.Optimizer` over the model's parameters; schedulers keep working.
         loss_fn: ``loss_fn(model, batch)`` -> scalar tensor.
         batch: a global batch of the usual shape; it is not trained on.
-        plan: "auto" measures the best few plans and plain PyTorch and adopts the fastest; `Constraints` fix corners and
-            take the best predicted plan; a `Plan` is used as it is.
+        plan: "auto" runs the best few plans and plain PyTorch in turns during the first steps and adopts the fastest
+            (`Step.is_settled`); what is adopted is remembered for the next run. `Constraints` fix corners and take the
+            best predicted plan; a `Plan` is used as it is.
         sync: "exact": the mathematics is that of plain PyTorch.
         compile: True or False fixes whether segments are compiled; "auto" leaves it to the plan.
         cluster: default: detected.
@@ -197,9 +201,9 @@ def parallelize(
     )
     _equalise(setup)
     with _old_objects_left_alone():
-        chosen, graph = _decide(setup, batch, leaves, _Request(plan=plan, compile=compile))
-        step = Step(setup, chosen, graph, leaves)
-    emit(PlanChosen(plan=chosen, time_s=time.perf_counter() - start_s))
+        decision = _decide(setup, batch, leaves, _Request(plan=plan, compile=compile))
+        step = _make_step(setup, decision, leaves, start_s)
+    emit(PlanChosen(plan=step.plan, time_s=time.perf_counter() - start_s))
     return step
 
 
@@ -238,34 +242,92 @@ def _equalise(setup: StepSetup) -> None:
     setup.team.spread_random_state()
 
 
-def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request) -> tuple[Plan, Graph | None]:
+@dataclass(frozen=True, kw_only=True)
+class _Decision:
+    """The plan to run; or `finalists`, of which the first steps choose one, and where it is remembered."""
+
+    plan: Plan
+    graph: Graph | None = None
+    finalists: tuple[Plan, ...] = ()
+    memory: Memory | None = None
+
+
+def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request) -> _Decision:
     plan = request.plan
     if isinstance(plan, Plan) and plan.mode == "block":
         plan.validate(None, setup.cluster)
-        return plan, None
+        return _Decision(plan=plan)
     try:
         graph = capture(setup.model, setup.loss_fn, batch)
     except CaptureError as error:
         if isinstance(plan, Plan):
             raise PlanError(f"the plan needs the model as a graph, but it cannot be captured: {error}") from error
-        return _fall_back(setup, error, compiled=request.compile is True), None
+        return _Decision(plan=_fall_back(setup, error, compiled=request.compile is True))
     setup.team.require_equal(graph.fingerprint, "captured graph (model, loss and batch shape)")
     if graph.unchecked:
         emit(WarningRaised(subject="capture", message=_unchecked(graph.unchecked)))
     if isinstance(plan, Plan):
         plan.validate(graph, setup.cluster)
-        return _with_compile(plan, request.compile), graph
+        return _Decision(plan=_with_compile(plan, request.compile), graph=graph)
     constraints = plan if isinstance(plan, Constraints) else Constraints()
     _check_rows(constraints, graph)
     if request.compile != "auto" and constraints.compiled is None:
         constraints = msgspec.structs.replace(constraints, compiled=request.compile)
     if constraints.compiled is None and (not has_compiler() or len(graph.nodes) > MAX_COMPILED_OPS):
+        if not has_compiler():
+            _warn_no_compiler()
         constraints = msgspec.structs.replace(constraints, compiled=False)
-    candidates = _candidates(setup, graph, constraints, _values(setup.model, graph, leaves))
+    values = _values(setup.model, graph, leaves)
     if plan != "auto":
-        return candidates[0], graph if candidates[0].mode == "graph" else None
-    chosen = _measure(setup, graph, candidates, batch, leaves)
-    return chosen, graph if chosen.mode == "graph" else None
+        best = _candidates(setup, graph, constraints, values)[0]
+        return _Decision(plan=best, graph=graph if best.mode == "graph" else None)
+    memory = Memory(graph, setup.cluster, constraints, OptimizerFacts.of(setup.optimizer))
+    recalled = [text.to_json() for text in memory.recall()] if setup.team.rank == 0 else []
+    known = [Plan.from_json(text) for text in setup.team.from_first(recalled)]
+    finalists = known or _finalists(_candidates(setup, graph, constraints, values, refines=False))
+    if not known and setup.team.rank == 0:
+        with contextlib.suppress(OSError):  # a full or read-only disk: the next run plans again
+            memory.remember_candidates(finalists)
+    return _Decision(plan=finalists[0], graph=graph, finalists=tuple(finalists), memory=memory)
+
+
+def _warn_no_compiler() -> None:
+    message = (
+        "no C++ compiler was found, so nothing is compiled, which is slower but gives the same result. Install g++ or "
+        "name one in CXX, or pass compile=False to silence this"
+    )
+    warnings.warn(message, CompileWarning, stacklevel=4)
+    emit(WarningRaised(subject="compiler", message=message))
+
+
+def _make_step(setup: StepSetup, decision: _Decision, leaves: BatchLeaves, start_s: float) -> Step:
+    """The step, which begins with plain PyTorch, or else a plan that needs no compiling, where finalists are left."""
+    plans, graph, memory = list(decision.finalists), decision.graph, decision.memory
+    if len(plans) < 2 or graph is None:
+        return Step(setup, decision.plan, graph if decision.plan.mode == "graph" else None, leaves)
+    order = sorted((plan.compiled, plan.mode != "block", place) for place, plan in enumerate(plans))
+    compiled, _, start = order[0]
+    if compiled:
+        plans.append(msgspec.structs.replace(plans[start], compiled=False))
+        start = len(plans) - 1
+    adoption = Adoption(
+        plans,
+        start=start,
+        provisional=compiled,
+        graph=graph,
+        make=lambda plan: make_runner(setup, plan, graph, setup.model, setup.optimizer),
+        team=setup.team,
+        whole_parameters=kind_of(setup.optimizer) != "element",
+        started_s=start_s,
+        can_undo=lambda: fits(setup.model, setup.optimizer),
+    )
+
+    def remember(adoption: Adoption) -> None:
+        if memory is not None and setup.team.rank == 0 and adoption.is_complete:
+            with contextlib.suppress(OSError):
+                memory.remember(adoption.measured())
+
+    return Step(setup, plans[start], graph, leaves, adoption, remember)
 
 
 def _unchecked(lines: tuple[str, ...]) -> str:
@@ -296,31 +358,23 @@ def _fall_back(setup: StepSetup, error: CaptureError, *, compiled: bool) -> Plan
     return block_plan(setup.cluster, graph=None, reasons=reasons, compiled=compiled)
 
 
-def _candidates(setup: StepSetup, graph: Graph, constraints: Constraints, values: StepValues) -> tuple[Plan, ...]:
+def _candidates(
+    setup: StepSetup, graph: Graph, constraints: Constraints, values: StepValues, *, refines: bool = True
+) -> tuple[Plan, ...]:
     """Ranked plans; rank 0 searches, the others receive."""
     plans: tuple[Plan, ...] = ()
     error: Exception | None = None
     if setup.team.rank == 0:
         try:
             facts = OptimizerFacts.of(setup.optimizer)
-            plans = ranked_plans(graph, setup.cluster, CostTable(setup.cluster), constraints, facts, values=values)
+            cost = CostTable(setup.cluster)
+            plans = ranked_plans(graph, setup.cluster, cost, constraints, facts, values=values, refines=refines)
         except PlanError as found:
             error = found
     shared = setup.team.from_first(error if error is not None else [plan.to_json() for plan in plans])
     if isinstance(shared, Exception):
         raise shared
     return tuple(Plan.from_json(text) for text in shared)
-
-
-def _measure(setup: StepSetup, graph: Graph, candidates: tuple[Plan, ...], batch: Any, leaves: BatchLeaves) -> Plan:
-    """Runs the finalists in turns and adopts the fastest; rank 0's measurement decides."""
-    finalists = _finalists(candidates)
-
-    def make(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-        return make_runner(setup, plan, graph, model, optimizer)
-
-    chosen = choose(finalists, setup.model, setup.optimizer, make, batch, leaves)
-    return Plan.from_json(setup.team.from_first(chosen.to_json()))
 
 
 def _finalists(candidates: tuple[Plan, ...]) -> list[Plan]:

@@ -7,11 +7,12 @@ import dataclasses
 import os
 import shutil
 
+import msgspec
 import torch
 
 from partita.cluster import Cluster
 from partita.cost.table import CostTable
-from partita.errors import CaptureError, InfeasibleError
+from partita.errors import CaptureError, InfeasibleError, PlanError
 from partita.graph.graph import Graph
 from partita.plan import Constraints, Plan, Worker, cluster_fingerprint
 from partita.planner.search import search
@@ -20,6 +21,7 @@ from partita.runtime.overheads import measure_overheads
 from partita.simulator import shared_bytes, simulate
 from partita.training.measuring import PartMeasurer, StepValues
 from partita.training.optimizers import OptimizerFacts
+from partita.units import proportional
 
 # Seconds that measuring the ops of a new model may take; what is left over is estimated by the roofline.
 WHOLE_GRAPH_BUDGET_S = 2.0
@@ -90,11 +92,13 @@ def ranked_plans(
     *,
     limit: int = 4,
     values: StepValues | None = None,
+    refines: bool = True,
 ) -> tuple[Plan, ...]:
-    """Plans best first, by simulation; plain PyTorch among them where the constraints allow it. The random state is
-    left as it was."""
+    """Plans best first, by simulation; plain PyTorch among them where the constraints allow it. `refines`: parts of the
+    best are measured as a whole, which compiles them; there is no need where plans are run before one is adopted. The
+    random state is left as it was."""
     with torch.random.fork_rng(devices=[]):  # what is measured is made up, and some of it draws
-        return _ranked(graph, cluster, cost, constraints, facts, limit, values)
+        return _ranked(graph, cluster, cost, constraints, facts, limit, values, refines)
 
 
 def _ranked(
@@ -105,6 +109,7 @@ def _ranked(
     facts: OptimizerFacts,
     limit: int,
     values: StepValues | None,
+    refines: bool,
 ) -> tuple[Plan, ...]:
     may_cut = (
         graph.batch_size > 1 and microbatch_verdict(graph, 2, local_statistics=constraints.local_statistics) is None
@@ -124,7 +129,7 @@ def _ranked(
         limit=limit,
         microbatches=may_cut or (constraints.num_microbatches or 1) > 1,
         evaluate=evaluator,
-        refine=evaluator.refine if cluster.is_here else None,
+        refine=evaluator.refine if cluster.is_here and refines else None,
     )
 
 
@@ -173,4 +178,32 @@ def fallback_reasons(error: CaptureError) -> tuple[str, ...]:
     return (
         f"the step could not be captured as one graph: {error}",
         "it runs as one block of plain PyTorch on all threads of one process; other processes wait for its loss",
+    )
+
+
+class TooFewRowsError(PlanError):
+    """A batch cannot be dealt out to all data workers."""
+
+
+def adapted_plan(plan: Plan, graph: Graph) -> Plan:
+    """The same split for another batch shape: rows in the same proportion, fewer microbatches where there are too few.
+
+    Raises:
+        TooFewRowsError: the batch has fewer rows than the data axis has workers.
+    """
+    num_data = plan.axes.get("data", 1)
+    if graph.batch_size < num_data:
+        raise TooFewRowsError(
+            f"the batch has {graph.batch_size} rows for {num_data} data workers; it runs as one block"
+        )
+    microbatches = plan.num_microbatches
+    while microbatches > 1 and graph.batch_size < microbatches * num_data:
+        microbatches -= 1
+    return msgspec.structs.replace(
+        plan,
+        graph_fingerprint=graph.fingerprint,
+        num_microbatches=microbatches,
+        shares=proportional(graph.batch_size, plan.shares or (1,) * num_data) if num_data > 1 else (),
+        compiled=False,
+        prediction=None,
     )

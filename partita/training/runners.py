@@ -340,3 +340,10 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def owners_differ(old: GraphRunner | BlockRunner, new: GraphRunner | BlockRunner) -> bool:
+    """Whether parameters live on other processes under the new programs."""
+    if isinstance(old, GraphRunner) and isinstance(new, GraphRunner) and not (old.held or new.held):
+        return owners_of(old.programs) != owners_of(new.programs)
+    return True

@@ -6,6 +6,7 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +16,20 @@ from torch import nn
 
 from partita.arguments import path_of
 from partita.cluster import Cluster
-from partita.errors import CaptureError, InputError, NonFiniteLossError, PlanError, StepError
+from partita.errors import (
+    CaptureError,
+    InputError,
+    NonFiniteLossError,
+    PeerLostError,
+    PlanError,
+    StepError,
+    WaitTimeoutError,
+)
 from partita.graph import Graph, capture
 from partita.plan import Plan
 from partita.program.timeline import Timeline
 from partita.runtime.transport import Transport
+from partita.training.adopt import Adoption
 from partita.training.arguments import check_sync_target
 from partita.training.checkpoint import read_checkpoint, write_checkpoint
 from partita.training.collecting import collect_all
@@ -29,10 +39,10 @@ from partita.training.inputs import BatchKey, BatchLeaves, check_structure, take
 from partita.training.job import Team
 from partita.training.loading import ShardedBatch, whole_shape
 from partita.training.optimizers import check_optimizer
-from partita.training.planning import block_plan
-from partita.training.runners import BlockRunner, GraphRunner, LossFn, owners_of
+from partita.training.planning import TooFewRowsError, adapted_plan, block_plan
+from partita.training.runners import BlockRunner, GraphRunner, LossFn, Outcome, owners_differ
+from partita.training.trial import Snapshot
 from partita.training.watch import Watch
-from partita.units import proportional
 
 MAX_GRAPHS = 8  # batch shapes and states of the model that are captured; further ones run as one block
 
@@ -73,8 +83,17 @@ class Step:
     several processes `sync_to` collects what other processes hold. Use it as a context manager or call `close`.
     """
 
-    def __init__(self, setup: StepSetup, plan: Plan, graph: Graph | None, first: BatchLeaves) -> None:
+    def __init__(
+        self,
+        setup: StepSetup,
+        plan: Plan,
+        graph: Graph | None,
+        first: BatchLeaves,
+        adoption: Adoption | None = None,
+        on_adopted: Callable[[Adoption], None] = lambda _: None,
+    ) -> None:
         self._setup = setup
+        self._adoption, self._on_adopted = adoption, on_adopted
         self._plan = plan
         self._first_key = first.key
         self._num_steps = 0
@@ -82,14 +101,17 @@ class Step:
         self._timeline: Timeline | None = None
         self._failure: BaseException | None = None
         # A graph is made for one batch shape and one state of everything that the step reads besides parameters.
-        self._watch = Watch(setup.model, setup.loss_fn, setup.optimizer) if plan.mode == "graph" else None
+        watched = plan.mode == "graph" or adoption is not None
+        self._watch = Watch(setup.model, setup.loss_fn, setup.optimizer) if watched else None
         self._state = self._watch.token if self._watch else ""
         self._runners: dict[tuple[BatchKey, str], GraphRunner | BlockRunner] = {}
         self._current: GraphRunner | BlockRunner | None = None
         self._fresh: Graph | None = None  # captured in this step
         self._compiles = False  # whether the next graph is worth compiling
         self._overflow: BlockRunner | GraphRunner | None = None
-        self._first = self._runners[first.key, self._state] = self._make(plan, graph)
+        self._adopting_key = (first.key, self._state)
+        runner = self._make(plan, graph) if adoption is None else adoption.next_runner()
+        self._first = self._runners[self._adopting_key] = runner
         # Whoever loads a state into his optimizer while training goes on means the shards that do its work.
         self._hooks = (
             setup.optimizer.register_load_state_dict_post_hook(lambda _: self._load_state()),
@@ -98,8 +120,14 @@ class Step:
 
     @property
     def plan(self) -> Plan:
-        """The adopted plan."""
+        """The plan that is run: the adopted one, or until `is_settled` the best one so far."""
         return self._plan
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a plan is adopted. During the first steps candidates run in turns, and compiled ones come in when
+        they are ready; all of these steps train. A given plan is adopted from the beginning."""
+        return self._adoption is None
 
     @property
     def num_steps(self) -> int:
@@ -129,17 +157,14 @@ class Step:
             leaves = take_apart(batch)
         self._follow(leaves, batch)
         runner = self._runner(leaves, batch)
-        if self._setup.check_finite == "op":
-            self._check_before(runner, batch, leaves)
         if self._setup.transport is not None:
             self._setup.transport.note(f"step {self._num_steps + 1} with a batch of {leaves.rows} rows")
         try:
-            finite_only = self._setup.check_finite != "off"
-            outcome = runner.step(batch, leaves, record=self._record, finite_only=finite_only)
+            outcome = self._run(runner, leaves, batch)
         except (StepError, torch.distributed.DistBackendError) as error:
             self._failure = error
             raise
-        if finite_only and not math.isfinite(outcome.loss):
+        if self._setup.check_finite != "off" and not math.isfinite(outcome.loss):
             raise NonFiniteLossError(
                 f"the loss must be finite, but got {outcome.loss} in step {self._num_steps + 1}; no parameter was "
                 'updated. Look at the batch and the learning rate; check_finite="op" tells which op produced it'
@@ -176,7 +201,7 @@ class Step:
         """
         self._require_open()
         runner = self._first
-        if isinstance(runner, BlockRunner) or runner.graph.batch_size != num_rows:
+        if self._adoption is not None or isinstance(runner, BlockRunner) or runner.graph.batch_size != num_rows:
             return 0, num_rows
         return runner.rows_needed()
 
@@ -271,6 +296,8 @@ class Step:
             self._current.collect()
         for hook in self._hooks:
             hook.remove()
+        if self._adoption is not None:
+            self._adoption.close()
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()
@@ -303,22 +330,33 @@ class Step:
             return
         if change.structural:
             check_optimizer(self._setup.optimizer, dict(self._setup.model.named_parameters()))
-        known = self._runners.get((leaves.key, self._state))
-        if not change.structural and isinstance(known, GraphRunner) and self._has_no_part(known, batch):
+        known = self._graph_of((leaves.key, self._state))
+        if not change.structural and known is not None and self._has_no_part(known, batch):
             self._watch.ignore(change)
         else:
             self._watch.accept()
+            self._settle()  # the candidates are graphs of another state
+            if self._watch is None:
+                return
         before, self._state = self._state, self._watch.token
         if self._watch.ignores(change):
             self._runners = {(key, self._state if state == before else state): runner
                              for (key, state), runner in self._runners.items()}  # fmt: skip
+            self._adopting_key = (self._adopting_key[0], self._state)
         # Modes and frozen layers change once in a while; a number that changes in every step is not worth compiling.
         self._compiles = change.structural or all(name.endswith(".training") for name in change.names)
 
-    def _has_no_part(self, known: GraphRunner, batch: Any) -> bool:
+    def _graph_of(self, key: tuple[BatchKey, str]) -> Graph | None:
+        """The captured step that runs for batches of that kind, or may once a plan is adopted."""
+        if self._adoption is not None and key == self._adopting_key:
+            return self._adoption.graph
+        runner = self._runners.get(key)
+        return runner.graph if isinstance(runner, GraphRunner) else None
+
+    def _has_no_part(self, old: Graph, batch: Any) -> bool:
         """Whether the step, captured once more, is the one that is known."""
         try:
-            graph, old = capture(self._setup.model, self._setup.loss_fn, batch), known.graph
+            graph = capture(self._setup.model, self._setup.loss_fn, batch)
         except CaptureError:
             return False
         self._fresh = graph
@@ -328,14 +366,22 @@ class Step:
         return graph.fingerprint == old.fingerprint and same_constants
 
     def _runner(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
+        if self._is_adopting(leaves):
+            self._next_of_adoption()
         runner = self._runners.get((leaves.key, self._state))
         if runner is None:
             check_structure(leaves.key, self._first_key)
             runner = self._adapt(leaves, batch)
             self._runners[leaves.key, self._state] = runner
+        return self._switch(runner)
+
+    def _switch(self, runner: GraphRunner | BlockRunner) -> GraphRunner | BlockRunner:
         if runner is not self._current:
             if self._current is not None:  # each runner has its own slices: hand the optimizer's state over
                 self._hand_over(self._current, runner)
+            else:
+                runner.take_weights()
+                runner.load_state()
             self._current = runner
         return runner
 
@@ -346,12 +392,95 @@ class Step:
             self._collect()
         new.take_weights()
         new.load_state()
+        if isinstance(old, BlockRunner):
+            self._setup.optimizer.zero_grad(set_to_none=True)  # nobody else would free these gradients
+
+    # Adoption --------------------------------------------------------------------------------------------------
+
+    def _is_adopting(self, leaves: BatchLeaves) -> bool:
+        return self._adoption is not None and (leaves.key, self._state) == self._adopting_key
+
+    def _next_of_adoption(self) -> None:
+        """Takes the runner whose turn it is, or the adopted one."""
+        assert self._adoption is not None
+        self._first = self._runners[self._adopting_key] = self._adoption.next_runner()
+        if self._adoption.adopted is not None:
+            self._settle()
+        else:
+            self._plan = self._adoption.plan
+
+    def _settle(self) -> None:
+        """Goes on with the best plan that is known."""
+        adoption, self._adoption = self._adoption, None
+        if adoption is None:
+            return
+        adoption.conclude()
+        assert adoption.adopted is not None
+        self._plan = adoption.adopted
+        if adoption.runner is not None:
+            self._first = self._runners[self._adopting_key] = adoption.runner
+        self._switch(self._first)
+        adoption.close(keep=self._first)
+        for key in [key for key, runner in self._runners.items() if runner is not self._first]:
+            self._runners.pop(key).close()  # other batch shapes ran by what was best then
+        if self._plan.mode == "block":
+            self._watch = None  # plain PyTorch follows by itself
+        self._on_adopted(adoption)
+
+    def _run(self, runner: GraphRunner | BlockRunner, leaves: BatchLeaves, batch: Any) -> Outcome:
+        """Makes the step; while a plan is being adopted, by the next best plan if this one cannot."""
+        while self._adoption is not None and self._is_adopting(leaves):
+            adoption, start_s = self._adoption, time.perf_counter()
+            found = self._try(runner, leaves, batch) if adoption.is_first_try else self._once(runner, leaves, batch)
+            if not isinstance(found, str):
+                adoption.finished(time.perf_counter() - start_s)
+                return found
+            adoption.failed(found)
+            self._next_of_adoption()
+            runner = self._switch(self._first)
+        return self._once(runner, leaves, batch)
+
+    def _once(self, runner: GraphRunner | BlockRunner, leaves: BatchLeaves, batch: Any) -> Outcome:
+        if self._setup.check_finite == "op":
+            self._check_before(runner, batch, leaves)
+        finite_only = self._setup.check_finite != "off"
+        return runner.step(batch, leaves, record=self._record, finite_only=finite_only)
+
+    def _try(self, runner: GraphRunner | BlockRunner, leaves: BatchLeaves, batch: Any) -> Outcome | str:
+        """A candidate's first step: the reason, with everything as before, if a process cannot make it."""
+        assert self._adoption is not None
+        saved = Snapshot(self._setup.model, self._setup.optimizer) if self._adoption.can_undo else None
+        outcome, error, is_checked = None, "", saved is not None
+        try:
+            if not is_checked:  # what cannot be undone is made without its updates before
+                random_state = torch.get_rng_state()
+                try:
+                    runner.step(batch, leaves, update=False)
+                finally:
+                    torch.set_rng_state(random_state)
+                is_checked = True
+            outcome = self._once(runner, leaves, batch)
+        except (NonFiniteLossError, PeerLostError, WaitTimeoutError):
+            raise  # no fault of the plan, or nobody is left to go on with
+        except Exception as found:
+            if saved is None and is_checked:
+                raise
+            error = f"{type(found).__name__}: {found}"
+        errors = [text for text in self._setup.team.gather(error, "the first step of a candidate plan") if text]
+        if not errors and outcome is not None:
+            return outcome
+        if saved is not None:
+            saved.restore()
+        self._current = None  # whatever the failed runner holds is of no use
+        return str(errors[0])
+
+    # Other batches ---------------------------------------------------------------------------------------------
 
     def _adapt(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
         """A runner for another batch shape, or for the same one after something else has changed: the same split,
         captured anew."""
         if self._plan.mode == "block":
-            return self._first
+            return self._first if isinstance(self._first, BlockRunner) else self._make(self._plan, None)
         if self._overflow is not None:
             return self._overflow
         if len(self._runners) >= MAX_GRAPHS:
@@ -398,7 +527,7 @@ class Step:
         )
 
     def _mark_stepped(self) -> None:
-        if self._plan.mode == "graph":
+        if isinstance(self._current, GraphRunner):
             from partita.training.torch_adapter import mark_stepped
 
             mark_stepped(self._setup.optimizer)
@@ -412,17 +541,6 @@ class Step:
         if team.is_alone:
             return
         collect_all(team, self._setup.model, self._setup.optimizer, self._current)
-
-
-class TooFewRowsError(PlanError):
-    """A batch cannot be dealt out to all data workers."""
-
-
-def owners_differ(old: GraphRunner | BlockRunner, new: GraphRunner | BlockRunner) -> bool:
-    """Whether parameters live on other processes under the new programs."""
-    if isinstance(old, GraphRunner) and isinstance(new, GraphRunner) and not (old.held or new.held):
-        return owners_of(old.programs) != owners_of(new.programs)
-    return True
 
 
 def make_runner(
@@ -448,28 +566,4 @@ def make_runner(
         process=setup.team.rank,
         transport=setup.transport,
         timeout_s=setup.timeout_s,
-    )
-
-
-def adapted_plan(plan: Plan, graph: Graph) -> Plan:
-    """The same split for another batch shape: rows in the same proportion, fewer microbatches where there are too few.
-
-    Raises:
-        TooFewRowsError: the batch has fewer rows than the data axis has workers.
-    """
-    num_data = plan.axes.get("data", 1)
-    if graph.batch_size < num_data:
-        raise TooFewRowsError(
-            f"the batch has {graph.batch_size} rows for {num_data} data workers; it runs as one block"
-        )
-    microbatches = plan.num_microbatches
-    while microbatches > 1 and graph.batch_size < microbatches * num_data:
-        microbatches -= 1
-    return msgspec.structs.replace(
-        plan,
-        graph_fingerprint=graph.fingerprint,
-        num_microbatches=microbatches,
-        shares=proportional(graph.batch_size, plan.shares or (1,) * num_data) if num_data > 1 else (),
-        compiled=False,
-        prediction=None,
     )

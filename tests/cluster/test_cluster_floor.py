@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from partita.cluster import Cluster, Link, Machine
-from partita.cluster.detect import Sighting, assemble
+from partita.cluster.detect import Sighting, assemble, detect
 from partita.cluster.files import default_processes, parse, split_cores, to_toml
 from partita.cluster.hardware import cpu_quota, memory_bytes, parse_list, physical_cores, read_machine
-from partita.cluster.job import current_job
+from partita.cluster.job import bound_alone, current_job
 from partita.errors import ClusterError
 
 GOOD = """
@@ -87,6 +87,58 @@ def test_jobs_of_every_launcher(environment: dict[str, str]) -> None:
     assert job is not None
     assert (job.rank, job.world_size, job.local_rank, job.local_world_size) == (3, 4, 1, 2)
     assert job.master_address == "n0"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n7", "n7"),
+        ("gpu[003-005,9],login", "gpu003"),
+        ("login,gpu[003-005]", "login"),
+        ("r[2-4]n[1,7]", "r2n1"),
+        ("a[08,10-12]-ib,b[1-2]", "a08-ib"),
+        ("10.0.0.5", "10.0.0.5"),
+    ],
+)
+def test_rank_0_of_a_slurm_job_runs_on_its_first_host(nodes: str, first: str) -> None:
+    step = current_job(SRUN | {"SLURM_STEP_NODELIST": nodes})
+    assert step is not None and step.master_address == first
+    without = {name: value for name, value in MPI.items() if name != "MASTER_ADDR"}
+    inside = current_job(without | {"SLURM_JOB_NODELIST": nodes})  # mpirun in a batch script
+    assert inside is not None and inside.master_address == first
+    outside = current_job(without)
+    assert outside is not None and outside.master_address is None
+
+
+def test_runs_on_one_host_get_ports_of_their_own() -> None:
+    def port(environment: dict[str, str]) -> int:
+        job = current_job(environment)
+        assert job is not None
+        return job.master_port
+
+    steps = [SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)} for job in (71, 72) for step in (0, 1)]
+    runs = [MPI | {"PMIX_NAMESPACE": name} for name in ("461897729", "461963265")]
+    ports = [port(environment) for environment in (*steps, *runs)]
+    assert len(set(ports)) == len(ports) and all(1024 < one < 32_768 for one in ports)
+    assert [port(environment | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) for environment in steps] == ports[:4]
+    assert port(runs[0] | {"MASTER_PORT": "4711"}) == 4711
+
+
+def test_srun_that_speaks_pmi_tells_where_its_tasks_are() -> None:
+    job = current_job(SRUN | {"PMI_RANK": "3", "PMI_SIZE": "4"})
+    assert job is not None and (job.launcher, job.local_world_size) == ("srun", 2)
+    hydra = current_job(SRUN | PMI)  # MPICH's mpirun starts its helpers by srun
+    assert hydra is not None and hydra.launcher == "MPICH"
+
+
+def test_a_process_that_open_mpi_has_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "OMPI_MCA_orte_bound_at_launch": "1"}
+    assert bound_alone(bound) and not bound_alone(bound | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"})
+    assert not bound_alone({}) and not bound_alone({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"})
+    for name, value in bound.items():
+        monkeypatch.setenv(name, value)
+    with pytest.warns(UserWarning, match="mpirun --bind-to none"):
+        detect()
 
 
 def test_no_job_alone_or_in_a_batch_script() -> None:

@@ -141,7 +141,7 @@ def test_a_failing_compiler_is_a_warning_with_the_reason(monkeypatch: pytest.Mon
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(segments, "_MADE", {})
-    monkeypatch.setattr(segments, "compile_graph", broken)
+    monkeypatch.setattr(segments, "compile_or_load", broken)
     part = segment("square", lambda x: ((x * x).sum(),), torch.ones(2))
     with pytest.warns(CompileWarning, match="square could not be compiled.*no compiler here"):
         code = build(part, compiled=True, device=CPU, num_threads=1)
@@ -157,7 +157,7 @@ def test_a_segment_is_compiled_once_a_process(monkeypatch: pytest.MonkeyPatch) -
         return lambda x: (x,)
 
     monkeypatch.setattr(segments, "_MADE", {})
-    monkeypatch.setattr(segments, "compile_graph", compiler)
+    monkeypatch.setattr(segments, "compile_or_load", compiler)
     one, two = (segment(key, lambda x: ((x * x).sum(),), torch.ones(2)) for key in ("one", "two"))
     codes = [
         build(part, compiled=True, device=CPU, num_threads=n) for part, n in ((one, 1), (one, 1), (one, 2), (two, 1))

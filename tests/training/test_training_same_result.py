@@ -261,15 +261,20 @@ def test_auto_measures_plain_pytorch_too_and_leaves_the_state_alone() -> None:
     unsubscribe = partita.subscribe(seen.append)
     torch.manual_seed(1)
     step = partita.parallelize(model, optimizer, loss_fn, data[0], compile=False)
-    unsubscribe()
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
     assert not optimizer.state
     with step:
         losses = [step(batch).loss for batch in data]
+        for _ in range(1000):
+            if step.is_settled:
+                break
+            step(data[0])
+    unsubscribe()
     assert losses == pytest.approx(expected, rel=1e-4)
     measured = [event.plan.mode for event in seen if type(event).__name__ == "CandidateMeasured"]
     assert {"block", "graph"} <= set(measured)
-    assert type(seen[-1]).__name__ == "PlanChosen"
+    chosen = [event.plan for event in seen if type(event).__name__ == "PlanChosen"]
+    assert chosen[-1] == step.plan and chosen[0].measured_step_time_s is None
     assert step.plan.measured_step_time_s is not None
     assert all(other.measured_step_time_s is not None or other.reason for other in step.plan.alternatives)
