@@ -3,9 +3,9 @@
     python -m benchmarks.memory --json benchmarks/results/memory.json --check
 
 Every (model, plan) pair trains in fresh processes. Of each process the kernel's own high-water mark of resident pages
-counts (`VmHWM`, which misses nothing), once over its whole life and once over the training steps alone (the mark is reset
-after `parallelize`). Pages of libraries that several processes have mapped are counted once a job: each process counts
-its proportional share of them (`Pss`). A job's figure is the sum over its processes.
+counts (`VmHWM`, which misses nothing), once over its whole life and once over the training steps alone (the mark is
+reset after `parallelize`). Pages of libraries that several processes have mapped are counted once a job: each process
+counts its proportional share of them (`Pss`). A job's figure is the sum over its processes.
 
 *Baseline* is what the processes hold before they see a model: the interpreter, torch and partita, after a small product
 that starts torch's threads. The prediction of a job is its baseline plus the plan's predicted bytes. Two errors are
@@ -236,9 +236,11 @@ def measure(kind: Kind, plan: str, scale: float, timeout_s: float) -> Row:
     role = "ddp" if plan == DDP else "partita"
     common = {"model": kind.name, "plan": plan, "extents": extents, "scale": scale}
     try:
-        with Group("benchmarks.memory", role, num_processes=num_processes, num_threads=num_threads) if (
-            num_processes > 1
-        ) else _Alone(Child("benchmarks.memory", role, num_threads=num_threads)) as job:
+        with (
+            Group("benchmarks.memory", role, num_processes=num_processes, num_threads=num_threads)
+            if (num_processes > 1)
+            else _Alone(Child("benchmarks.memory", role, num_threads=num_threads)) as job
+        ):
             start = {"do": "baseline", "num_threads": num_threads, "num_processes": num_processes}
             row["baseline_bytes"] = sum(reply["bytes"] for reply in _asked(job, start, timeout_s))
             told = _asked(job, {"do": "prepare", **common}, timeout_s)

@@ -1,5 +1,8 @@
-"""Adoption: the best few plans and plain PyTorch run in turns for real, on copies of the state; the fastest is
-taken."""
+"""Adoption: the best few plans and plain PyTorch run in turns for real, on a copy of the state; the fastest is taken.
+
+All candidates train one copy of model and optimizer, which they hand to each other, so that a job needs room for its
+weights once more while it measures, however many candidates there are.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,10 @@ from torch import nn
 
 from partita.errors import PartitaError
 from partita.plan import Alternative, Plan
+from partita.runtime.allocator import give_back_freed_memory
 from partita.training.events import CandidateMeasured, emit
 from partita.training.inputs import BatchLeaves
-from partita.training.runners import Runner
+from partita.training.runners import GraphRunner, Runner
 
 # A plan must be faster than a simpler one by this share to be preferred to it: less is noise.
 TIE_SHARE = 0.02
@@ -64,7 +68,7 @@ def choose(
     batch: Any,
     leaves: BatchLeaves,
 ) -> Plan:
-    """Runs every plan on copies of model and optimizer, in turns, and returns the fastest with its report.
+    """Runs every plan on a copy of model and optimizer, in turns, and returns the fastest with its report.
 
     A plan that fails to run is dropped with its reason. The random state is left as it was.
     """
@@ -72,13 +76,16 @@ def choose(
     candidates: list[_Candidate] = []
     dropped: list[Alternative] = []
     try:
+        copies = _copies(model, optimizer)
         for plan in plans:
-            candidate = _start(plan, model, optimizer, make_runner, batch, leaves, dropped)
+            candidate = _start(plan, copies, make_runner, batch, leaves, dropped)
             if candidate is not None:
                 candidates.append(candidate)
+            give_back_freed_memory()  # no thread finds what another one freed
         for _ in range(ROUNDS):
             for candidate in candidates:
                 _run_round(candidate, batch, leaves)
+                _hand_on(candidate.runner, copies[1])
     finally:
         for candidate in candidates:
             candidate.runner.close()
@@ -89,27 +96,43 @@ def choose(
     return _report(candidates, dropped)
 
 
+def _copies(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model and its optimizer once more, without gradients: nobody reads those of the user's own here."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            memo[id(parameter.grad)] = None
+    return copy.deepcopy(model, memo), copy.deepcopy(optimizer, memo)
+
+
+def _hand_on(runner: Runner, optimizer: torch.optim.Optimizer) -> None:
+    """Leaves the state where the next candidate finds it, so that there is one of all of them.
+
+    Parts of tensors that a runner stores of its own are not brought together: that would make whole ones beside them.
+    """
+    if not (isinstance(runner, GraphRunner) and runner.held):
+        runner.collect()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def _start(
     plan: Plan,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    copies: tuple[nn.Module, torch.optim.Optimizer],
     make_runner: MakeRunner,
     batch: Any,
     leaves: BatchLeaves,
     dropped: list[Alternative],
 ) -> _Candidate | None:
-    """Sets a candidate up on a copy of the state and runs it once, unmeasured."""
+    """Sets a candidate up and runs it twice, unmeasured."""
     predicted_s = plan.prediction.step_time_s if plan.prediction else 0.0
     runner: Runner | None = None
     try:
-        memo: dict[int, Any] = {}
-        own_model = copy.deepcopy(model, memo)
-        own_optimizer = copy.deepcopy(optimizer, memo)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            runner = make_runner(plan, own_model, own_optimizer)
+            runner = make_runner(plan, *copies)
             runner.step(batch, leaves)
             runner.step(batch, leaves)
+        _hand_on(runner, copies[1])
     except Exception as error:  # a candidate that cannot run is no candidate; the others go on
         if runner is not None:
             with contextlib.suppress(Exception):
@@ -137,6 +160,8 @@ def _start(
 
 
 def _run_round(candidate: _Candidate, batch: Any, leaves: BatchLeaves) -> None:
+    if not (isinstance(candidate.runner, GraphRunner) and candidate.runner.held):
+        candidate.runner.load_state()
     begin = time.perf_counter()
     for _ in range(MAX_STEPS_PER_ROUND):
         start = time.perf_counter()
