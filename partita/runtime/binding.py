@@ -280,8 +280,7 @@ class Binder:
         if instruction.parts:
             scatter = PiecewiseReduceOp(seat, instruction, self.around.device)
         else:
-            keep = bool(instruction.slices)
-            scatter = ReduceScatterOp(seat, cuts_of(instruction), self.around.device, keep=keep)
+            scatter = ReduceScatterOp(seat, cuts_of(instruction), self.around.device)
 
         def op(registers: Registers) -> None:
             registers.update(zip(outputs, scatter([registers[name] for name in names]), strict=True))

@@ -26,7 +26,9 @@ from test_program_tensor import GRIDS, placements, weights_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration", "ignore:enable_nested_tensor")
 # Graphs of their own: lowered programs are kept by graph, and those of other tests have larger buckets.
-KEPT = {name: captured(CASES[name], 8) for name in ("mlp", "partly", "batch_norm", "transformer_dropout", "gru", "conv")}
+KEPT = {
+    name: captured(CASES[name], 8) for name in ("mlp", "partly", "batch_norm", "transformer_dropout", "gru", "conv")
+}
 ONE_STAGE = sorted(name for name, ((_, _, pipeline), _) in GRIDS.items() if pipeline == 1)
 
 
