@@ -7,9 +7,11 @@ counts (`VmHWM`, which misses nothing), once over its whole life and once over t
 reset after `parallelize`). Pages of libraries that several processes have mapped are counted once a job: each process
 counts its proportional share of them (`Pss`). A job's figure is the sum over its processes.
 
-*Baseline* is what the processes hold before they see a model: the interpreter, torch and partita, after a small product
-that starts torch's threads. The prediction of a job is its baseline plus the plan's predicted bytes. Two errors are
-reported: `error` of the job's total, and the stricter `error_of_model`, of what comes on top of the baseline.
+*Baseline* is what the same job holds after it has trained a tiny model by the same kind of plan: the interpreter,
+torch, partita, and whatever these have loaded to capture, plan, compile and exchange. (`import_bytes` of it, before any
+model, are those of the interpreter and the libraries.) The prediction of a job is its baseline plus the plan's predicted
+bytes. Two errors are reported: `error` of the job's total, and the stricter `error_of_model`, of what comes on top of
+the baseline.
 
 DistributedDataParallel has two processes, gradients as views of its buckets and the fused optimizer. Judged against
 it is the peak over the whole life of the jobs, planning and adoption included.
@@ -31,7 +33,7 @@ from benchmarks.processes import Child, ChildError, Group, Message, serve
 
 LARGEST_ERROR, LARGEST_RATIO, NUM_STEPS = 0.10, 0.6, 4
 COLUMNS = (
-    "model", "plan", "baseline_bytes", "predicted_bytes", "training_peak_bytes", "peak_bytes", "error",
+    "model", "plan", "import_bytes", "baseline_bytes", "predicted_bytes", "training_peak_bytes", "peak_bytes", "error",
     "error_of_model", "ratio_to_ddp", "chosen", "error_text",
 )  # fmt: skip
 
@@ -44,6 +46,16 @@ class Kind:
     name: str
     parameter_heavy: bool
     make: Callable[[float], tuple[Any, Any, Any]]
+
+
+def tiny(_: float) -> tuple[Any, Any, Any]:
+    """Next to nothing: what a job holds besides its model."""
+    import torch
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    batch = (torch.randn(8, 16), torch.randn(8, 16))
+    return model, lambda module, b: nn.functional.mse_loss(module(b[0]), b[1]), batch
 
 
 def wide_mlp(scale: float) -> tuple[Any, Any, Any]:
@@ -104,6 +116,7 @@ def convolutions(scale: float) -> tuple[Any, Any, Any]:
     return model, lambda module, b: nn.functional.cross_entropy(module(b[0]), b[1]), batch
 
 
+TINY = Kind("tiny", False, tiny)
 KINDS = (
     Kind("wide mlp", True, wide_mlp),
     Kind("embedding", True, embedding),
@@ -164,6 +177,7 @@ class Trainer:
     def __init__(self, role: str) -> None:
         self.role = role
         self._step: Callable[[], float] | None = None
+        self._close: Callable[[], None] = lambda: None
 
     def __call__(self, message: Message) -> Row:
         return {"baseline": self._baseline, "prepare": self._prepare, "train": self._train}[message["do"]](message)
@@ -176,14 +190,21 @@ class Trainer:
         if message["num_processes"] > 1:
             torch.distributed.init_process_group("gloo")
             torch.distributed.all_reduce(torch.zeros(8))
-        return {"bytes": resident_bytes()}
+        imported = resident_bytes()
+        self._prepare({**message, "model": TINY.name, "scale": 1.0})
+        assert self._step is not None
+        for _ in range(NUM_STEPS):
+            self._step()
+        self._close()
+        gc.collect()
+        return {"bytes": resident_bytes(), "import_bytes": imported}
 
     def _prepare(self, message: Message) -> Row:
         import torch
 
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        kind = next(kind for kind in KINDS if kind.name == message["model"])
+        kind = next(kind for kind in (TINY, *KINDS) if kind.name == message["model"])
         model, loss_fn, batch = kind.make(message["scale"])
         if self.role == "ddp":
             return self._prepare_ddp(model, loss_fn, batch)
@@ -191,7 +212,7 @@ class Trainer:
         step = partita.parallelize(model, torch.optim.AdamW(model.parameters(), lr=1e-4), loss_fn, batch, plan=asked)
         prediction = step.plan.prediction
         predicted = prediction.memory_bytes if prediction else {}
-        self._step = lambda: float(step(batch).loss)
+        self._step, self._close = lambda: float(step(batch).loss), step.close
         kind_of_plan = f"{step.plan.mode}{' compiled' if step.plan.compiled else ''} {dict(step.plan.axes)}"
         return {"predicted_bytes": sum(predicted.values()), "chosen": kind_of_plan}
 
@@ -241,8 +262,10 @@ def measure(kind: Kind, plan: str, scale: float, timeout_s: float) -> Row:
             if (num_processes > 1)
             else _Alone(Child("benchmarks.memory", role, num_threads=num_threads)) as job
         ):
-            start = {"do": "baseline", "num_threads": num_threads, "num_processes": num_processes}
-            row["baseline_bytes"] = sum(reply["bytes"] for reply in _asked(job, start, timeout_s))
+            start = {"do": "baseline", "num_threads": num_threads, "num_processes": num_processes, **common}
+            begun = _asked(job, start, timeout_s)
+            row["baseline_bytes"] = sum(reply["bytes"] for reply in begun)
+            row["import_bytes"] = sum(reply["import_bytes"] for reply in begun)
             told = _asked(job, {"do": "prepare", **common}, timeout_s)
             row |= {name: told[0][name] for name in ("predicted_bytes", "chosen") if name in told[0]}
             done = _asked(job, {"do": "train", "num_steps": NUM_STEPS}, timeout_s)
