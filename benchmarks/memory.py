@@ -9,9 +9,9 @@ counts its proportional share of them (`Pss`). A job's figure is the sum over it
 
 *Baseline* is what the same job holds after it has trained a tiny model by the same kind of plan: the interpreter,
 torch, partita, and whatever these have loaded to capture, plan, compile and exchange. (`import_bytes` of it, before any
-model, are those of the interpreter and the libraries.) The prediction of a job is its baseline plus the plan's predicted
-bytes. Two errors are reported: `error` of the job's total, and the stricter `error_of_model`, of what comes on top of
-the baseline.
+model, are those of the interpreter and the libraries.) The prediction of a job is its baseline plus the plan's
+predicted bytes. Two errors are reported: `error` of the job's total, and the stricter `error_of_model`, of what comes
+on top of the baseline.
 
 DistributedDataParallel has two processes, gradients as views of its buckets and the fused optimizer. Judged against
 it is the peak over the whole life of the jobs, planning and adoption included.
