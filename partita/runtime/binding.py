@@ -30,7 +30,7 @@ from partita.program.instructions import (
     TensorSpec,
     Update,
 )
-from partita.program.uses import writes
+from partita.program.uses import reads, writes
 from partita.runtime.collectives import (
     AllGatherOp,
     AllReduceOp,
@@ -280,8 +280,7 @@ class Binder:
         if instruction.parts:
             scatter = PiecewiseReduceOp(seat, instruction, self.around.device)
         else:
-            keep = bool(instruction.slices)
-            scatter = ReduceScatterOp(seat, cuts_of(instruction), self.around.device, keep=keep)
+            scatter = ReduceScatterOp(seat, cuts_of(instruction), self.around.device)
 
         def op(registers: Registers) -> None:
             registers.update(zip(outputs, scatter([registers[name] for name in names]), strict=True))
@@ -318,7 +317,7 @@ class Binder:
 
     def _update(self, update: Update) -> Op:
         slices, worker = update.slices, self.worker
-        names = [f"g:{i}" for i in range(len(slices))]
+        names = list(reads(update))
         mode, apply, sums = self.around.mode, self.around.update, self._sums
         key = len(sums)
         sums[key] = []

@@ -164,20 +164,19 @@ class Cut:
 
 
 class ReduceScatterOp:
-    """Every position p receives the sums of `cuts[p]`. Buffers for results that are formed one by one are kept between
-    steps."""
+    """Every position p receives the sums of `cuts[p]`."""
 
-    def __init__(self, seat: Seat, cuts: Sequence[Sequence[Cut]], device: torch.device, *, keep: bool) -> None:
+    def __init__(self, seat: Seat, cuts: Sequence[Sequence[Cut]], device: torch.device) -> None:
         self.seat = seat
         self.cuts = cuts
         self.mine = cuts[seat.position]
         self.alone = seat.num_local == 1 and seat.line is None
         # Everything comes from memory of this process and is to be summed: one call does it, instead of one a tensor.
         self.together = not self.alone and seat.line is None and all(cut.summed for cut in self.mine)
-        self.buffers = self._buffers(device) if keep and not self.alone and not self.together else None
+        self.device = device
 
-    def _buffers(self, device: torch.device) -> list[Tensor]:
-        return [torch.empty(cut.spec.shape, dtype=cut.spec.dtype, device=device) for cut in self.mine]
+    def _buffers(self) -> list[Tensor]:
+        return [torch.empty(cut.spec.shape, dtype=cut.spec.dtype, device=self.device) for cut in self.mine]
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
         if self.alone:
@@ -187,7 +186,7 @@ class ReduceScatterOp:
         if self.together:
             return self._sum_together(brought)
         received = self._exchange(brought)
-        results = self.buffers or self._buffers(values[0].device)
+        results = self._buffers()
         for index, (cut, out) in enumerate(zip(self.mine, results, strict=True)):
             if not cut.summed:
                 out.copy_(cut.of(values[cut.tensor]))

@@ -41,30 +41,29 @@ class _Sum:
 
 
 class PiecewiseReduceOp:
-    """The sums of this worker's slices over the members of its process; buffers are kept between steps."""
+    """The sums of this worker's slices over the members of its process."""
 
     def __init__(self, seat: Seat, instruction: ReduceScatter, device: torch.device) -> None:
         self.seat = seat
         place = {name: index for index, name in enumerate(instruction.parameters)}
         mine = instruction.slices[seat.position]
         self.sums = [_sum_of(instruction, place[part.parameter], part) for part in mine]
-        self.buffers = [torch.empty(math.prod(item.shape), dtype=item.dtype, device=device) for item in self.sums]
-        self.targets = [
-            [addend.target.of(buffer.view(item.shape)) for addend in item.addends]
-            for item, buffer in zip(self.sums, self.buffers, strict=True)
-        ]
+        self.device = device
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
         brought = self.seat.meeting.gather(self.seat.member, values)
-        for item, targets in zip(self.sums, self.targets, strict=True):
-            for addend, target in zip(item.addends, targets, strict=True):
+        results = [torch.empty(math.prod(item.shape), dtype=item.dtype, device=self.device) for item in self.sums]
+        for item, result in zip(self.sums, results, strict=True):
+            whole = result.view(item.shape)
+            for addend in item.addends:
+                target = addend.target.of(whole)
                 value = brought[addend.member][item.register]
                 source = addend.source.of(value.reshape(-1) if addend.flat else value)
                 if addend.first:
                     target.copy_(source)
                 else:
                     target.add_(source)
-        return list(self.buffers)
+        return results
 
 
 def _sum_of(instruction: ReduceScatter, index: int, part: Slice) -> _Sum:

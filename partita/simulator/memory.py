@@ -14,7 +14,7 @@ from partita.cost.memory import state_bytes, weight_bytes
 from partita.graph.graph import Graph, InputKind
 from partita.program.instructions import Instruction, Program, ProgramSet, Recv, ReduceScatter, TensorSpec
 from partita.program.uses import is_persistent
-from partita.simulator.storages import Address, ProcessMemory, Value, WorkerMemory, keeps_buffers
+from partita.simulator.storages import Address, ProcessMemory, Value, WorkerMemory
 
 
 class JobMemory:
@@ -66,8 +66,7 @@ class JobMemory:
 
 def shared_bytes(graph: Graph, programs: ProgramSet, *, optimizer_state_bytes_per_element: float) -> dict[int, int]:
     """Bytes by process that outlive a step: parameters and buffers (every process holds the whole model), the rows of
-    the batch that its workers read, and for the elements that they update the optimizer's state (in bytes per float32
-    element) and the buffers of reduced gradients, as far as they are kept."""
+    the batch that its workers read, and the optimizer's state (in bytes per float32 element) of what they update."""
     weights = weight_bytes(graph)
     found = {process: weights + num_bytes for process, num_bytes in _batch_bytes(graph, programs).items()}
     itemsize_of = {item.name: item.dtype.itemsize for item in graph.inputs}
@@ -83,7 +82,6 @@ def shared_bytes(graph: Graph, programs: ProgramSet, *, optimizer_state_bytes_pe
             for part in instruction.slices[instruction.group.index(program.worker)]:
                 num_bytes = part.num_elements * itemsize[part.parameter]
                 found[program.process] += state_bytes(num_bytes, optimizer_state_bytes_per_element)
-                found[program.process] += num_bytes if keeps_buffers(instruction, program.worker) else 0
     return found
 
 

@@ -278,7 +278,7 @@ class WorkerMemory:
         is not dense is copied for every slice that is cut out of it."""
         place = {name: index for index, name in enumerate(instruction.parameters)}
         num_local, copied = self._num_local(instruction.group), []
-        kept = keeps_buffers(instruction, self.program.worker)
+        one_by_one = _sums_one_by_one(instruction, self.program.worker)
         for index, part in enumerate(instruction.slices[instruction.group.index(self.program.worker)]):
             spec = instruction.specs[place[part.parameter]]
             value = self._value(instruction.registers[place[part.parameter]])
@@ -286,14 +286,12 @@ class WorkerMemory:
             self._largest_slice_bytes = max(self._largest_slice_bytes, num_bytes)
             if len(instruction.group) > 1:
                 copied.append(0 if value.is_dense else spec.num_bytes * num_local)
-                if not kept:
-                    self._put_new(f"g:{index}", num_bytes, start_s, end_s)
+                self._put_new(f"g:{instruction.first + index}", num_bytes, start_s, end_s)
             elif value.is_dense:
-                self._put(f"g:{index}", value, end_s)
+                self._put(f"g:{instruction.first + index}", value, end_s)
             else:
-                self._put_new(f"g:{index}", spec.num_bytes, start_s, end_s)
-        # Kept buffers are filled one after the other, new sums are made all together.
-        self._while(max(copied, default=0) if kept else sum(copied), start_s, end_s)
+                self._put_new(f"g:{instruction.first + index}", spec.num_bytes, start_s, end_s)
+        self._while(max(copied, default=0) if one_by_one else sum(copied), start_s, end_s)
 
     def _exchange(self, instruction: ReduceScatter | AllGather | AllToAll, start_s: float, end_s: float) -> None:
         """The result; buffers of messages between processes are the transport's and not counted."""
@@ -308,8 +306,8 @@ class WorkerMemory:
         return sum(self._process_of[member] == self.program.process for member in group)
 
 
-def keeps_buffers(instruction: ReduceScatter, worker: int) -> bool:
-    """Whether `worker` keeps the buffers of its reduced gradients from step to step: where not all of them are sums."""
+def _sums_one_by_one(instruction: ReduceScatter, worker: int) -> bool:
+    """Whether the slices are filled one after the other, as where not all of them are sums; else one call makes all."""
     if len(instruction.group) == 1 or not instruction.replicated:
         return False
     if instruction.parts:

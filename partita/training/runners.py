@@ -21,6 +21,7 @@ from partita.graph.graph import Graph, InputKind
 from partita.plan import Plan
 from partita.program import ProgramSet, Timeline, check, lower
 from partita.program.instructions import ReduceScatter, Slice
+from partita.runtime.allocator import give_back_freed_memory
 from partita.runtime.engine import Engine, State
 from partita.runtime.transport import Transport
 from partita.training.inputs import BatchLeaves
@@ -54,6 +55,14 @@ class Runner(Protocol):
     ) -> Outcome:
         """Runs one step on the global batch; without `update` neither parameters nor buffers change, with `finite_only`
         no parameter does if the loss is NaN or infinite."""
+        ...
+
+    def collect(self) -> None:
+        """Brings state and weights into the user's optimizer and model."""
+        ...
+
+    def load_state(self) -> None:
+        """Takes the optimizer's state from the user's optimizer."""
         ...
 
     def close(self) -> None:
@@ -101,6 +110,7 @@ class GraphRunner:
             if item.name not in self.buffers:
                 self.buffers[item.name] = self.parameters[item.name].detach()
         self.optimizer = optimizer
+        self._settled = False  # whether there was an update
         self.kind: Kind = kind_of(optimizer)
         self.programs: ProgramSet = lower(graph, plan, whole_parameters=self.kind != "element")
         check(self.programs)
@@ -158,6 +168,10 @@ class GraphRunner:
             record=record,
             finite_only=finite_only,
         )
+        if update and not self._settled:
+            # The first update made the optimizer's state in the places of tensors of the step, which now find none.
+            give_back_freed_memory()
+            self._settled = True
         if update and self.kind == "coupled" and not (finite_only and not math.isfinite(float(done.loss))):
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -229,9 +243,9 @@ def digest(programs: ProgramSet) -> str:
     return fingerprint([programs.programs, sorted(programs.segments)])
 
 
-def updated_slices(programs: ProgramSet, process: int) -> dict[int, tuple[Slice, ...]]:
-    """The slices that each worker of a process updates."""
-    return {program.worker: program.updated for program in programs.programs if program.process == process}
+def updated_slices(programs: ProgramSet, process: int) -> dict[int, tuple[tuple[Slice, ...], ...]]:
+    """The slices of each update of the workers of a process."""
+    return {program.worker: program.updates for program in programs.programs if program.process == process}
 
 
 def owners_of(programs: ProgramSet) -> Mapping[str, tuple[int, ...]]:

@@ -176,7 +176,7 @@ def test_reduce_scatter_along_a_dim(job: Job, data: st.DataObject) -> None:
     spec = TensorSpec((2, sum(sizes)), torch.float32)
     instruction = ReduceScatter(("r",), (spec,), tuple(range(count)), "k", outputs=("o",), dim=1, sizes=sizes)
     cuts = cuts_of(instruction)
-    results = job.run(lambda position, seat: ReduceScatterOp(seat, cuts, CPU, keep=False)([values[position]]))
+    results = job.run(lambda position, seat: ReduceScatterOp(seat, cuts, CPU)([values[position]]))
     expected = torch.split(torch.stack(values).sum(0), list(sizes), 1)
     for result, piece in zip(results, expected, strict=True):
         assert torch.equal(result[0], piece)
@@ -207,7 +207,7 @@ def test_reduce_scatter_by_slices(job: Job, data: st.DataObject) -> None:
         replicated=(False, True),
     )
     cuts = cuts_of(instruction)
-    results = job.run(lambda position, seat: ReduceScatterOp(seat, cuts, CPU, keep=True)(values[position]))
+    results = job.run(lambda position, seat: ReduceScatterOp(seat, cuts, CPU)(values[position]))
     whole = {"a": torch.stack([mine[0] for mine in values]).sum(0).view(-1), "b": same}
     for position, result in enumerate(results):
         assert len(result) == len(slices[position])
