@@ -1,10 +1,19 @@
 """Adoption: the best few plans and plain PyTorch run in turns for real, on copies of the state; the fastest is
-taken."""
+taken.
+
+In a job all processes run the same steps: rank 0 measures and decides how many, and whether a candidate is worth
+running at all, because the others' clocks differ, and a step that only one process makes waits for ever. A candidate
+that failed anywhere is dropped everywhere.
+
+Plain PyTorch comes first. A plan is not run if it is predicted to take more than `HOPELESS` times the fastest step so
+far, and runs one step only if that took as much: on a slow network a step of a hopeless plan may take minutes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import statistics
 import time
 import warnings
@@ -20,6 +29,7 @@ from partita.errors import PartitaError
 from partita.plan import Alternative, Plan
 from partita.training.events import CandidateMeasured, emit
 from partita.training.inputs import BatchLeaves
+from partita.training.job import Team
 from partita.training.runners import Runner
 
 # A plan must be faster than a simpler one by this share to be preferred to it: less is noise.
@@ -27,6 +37,7 @@ TIE_SHARE = 0.02
 ROUNDS = 5
 ROUND_TIME_S = 0.15  # every candidate runs at least this long in every round
 MAX_STEPS_PER_ROUND = 50
+HOPELESS = 4.0  # predictions of a plan and the uncertainty of its parts have never been off by as much
 
 MakeRunner = Callable[[Plan, nn.Module, torch.optim.Optimizer], Runner]
 
@@ -36,6 +47,7 @@ class _Candidate:
     plan: Plan
     runner: Runner
     times_s: list[float] = field(default_factory=list)
+    num_steps: int = 1  # in every round; 0: it has run enough
 
     @property
     def median_s(self) -> float:
@@ -63,64 +75,111 @@ def choose(
     make_runner: MakeRunner,
     batch: Any,
     leaves: BatchLeaves,
+    team: Team | None = None,
 ) -> Plan:
-    """Runs every plan on copies of model and optimizer, in turns, and returns the fastest with its report.
+    """Runs every plan on copies of model and optimizer, in turns, and returns the fastest with its report; in a job
+    (`team`) every process must call it with the same plans.
 
     A plan that fails to run is dropped with its reason. The random state is left as it was.
     """
+    trial = _Trial(model, optimizer, make_runner, batch, leaves, team or Team())
     random_state = torch.get_rng_state()
-    candidates: list[_Candidate] = []
-    dropped: list[Alternative] = []
     try:
-        for plan in plans:
-            candidate = _start(plan, model, optimizer, make_runner, batch, leaves, dropped)
-            if candidate is not None:
-                candidates.append(candidate)
+        for plan in sorted(plans, key=lambda plan: plan.mode != "block"):
+            trial.start(plan)
         for _ in range(ROUNDS):
-            for candidate in candidates:
-                _run_round(candidate, batch, leaves)
+            for candidate in trial.candidates:
+                trial.run_round(candidate)
     finally:
-        for candidate in candidates:
+        for candidate in trial.candidates:
             candidate.runner.close()
         torch.set_rng_state(random_state)
-    if not candidates:
-        reasons = "; ".join(f"{item.description}: {item.reason}" for item in dropped)
+    if not trial.candidates:
+        reasons = "; ".join(f"{item.description}: {item.reason}" for item in trial.dropped)
         raise PartitaError(f"no candidate plan could run: {reasons}")
-    return _report(candidates, dropped)
+    return _report(trial.candidates, trial.dropped)
 
 
-def _start(
-    plan: Plan,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    make_runner: MakeRunner,
-    batch: Any,
-    leaves: BatchLeaves,
-    dropped: list[Alternative],
-) -> _Candidate | None:
-    """Sets a candidate up on a copy of the state and runs it once, unmeasured."""
-    predicted_s = plan.prediction.step_time_s if plan.prediction else 0.0
-    runner: Runner | None = None
-    try:
-        memo: dict[int, Any] = {}
-        own_model = copy.deepcopy(model, memo)
-        own_optimizer = copy.deepcopy(optimizer, memo)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            runner = make_runner(plan, own_model, own_optimizer)
-            runner.step(batch, leaves)
-            runner.step(batch, leaves)
-    except Exception as error:  # a candidate that cannot run is no candidate; the others go on
-        if runner is not None:
-            with contextlib.suppress(Exception):
-                runner.close()
-        reason = f"{type(error).__name__}: {error}"
-        dropped.append(
+@dataclass
+class _Trial:
+    """The candidates of one adoption."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    make_runner: MakeRunner
+    batch: Any
+    leaves: BatchLeaves
+    team: Team
+    candidates: list[_Candidate] = field(default_factory=list)
+    dropped: list[Alternative] = field(default_factory=list)
+
+    @property
+    def fastest_s(self) -> float:
+        """Of the steps measured so far, by rank 0's clock; infinite before the first."""
+        return min((candidate.median_s for candidate in self.candidates), default=math.inf)
+
+    def start(self, plan: Plan) -> None:
+        """Sets a candidate up on a copy of the state and runs it, unmeasured and once measured, if it may be worth
+        it."""
+        predicted_s = _predicted_s(plan)
+        if self._from_first(plan.mode != "block" and predicted_s > HOPELESS * self.fastest_s):
+            self._drop(
+                plan,
+                f"not run: predicted at {predicted_s / self.fastest_s:.0f} times the step time of another plan",
+                failed=False,
+            )
+            return
+        runner, error = self._prepared(plan)
+        errors = [text for text in self.team.gather(error, "the start of a candidate plan") if text]
+        if errors or runner is None:
+            if runner is not None:
+                with contextlib.suppress(Exception):
+                    runner.close()
+            self._drop(plan, errors[0], failed=True)
+            return
+        candidate = _Candidate(plan, runner)
+        self._step(candidate)
+        fastest_s, took_s = self.fastest_s, candidate.times_s[0]
+        self.candidates.append(candidate)
+        worth = took_s <= HOPELESS * fastest_s
+        count = min(max(round(ROUND_TIME_S / max(took_s, 1e-9)), 1), MAX_STEPS_PER_ROUND) if worth else 0
+        candidate.num_steps = self._from_first(count)
+
+    def run_round(self, candidate: _Candidate) -> None:
+        for _ in range(candidate.num_steps):
+            self._step(candidate)
+
+    def _step(self, candidate: _Candidate) -> None:
+        start = time.perf_counter()
+        candidate.runner.step(self.batch, self.leaves)
+        candidate.times_s.append(time.perf_counter() - start)
+
+    def _prepared(self, plan: Plan) -> tuple[Runner | None, str]:
+        """A runner that has made one step, or why there is none."""
+        runner: Runner | None = None
+        try:
+            memo: dict[int, Any] = {}
+            own_model = copy.deepcopy(self.model, memo)
+            own_optimizer = copy.deepcopy(self.optimizer, memo)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                runner = self.make_runner(plan, own_model, own_optimizer)
+                runner.step(self.batch, self.leaves)
+        except Exception as error:  # a candidate that cannot run is no candidate; the others go on
+            if runner is not None:
+                with contextlib.suppress(Exception):
+                    runner.close()
+            return None, f"{type(error).__name__}: {error}"
+        return runner, ""
+
+    def _drop(self, plan: Plan, reason: str, *, failed: bool) -> None:
+        predicted_s = _predicted_s(plan)
+        self.dropped.append(
             Alternative(
                 description=describe(plan),
                 predicted_step_time_s=predicted_s,
                 measured_step_time_s=None,
-                reason=f"could not run: {reason}"[:400],
+                reason=(f"could not run: {reason}" if failed else reason)[:400],
             )
         )
         emit(
@@ -132,19 +191,13 @@ def _start(
                 failed=reason,
             )
         )
-        return None
-    return _Candidate(plan, runner)
+
+    def _from_first(self, value: Any) -> Any:
+        return self.team.from_first(value, "the measurement of candidate plans")
 
 
-def _run_round(candidate: _Candidate, batch: Any, leaves: BatchLeaves) -> None:
-    begin = time.perf_counter()
-    for _ in range(MAX_STEPS_PER_ROUND):
-        start = time.perf_counter()
-        candidate.runner.step(batch, leaves)
-        end = time.perf_counter()
-        candidate.times_s.append(end - start)
-        if end - begin > ROUND_TIME_S:
-            break
+def _predicted_s(plan: Plan) -> float:
+    return plan.prediction.step_time_s if plan.prediction else 0.0
 
 
 def _rank(candidate: _Candidate) -> tuple[int, int]:
@@ -158,7 +211,7 @@ def _report(candidates: list[_Candidate], dropped: list[Alternative]) -> Plan:
     best = min(near, key=lambda candidate: (_rank(candidate), candidate.median_s))
     alternatives = []
     for candidate in sorted(candidates, key=lambda item: item.median_s):
-        predicted_s = candidate.plan.prediction.step_time_s if candidate.plan.prediction else 0.0
+        predicted_s = _predicted_s(candidate.plan)
         emit(
             CandidateMeasured(
                 description=describe(candidate.plan),
