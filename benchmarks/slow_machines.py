@@ -1,4 +1,4 @@
-"""Emulated machines on slow links: network namespaces, one a machine, joined by veth pairs and (from three on) a bridge.
+"""Emulated machines on slow links: a network namespace each, joined by veth pairs and (from three on) a bridge.
 
 Every machine has a namespace of its own with one interface `net0`, whose sending side is limited by a token bucket
 (`tc tbf`), a host name of its own (a UTS namespace), and a share of one core: the cores are dealt in turn, and where
@@ -6,9 +6,9 @@ several machines share one, each process group gets an equal part of it by the q
 10 ms. So the processes are real, their messages cross the kernel's TCP stack, and no machine is faster for another
 one's waiting. Needs root and Linux.
 
-Bytes are read from the interfaces' counters. A frame counts with its Ethernet, IPv4 and TCP headers (`HEADER_BYTES`, the
-TCP timestamps included); `payload` takes them off, so acknowledgements count as nothing. Segmentation offload counts a
-large frame once, with one header, and is seen by the counters in the same way.
+Bytes are read from the interfaces' counters. A frame counts with its Ethernet, IPv4 and TCP headers (`HEADER_BYTES`,
+the TCP timestamps included); `payload_since` takes them off, so acknowledgements count as nothing. Segmentation offload
+counts a large frame once, with one header, and is seen by the counters in the same way.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Machines:
         cores = sorted(os.sched_getaffinity(0))
         core = cores[machine % len(cores)]
         enter = f"echo $$ > {shlex.quote(str(self._groups[machine] / 'cgroup.procs'))}; " if self._groups else ""
-        inside = f"hostname {self.name(machine)}; exec taskset -c {core} \"$@\""
+        inside = f'hostname {self.name(machine)}; exec taskset -c {core} "$@"'
         return [
             *("sh", "-c", f'{enter}exec "$@"', "enter"),
             *("ip", "netns", "exec", self.name(machine), "unshare", "--uts"),

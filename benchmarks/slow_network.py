@@ -244,7 +244,9 @@ def main() -> int:
     return report.exit_code(options.check)
 
 
-def run_network(report: Report, network: Network, names: tuple[str, ...], models: tuple[str, ...], options: Any) -> None:
+def run_network(
+    report: Report, network: Network, names: tuple[str, ...], models: tuple[str, ...], options: Any
+) -> None:
     """Adds a row for each model. The caches of the machines start empty, as on machines that are new to partita."""
     with tempfile.TemporaryDirectory() as cache, Machines(network.rates) as machines:
         field = Field(machines, names, Path(cache), options.timeout)

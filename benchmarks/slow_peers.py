@@ -44,7 +44,7 @@ def make_model(name: str) -> Any:
         blocks = [
             nn.TransformerEncoderLayer(128, 4, 512, dropout=0.0, batch_first=True, norm_first=True) for _ in range(8)
         ]
-        return nn.Sequential(nn.Embedding(1000, 128), *blocks, _Head(128))
+        return nn.Sequential(nn.Embedding(1000, 128), *blocks, _head(128))
     if name == "conv":
         widths = [3, 32, 32, 48, 48, 48, 64, 64, 64]
         blocks = [
@@ -55,7 +55,7 @@ def make_model(name: str) -> Any:
     raise ValueError(f"the model must be one of {MODELS}, but got {name!r}")
 
 
-def _Head(width: int) -> Any:  # noqa: N802 - makes a module
+def _head(width: int) -> Any:
     from torch import nn
 
     class Head(nn.Module):

@@ -78,6 +78,8 @@ def search(
     for compiled in (False, True):  # what compiling saves is a guess until it is tried: the two are ranked apart
         corners_of_kind = tuple(corner for corner in space if corner.compiled is compiled)
         ranked, found_bounds, found_misses = _branch_and_bound(pricer, corners_of_kind, wanted.stage_starts, limit)
+        if evaluate is not None:
+            ranked += _best_without_pipeline(pricer, corners_of_kind, ranked)
         plans += [_graph_plan(graph, cluster, cost, work, candidate, wanted, placer) for candidate in ranked]
         bounds += found_bounds
         misses += found_misses
@@ -136,6 +138,22 @@ def _branch_and_bound(
         found.append(_Candidate(corner, price))
         found.sort(key=lambda c: (c.price.step_time_s, len(c.corner.workers)))
     return found[:limit], bounds + [bound_s for bound_s, *_ in heap], misses
+
+
+def _best_without_pipeline(pricer: Pricer, space: tuple[Corner, ...], ranked: list[_Candidate]) -> list[_Candidate]:
+    """The best corner without a pipeline, unless one is ranked already.
+
+    The formula lets a stage send a microbatch while it still sends the one before, so on slow networks pipelines may
+    take all places; and it knows no overlap of exchanges. Evaluation tells, if it is asked.
+    """
+    plain = [corner for corner in space if corner.pipeline == 1]
+    if not plain or any(candidate.corner.pipeline == 1 for candidate in ranked):
+        return []
+    best = min(plain, key=lambda corner: (pricer.bound_s(corner), len(corner.workers)))
+    try:
+        return [_Candidate(best, pricer.price(best, None))]
+    except InfeasibleError:
+        return []
 
 
 Places = dict[str, dict[str, str]]

@@ -35,6 +35,7 @@ from partita.program.instructions import (
     Update,
 )
 from partita.program.timeline import Event, Timeline
+from partita.program.wire import sent_bytes, whole_bytes
 from partita.simulator.memory import JobMemory
 
 Activity = Mapping[tuple[int, int], float]  # (worker, index of the instruction) -> num_active of `CostModel`
@@ -243,24 +244,14 @@ class _Simulation:
             if getattr(member.current, "key", None) != instruction.key:
                 return False
         start_s = max(member.now_s for member in members)
-        num_bytes = _collective_bytes(instruction)
+        num_bytes = whole_bytes(instruction)
         places = tuple(member.place for member in members)
         duration_s = self.cost.instruction_time_s()
         num_tensors = len(getattr(instruction, "registers", ())) or 1
         duration_s += self.cost.collective_time_s(_KINDS[type(instruction)], num_bytes, places, num_tensors=num_tensors)
-        num_processes = len({place.process for place in places})
-        if num_processes > 1:
-            self.bytes_sent += 2 * (num_processes - 1) * num_bytes
+        process_of = {member: place.process for member, place in zip(instruction.group, places, strict=True)}
+        sent = sent_bytes(instruction, process_of, on_gpu=all(place.gpu is not None for place in places))
+        self.bytes_sent += sum(sent.values())
         for member in members:
             member.finish(member.now_s, start_s + duration_s)
         return True
-
-
-def _collective_bytes(instruction: Collective) -> int:
-    """Bytes of the whole tensors that a collective works on."""
-    if isinstance(instruction, (AllReduce, ReduceScatter)):
-        replicated = instruction.replicated if isinstance(instruction, ReduceScatter) else ()
-        flags = replicated or (False,) * len(instruction.specs)
-        return sum(spec.num_bytes for spec, whole in zip(instruction.specs, flags, strict=True) if not whole)
-    own = instruction.sizes[0] or 1
-    return instruction.spec.num_bytes * sum(instruction.sizes) // own
