@@ -2,7 +2,7 @@
 
 Per stage, the workers of one process reduce the gradients in shared memory, each its own slices (`ReduceScatter`); the
 slices are added over the stage's processes (`AllReduce`), and each worker updates its slices of the one copy of the
-weights.
+weights. Gradients in buckets (`partita.program.buckets`) are reduced and applied before the end, in the same way.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from partita.graph.graph import Graph, OutputKind
 from partita.plan import Plan, Worker
 from partita.program.boxes import Boxes
+from partita.program.buckets import Bucket
 from partita.program.gradients import Reduction, Result
 from partita.program.instructions import AllReduce, Instruction, Recv, Send, Slice, TensorSpec, Update
 from partita.sharding.placement import Partial
@@ -29,6 +30,7 @@ class StepEnd:
         boxes: Boxes,
         *,
         whole_parameters: bool,
+        buckets: Sequence[Bucket] = (),
     ) -> None:
         self.plan = plan
         self.results = results
@@ -38,18 +40,23 @@ class StepEnd:
         self.programs: dict[int, list[Instruction]] = {worker.index: [] for worker in plan.workers}
         self.loss: dict[int, str] = {}
         self.buffers: dict[int, dict[str, str]] = {worker.index: {} for worker in plan.workers}
+        self.released: list[dict[int, list[Instruction]]] = []  # by bucket and worker
+        self._buckets = buckets
+        self._in_bucket = frozenset[str]().union(*(bucket.parameters for bucket in buckets))
+        self._num_reduced = dict.fromkeys(self.programs, 0)  # slices of each worker so far
         self._shape = {item.name: item for item in graph.inputs}
 
     def build(self) -> None:
+        self._release_buckets()
         for stage in range(self.plan.axes.get("pipeline", 1)):
-            self._reduce_small(stage)
+            self._reduce_small(stage, OutputKind.BUFFER if self._buckets else None)
         self._spread_loss()
         owners = [self._gradients(stage) for stage in range(self.plan.axes.get("pipeline", 1))]
         self._barriers()
         for stage_owners in owners:
             for worker, slices in stage_owners.items():
                 if slices:
-                    self.programs[worker].append(Update(slices))
+                    self.programs[worker].append(Update(slices, self._num_reduced[worker] - len(slices)))
         self._spread_parameters()
         self._spread_buffers()
 
@@ -62,12 +69,30 @@ class StepEnd:
             found.setdefault(worker.process, []).append(worker)
         return found
 
-    def _reduce_small(self, stage: int) -> None:
-        """Loss and buffers that are sums over the data axis; all workers of a tensor axis have the same."""
+    def _release_buckets(self) -> None:
+        """What every worker does where a bucket is released. The first release needs the loss as well."""
+        for number, bucket in enumerate(self._buckets):
+            before = {worker: len(instructions) for worker, instructions in self.programs.items()}
+            if number == 0:
+                self._reduce_small(0, OutputKind.LOSS)
+            gradients = [i for i in self.results if i.kind is OutputKind.GRADIENT and i.target in bucket.parameters]
+            for worker, slices in self._reduce(0, gradients, f"0.{number}").items():
+                if slices:
+                    self.programs[worker].append(Update(slices, self._num_reduced[worker] - len(slices)))
+            self.released.append({worker: items[before[worker] :] for worker, items in self.programs.items()})
+            for worker, items in self.programs.items():
+                del items[before[worker] :]
+
+    def _reduce_small(self, stage: int, kind: OutputKind | None) -> None:
+        """Loss and buffers (or one `kind` of them) that are sums over the data axis; all workers of a tensor axis have
+        the same."""
         partial = [
             item
             for item in self.results
-            if item.stage == stage and item.kind is not OutputKind.GRADIENT and isinstance(item.placement, Partial)
+            if item.stage == stage
+            and item.kind is not OutputKind.GRADIENT
+            and kind in (None, item.kind)
+            and isinstance(item.placement, Partial)
         ]
         workers = self._workers(stage)
         for tensor in sorted({worker.tensor for worker in workers}):
@@ -80,19 +105,32 @@ class StepEnd:
                     tuple(item.register for item in same),
                     tuple(item.spec for item in same),
                     group,
-                    f"results:{stage}:{tensor}:{dtype}",
+                    f"results:{stage}:{tensor}:{dtype}:{kind.value if kind else 'all'}",
                 )
                 for worker in group:
                     self.programs[worker].append(instruction)
 
     def _gradients(self, stage: int) -> dict[int, tuple[Slice, ...]]:
         """Reduction of the stage's gradients; returns the slices that each worker owns."""
-        gradients = [item for item in self.results if item.stage == stage and item.kind is OutputKind.GRADIENT]
-        if not gradients:
-            return {}
-        reduction = Reduction(self._workers(stage), gradients, self.boxes, whole_parameters=self.whole_parameters)
-        for worker, instructions in reduction.instructions(stage).items():
+        gradients = [
+            item
+            for item in self.results
+            if item.stage == stage and item.kind is OutputKind.GRADIENT and item.target not in self._in_bucket
+        ]
+        return self._reduce(stage, gradients, str(stage)) if gradients else {}
+
+    def _reduce(self, stage: int, gradients: Sequence[Result], name: str) -> dict[int, tuple[Slice, ...]]:
+        reduction = Reduction(
+            self._workers(stage),
+            gradients,
+            self.boxes,
+            whole_parameters=self.whole_parameters,
+            first=dict(self._num_reduced),
+        )
+        for worker, instructions in reduction.instructions(name).items():
             self.programs[worker] += instructions
+        for worker, slices in reduction.owned.items():
+            self._num_reduced[worker] += len(slices)
         return reduction.owned
 
     def _updated_by(self, parameter: str) -> list[Worker]:

@@ -83,16 +83,24 @@ def cut_slices(
 class Reduction:
     """The reduction of `gradients` by the `workers` of their stage.
 
-    `owned` are the slices that each worker updates.
+    `owned` are the slices that each worker updates; `first` numbers the first of them by worker, where the step has
+    other reductions.
 
     Raises:
         PlanError: the workers of the processes do not fill a grid of the two axes.
     """
 
     def __init__(
-        self, workers: Sequence[Worker], gradients: Sequence[Result], boxes: Boxes, *, whole_parameters: bool
+        self,
+        workers: Sequence[Worker],
+        gradients: Sequence[Result],
+        boxes: Boxes,
+        *,
+        whole_parameters: bool,
+        first: Mapping[int, int] | None = None,
     ) -> None:
         self.gradients, self.boxes = gradients, boxes
+        self.first = first or {}
         self.members: dict[int, list[Worker]] = {}
         for worker in workers:
             self.members.setdefault(worker.process, []).append(worker)
@@ -104,17 +112,17 @@ class Reduction:
             for worker, slices in zip(members, self._slices[process], strict=True)
         }
 
-    def instructions(self, stage: int) -> dict[int, list[Instruction]]:
-        """What each worker runs."""
+    def instructions(self, name: str) -> dict[int, list[Instruction]]:
+        """What each worker runs; `name` tells the keys from those of other reductions."""
         found: dict[int, list[Instruction]] = {
-            worker.index: [self._inside(worker, f"gradients:{stage}:{process}")]
+            worker.index: [self._inside(worker, f"gradients:{name}:{process}")]
             for process, members in self.members.items()
             for worker in members
         }
         for group in dict.fromkeys(self._group(process, item) for item in self.gradients for process in self.members):
             if len(group) > 1:
                 for owner in range(self.num_owners):
-                    self._across(group, owner, f"gradients:{stage}:owner{owner}", found)
+                    self._across(group, owner, f"gradients:{name}:owner{owner}", found)
         return found
 
     # Who adds what ---------------------------------------------------------------------------------------------------
@@ -216,6 +224,7 @@ class Reduction:
             key=key,
             parameters=tuple(item.target for item in self.gradients),
             slices=self._slices[worker.process],
+            first=self.first.get(worker.index, 0),
             replicated=tuple(
                 isinstance(item.placement, Replicate) and not isinstance(item.over_tensor, Partial)
                 for item in self.gradients
@@ -230,8 +239,9 @@ class Reduction:
     def _across(self, group: tuple[int, ...], owner: int, key: str, found: Mapping[int, list[Instruction]]) -> None:
         kinds = {item.target: item for item in self.gradients if group == self._group(group[0], item)}
         for process in group:
+            first = self.first.get(self.members[process][owner].index, 0)
             summed = [  # by their places among the worker's own slices, which may differ from process to process
-                (f"g:{i}", TensorSpec((part.num_elements,), kinds[part.parameter].spec.dtype))
+                (f"g:{first + i}", TensorSpec((part.num_elements,), kinds[part.parameter].spec.dtype))
                 for i, part in enumerate(self._slices[process][owner])
                 if part.parameter in kinds
             ]

@@ -182,7 +182,8 @@ class ReduceScatter:
 
     Either `dim`/`sizes` cut every register along a dim (result in `outputs`), or `slices` names, per member of the
     group in order, the flat slices of the parameters that it receives: then `registers[i]` is the gradient of
-    `parameters[i]` and the member's results go to registers ``g:0, g:1, ...`` in the order of its slices.
+    `parameters[i]` and the results of the worker that this instruction is of go to registers ``g:FIRST``,
+    ``g:FIRST+1``, ... in the order of its slices.
     `replicated[i]` says that register i already holds the whole gradient on every member, so it is only sliced.
 
     Where parameters are cut over the group, `storages[i]` is the shape of parameter i in this process and
@@ -201,6 +202,7 @@ class ReduceScatter:
     parameters: tuple[str, ...] = ()
     slices: tuple[tuple[Slice, ...], ...] = ()
     replicated: tuple[bool, ...] = ()
+    first: int = 0
     storages: tuple[tuple[int, ...], ...] = ()
     parts: tuple[tuple[Box | None, ...], ...] = ()
     sums_over: tuple[tuple[int, ...], ...] = ()
@@ -236,9 +238,10 @@ class AllToAll:
 
 @dataclass(frozen=True)
 class Update:
-    """Apply the optimizer to `slices` with the gradients in ``g:0, g:1, ...``."""
+    """Apply the optimizer to `slices` with the gradients in ``g:FIRST, g:FIRST+1, ...``."""
 
     slices: tuple[Slice, ...]
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -296,9 +299,9 @@ class Program:
     views: Mapping[str, Box] = field(default_factory=dict)
 
     @property
-    def updated(self) -> tuple[Slice, ...]:
-        """The slices that the worker updates."""
-        return tuple(part for item in self.instructions if isinstance(item, Update) for part in item.slices)
+    def updates(self) -> tuple[tuple[Slice, ...], ...]:
+        """The slices of each of the worker's updates."""
+        return tuple(item.slices for item in self.instructions if isinstance(item, Update))
 
 
 @dataclass(frozen=True)

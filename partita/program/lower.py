@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -77,6 +78,13 @@ _LOWERED: WeakKeyDictionary[fx.GraphModule, dict[object, ProgramSet]] = WeakKeyD
 NUM_KEPT = 16
 
 
+@dataclass(frozen=True)
+class _Release:
+    """Stands where a bucket of gradients is reduced and applied, until it is known how."""
+
+    bucket: int
+
+
 class _Lowering:
     def __init__(self, graph: Graph, plan: Plan, whole_parameters: bool) -> None:
         self.graph = graph
@@ -113,7 +121,7 @@ class _Lowering:
             tasks_of_stage(plan.schedule, stage, self.num_stages, plan.num_microbatches)
             for stage in range(self.num_stages)
         ]
-        self.instructions: dict[int, list[Instruction]] = {worker.index: [] for worker in plan.workers}
+        self.instructions: dict[int, list[Instruction | _Release]] = {worker.index: [] for worker in plan.workers}
         self.feeds: dict[int, dict[str, Feed]] = {worker.index: {} for worker in plan.workers}
         self.readers: dict[str, list[int]] = defaultdict(list)
 
@@ -124,11 +132,23 @@ class _Lowering:
                 self._task(worker, task)
         results = self._results()
         boxes = self._boxes(results)
-        end = StepEnd(self.graph, self.plan, results, self.readers, boxes, whole_parameters=self.whole_parameters)
+        _, tasks = self._local(self.plan.workers[0], 0)
+        end = StepEnd(
+            self.graph,
+            self.plan,
+            results,
+            self.readers,
+            boxes,
+            whole_parameters=self.whole_parameters,
+            buckets=tasks.buckets,
+        )
         end.build()
         programs = []
         for worker in self.plan.workers:
-            instructions = [*self.instructions[worker.index], *end.programs[worker.index]]
+            instructions: list[Instruction] = []
+            for item in self.instructions[worker.index]:
+                instructions += end.released[item.bucket][worker.index] if isinstance(item, _Release) else [item]
+            instructions += end.programs[worker.index]
             loss, buffers = end.loss.get(worker.index, ""), end.buffers[worker.index]
             programs.append(
                 Program(
@@ -150,7 +170,9 @@ class _Lowering:
         if not self.tasks:
             merged = [len(schedule[0].phases) == 2 for schedule in self.schedules]
             modules = list({id(local.module): local.module for local in self.split.locals.values()}.values())
-            built = build_tasks(self.graph, modules, self.cuts, merged, self.store)
+            # Sums over microbatches are there at the end only; and whole parameters are better shared out together.
+            in_buckets = self.plan.num_microbatches == 1 and not self.whole_parameters
+            built = build_tasks(self.graph, modules, self.cuts, merged, self.store, in_buckets=in_buckets)
             self.tasks = {id(module): tasks for module, tasks in zip(modules, built, strict=True)}
         local = self.split.locals[microbatch, worker.data, worker.tensor]
         return local, self.tasks[id(local.module)]
@@ -279,6 +301,7 @@ class _Lowering:
                     name = register(transfer.node.name)
                     peer = self._peer(transfer.target, worker)
                     out.append(Send(name, peer, f"{name}:{transfer.target}", spec_of(transfer.node)))
+            out += [_Release(bucket) for bucket in level.releases]
 
     def _index_of_result(self, tasks: LocalTasks, name: str) -> int:
         return next(index for index, node in enumerate(tasks.results) if node.name == name)

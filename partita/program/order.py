@@ -208,7 +208,7 @@ class _Execution:
                 boxes = mine.parts[i] if mine.parts else (True,) * len(members)
                 held = [(m, m.current.registers[i]) for m, box in zip(members, boxes, strict=True) if box]  # type: ignore[union-attr]
                 wanted = self.owners[member.program.worker, part.parameter]
-                found[f"g:{index}"] = wanted if whole else self._union(member, held)
+                found[f"g:{mine.first + index}"] = wanted if whole else self._union(member, held)
             return found
         assert mine is not None
         return {name: frozenset({member.program.worker}) for name in writes(mine, member.program.worker)}
@@ -226,7 +226,7 @@ class _Execution:
         return worker.parts.get(register, frozenset({worker.program.worker}))
 
     def _update(self, worker: _Worker, instruction: Update) -> None:
-        for index, part in enumerate(instruction.slices):
+        for index, part in enumerate(instruction.slices, start=instruction.first):
             have, want = self._parts(worker, f"g:{index}"), self.owners[worker.program.worker, part.parameter]
             if have != want:
                 raise ProgramError(

@@ -6,7 +6,8 @@ level form one segment; the exchanges of a level run together after it. Segments
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,8 @@ def spec_of(node: fx.Node) -> TensorSpec:
 
 @dataclass(frozen=True)
 class Level:
-    """One segment (none if `segment` is empty) and the exchanges that follow it, by node names.
+    """One segment (none if `segment` is empty) and what follows it: buckets of gradients that are released, by number,
+    then exchanges.
 
     The segment's outputs are `outputs`, read by other segments, then `results` of the step; a node may be in both.
     """
@@ -42,6 +44,7 @@ class Level:
     outputs: tuple[str, ...]
     results: tuple[str, ...]
     exchanges: tuple[fx.Node, ...]
+    releases: tuple[int, ...] = ()
 
 
 class SegmentStore:
@@ -132,22 +135,20 @@ def cut_task(
     results: Iterable[fx.Node],
     store: SegmentStore,
     least: Mapping[str, int] | None = None,
+    releases: Sequence[tuple[int, int]] = (),
 ) -> tuple[Level, ...]:
-    """Cuts the nodes of one task (in order) into levels.
+    """Cuts the nodes of one task (in order) into levels, and these after the nodes that release a bucket.
 
     `is_needed_later[name]` says that a node is read by another task or another stage; `results` are nodes of the task
     whose values are results of the step (gradients, loss, buffers): they come after the other outputs, in order.
-    `least` are the levels that exchanges have on other workers (`common_levels`).
+    `least` are the levels that exchanges have on other workers (`common_levels`). `releases` tells of every bucket, in
+    order, in which level and after how many of all nodes it is released.
     """
     inside = set(nodes)
     level = levels_of(nodes, least or {})
     results = [node for node in results if node in inside]
-    num_levels = max(level.values(), default=-1) + 1
     made: list[Level] = []
-    for index in range(num_levels):
-        here = [node for node in nodes if level[node] == index and not is_exchange(node)]
-        waiting = [node for node in nodes if level[node] == index and is_exchange(node)]
-        exchanges = tuple(sorted(waiting, key=lambda node: node.name) if least else waiting)
+    for here, released, exchanges in _pieces(nodes, level, releases, sort=bool(least)):
         own = set(here)
         outputs = [
             node
@@ -158,5 +159,37 @@ def cut_task(
         final = [node for node in results if node in own]
         key, inputs = store.add(here, [*outputs, *final]) if here else ("", ())
         names = tuple(node.name for node in outputs), tuple(node.name for node in final)
-        made.append(Level(key, inputs, *names, exchanges))
+        made.append(Level(key, inputs, *names, exchanges, released))
     return tuple(made)
+
+
+def _pieces(
+    nodes: Sequence[fx.Node], level: Mapping[fx.Node, int], releases: Sequence[tuple[int, int]], *, sort: bool
+) -> Iterator[tuple[list[fx.Node], tuple[int, ...], tuple[fx.Node, ...]]]:
+    """(Ops, buckets released after them, exchanges after these) of the levels, which releases cut further. Buckets of
+    levels that the task has not come at its end."""
+    position = {node: index + 1 for index, node in enumerate(nodes)}
+    num_levels = max([*level.values(), *(bucket_level for bucket_level, _ in releases)], default=-1) + 1
+    for index in range(num_levels):
+        rest = [node for node in nodes if level[node] == index and not is_exchange(node)]
+        waiting = [node for node in nodes if level[node] == index and is_exchange(node)]
+        by_place: dict[int, list[int]] = {}
+        for number, (bucket_level, after) in enumerate(releases):
+            if bucket_level == index:
+                by_place.setdefault(after, []).append(number)
+        for after, numbers in by_place.items():
+            piece = _with_items([node for node in rest if position[node] <= after], rest)
+            yield piece, tuple(numbers), ()
+            taken = set(piece)
+            rest = [node for node in rest if node not in taken]
+        if rest or waiting:
+            yield rest, (), tuple(sorted(waiting, key=lambda node: node.name) if sort else waiting)
+
+
+def _with_items(piece: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes of `piece` and the items of their tuples: no segment gives a tuple to another."""
+    found = dict.fromkeys(piece)
+    for node in nodes:
+        if node.target is operator.getitem and node.args[0] in found:
+            found[node] = None
+    return [node for node in nodes if node in found]

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from partita.graph.graph import Graph, OutputKind, Phase
+from partita.program.buckets import Bucket, buckets_of
 from partita.program.segments import Level, SegmentStore, common_levels, cut_task, is_exchange
 from partita.program.stages import StageCuts, Staging, assign_stages
 
@@ -44,6 +45,7 @@ class LocalTasks:
     sends: Mapping[tuple[int, Phases], tuple[Transfer, ...]]
     results: tuple[fx.Node, ...]
     result_stage: tuple[int, ...]
+    buckets: tuple[Bucket, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,12 @@ def build_tasks(
     cuts: StageCuts,
     merged: Sequence[bool],
     store: SegmentStore,
+    *,
+    in_buckets: bool = False,
 ) -> list[LocalTasks]:
     """Builds the tasks of the local graphs of one job, whose exchanges all come in one order. `merged[stage]`: forward
-    and backward of the stage run as one task."""
+    and backward of the stage run as one task; where that is the whole step, `in_buckets` has gradients released while
+    it runs."""
     staged = [_stage(graph, module, cuts) for module in modules]
     common: dict[tuple[int, Phases], dict[str, int]] = {}
     if len(staged) > 1:
@@ -77,7 +82,15 @@ def build_tasks(
         for stage in range(cuts.num_stages):
             for phases in _task_phases(merged[stage]):
                 common[stage, phases] = common_levels([item.nodes_of(stage, phases) for item in staged])
-    return [_local_tasks(item, cuts.num_stages, merged, common, store) for item in staged]
+    buckets: tuple[Bucket, ...] = ()
+    if in_buckets and tuple(merged) == (True,):
+        tasks = [item.nodes_of(0, BOTH) for item in staged]
+        buckets = buckets_of(graph, tasks, [item.results for item in staged], common.get((0, BOTH), {}))
+    releases = [[(bucket.level, bucket.after[place]) for bucket in buckets] for place in range(len(staged))]
+    return [
+        _local_tasks(item, cuts.num_stages, merged, common, store, buckets, cut)
+        for item, cut in zip(staged, releases, strict=True)
+    ]
 
 
 def _task_phases(merged: bool) -> list[Phases]:
@@ -98,6 +111,8 @@ def _local_tasks(
     merged: Sequence[bool],
     common: Mapping[tuple[int, Phases], Mapping[str, int]],
     store: SegmentStore,
+    buckets: tuple[Bucket, ...],
+    releases: Sequence[tuple[int, int]],
 ) -> LocalTasks:
     module, staging, members, results = staged.module, staged.staging, staged.members, staged.results
     transfers = _transfers(members, staging)
@@ -111,7 +126,7 @@ def _local_tasks(
             sent = {transfer.node for transfer in transfers if transfer.source == stage}
             later = {node.name: node in sent or _read_outside(node, inside, members, stage) for node in nodes}
             own_results = [node for node in results if _stage_of_result(node, staging) == stage]
-            levels[stage, phases] = cut_task(nodes, later, own_results, store, common.get((stage, phases)))
+            levels[stage, phases] = cut_task(nodes, later, own_results, store, common.get((stage, phases)), releases)
             receives[stage, phases] += [t for t in transfers if t.target == stage and t.phase in phases]
             sends[stage, phases] += [t for t in transfers if t.source == stage and t.node in inside]
     return LocalTasks(
@@ -123,6 +138,7 @@ def _local_tasks(
         sends={key: tuple(value) for key, value in sends.items()},
         results=results,
         result_stage=tuple(_stage_of_result(node, staging) for node in results),
+        buckets=buckets,
     )
 
 

@@ -32,7 +32,7 @@ def reads(instruction: Instruction) -> tuple[str, ...]:
     if isinstance(instruction, (AllGather, AllToAll)):
         return (instruction.register,)
     if isinstance(instruction, Update):
-        return tuple(f"g:{index}" for index in range(len(instruction.slices)))
+        return tuple(f"g:{instruction.first + index}" for index in range(len(instruction.slices)))
     return ()
 
 
@@ -52,7 +52,7 @@ def writes(instruction: Instruction, worker: int | None = None) -> tuple[str, ..
     if isinstance(instruction, ReduceScatter):
         if instruction.slices:
             count = own_slices(instruction, worker) if worker is not None else 0
-            return tuple(f"g:{index}" for index in range(count))
+            return tuple(f"g:{instruction.first + index}" for index in range(count))
         return instruction.outputs
     if isinstance(instruction, (AllGather, AllToAll)):
         return (instruction.output,)
@@ -70,7 +70,7 @@ def written_specs(instruction: Instruction, worker: int) -> tuple[tuple[str, Ten
             dtypes = dict(zip(instruction.parameters, (spec.dtype for spec in instruction.specs), strict=True))
             mine = instruction.slices[instruction.group.index(worker)]
             return tuple(
-                (f"g:{index}", TensorSpec((part.num_elements,), dtypes[part.parameter]))
+                (f"g:{instruction.first + index}", TensorSpec((part.num_elements,), dtypes[part.parameter]))
                 for index, part in enumerate(mine)
             )
         size = instruction.sizes[instruction.group.index(worker)]

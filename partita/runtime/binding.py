@@ -30,7 +30,7 @@ from partita.program.instructions import (
     TensorSpec,
     Update,
 )
-from partita.program.uses import writes
+from partita.program.uses import reads, writes
 from partita.runtime.collectives import (
     AllGatherOp,
     AllReduceOp,
@@ -318,7 +318,7 @@ class Binder:
 
     def _update(self, update: Update) -> Op:
         slices, worker = update.slices, self.worker
-        names = [f"g:{i}" for i in range(len(slices))]
+        names = list(reads(update))
         mode, apply, sums = self.around.mode, self.around.update, self._sums
         key = len(sums)
         sums[key] = []

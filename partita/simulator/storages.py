@@ -287,11 +287,11 @@ class WorkerMemory:
             if len(instruction.group) > 1:
                 copied.append(0 if value.is_dense else spec.num_bytes * num_local)
                 if not kept:
-                    self._put_new(f"g:{index}", num_bytes, start_s, end_s)
+                    self._put_new(f"g:{instruction.first + index}", num_bytes, start_s, end_s)
             elif value.is_dense:
-                self._put(f"g:{index}", value, end_s)
+                self._put(f"g:{instruction.first + index}", value, end_s)
             else:
-                self._put_new(f"g:{index}", spec.num_bytes, start_s, end_s)
+                self._put_new(f"g:{instruction.first + index}", spec.num_bytes, start_s, end_s)
         # Kept buffers are filled one after the other, new sums are made all together.
         self._while(max(copied, default=0) if kept else sum(copied), start_s, end_s)
 

@@ -20,7 +20,7 @@ from partita.graph.graph import Graph, InputKind
 from partita.plan import Plan, Worker
 from partita.program.instructions import Feed, Program, ProgramSet, Run, Segment, Slice
 from partita.runtime.segments import Code, build, fits, with_strides
-from partita.training.optimizers import OptimizerFacts, OptimizerShards
+from partita.training.optimizers import Layout, OptimizerFacts, OptimizerShards
 from partita.training.torch_adapter import clone_optimizer
 
 SEGMENTS_BUDGET_S = 0.8  # for all segments of a plan
@@ -139,12 +139,12 @@ class PartMeasurer:
     # Updates -----------------------------------------------------------------------------------------------------
 
     def _updates(self, optimizer: torch.optim.Optimizer, local: list[Program], workers: list[Worker]) -> None:
-        layout = {program.worker: program.updated for program in local}
-        busy = [worker for worker in workers if layout[worker.index]]
+        layout = {program.worker: program.updates for program in local}
         inputs = {item.name: item for item in self.graph.inputs_of(InputKind.PARAMETER)}
-        names = dict.fromkeys(part.parameter for slices in layout.values() for part in slices)
+        parts = [part for updates in layout.values() for slices in updates for part in slices]
+        names = dict.fromkeys(part.parameter for part in parts)
         num_bytes = sum(torch.Size(inputs[name].shape).numel() * inputs[name].dtype.itemsize for name in names)
-        if not busy or num_bytes > LARGEST_UPDATE_BYTES:
+        if not parts or num_bytes > LARGEST_UPDATE_BYTES:
             return
         parameters = {
             name: torch.nn.Parameter(torch.zeros(inputs[name].shape, dtype=inputs[name].dtype)) for name in names
@@ -152,22 +152,27 @@ class PartMeasurer:
         shards = self._shards(optimizer, parameters, layout)
         if shards is None:
             return
-        calls = [_update_call(shards, worker.index, layout[worker.index], parameters) for worker in busy]
-        try:
-            time_s = measure_together(calls, [worker.cores for worker in busy], budget_s=UPDATES_BUDGET_S)
-        except RuntimeError:
-            return
-        for worker in busy:
-            sizes = tuple(part.num_elements for part in layout[worker.index])
-            self.cost.keep_update_time(
-                sizes, self.facts.name, time_s, num_threads=len(worker.cores) or 1, num_active=len(busy)
-            )
+        num_updates = max(map(len, layout.values()))
+        for number in range(num_updates):  # the workers make theirs at the same time
+            busy = [worker for worker in workers if number < len(layout[worker.index])]
+            own = [layout[worker.index][number] for worker in busy]
+            calls = [_update_call(shards, w.index, slices, parameters) for w, slices in zip(busy, own, strict=True)]
+            cores = [worker.cores for worker in busy]
+            try:
+                time_s = measure_together(calls, cores, budget_s=UPDATES_BUDGET_S / num_updates)
+            except RuntimeError:
+                return
+            for worker, slices in zip(busy, own, strict=True):
+                sizes = tuple(part.num_elements for part in slices)
+                self.cost.keep_update_time(
+                    sizes, self.facts.name, time_s, num_threads=len(worker.cores) or 1, num_active=len(busy)
+                )
 
     def _shards(
         self,
         optimizer: torch.optim.Optimizer,
         parameters: Mapping[str, torch.nn.Parameter],
-        layout: Mapping[int, tuple[Slice, ...]],
+        layout: Layout,
     ) -> OptimizerShards | None:
         """The user's optimizer over other parameters of the same names; None if it does not know all of them."""
         name_of = {id(value): name for name, value in self.values.parameters.items()}

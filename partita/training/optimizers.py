@@ -24,7 +24,8 @@ from partita.program.instructions import Box, Slice
 from partita.training.torch_adapter import clone_optimizer, has_own_step
 
 Kind = Literal["element", "parameter", "coupled"]
-Layout = Mapping[int, tuple[Slice, ...]]  # worker -> its slices
+Layout = Mapping[int, tuple[tuple[Slice, ...], ...]]  # worker -> the slices of each of its updates
+_Key = tuple[int, tuple[Slice, ...]]  # a worker and the slices of one of its updates
 Pieces = Callable[[torch.Tensor], list[torch.Tensor]]
 
 _KINDS: dict[tuple[object, ...], tuple[Kind, bool]] = {}
@@ -214,19 +215,20 @@ def _is_uniform(shard: torch.optim.Optimizer) -> bool:
 
 
 class OptimizerShards:
-    """The user's optimizer, spread over workers.
+    """The user's optimizer, spread over workers and their updates: each has a clone of its own, since a clone may count
+    how often it was asked to step.
 
-    `layout` gives each local worker's slices; `whole` keeps slices of whole parameters in their own shape. State that
-    the user's optimizer already has is taken over; `collect` brings it back, after which both share storage. Where
-    `parameters` holds only a part of a user's parameter, `parts` gives the user's own and the box of it.
+    `layout` gives the slices of each local worker's updates; `whole` keeps slices of whole parameters in their own
+    shape. State that the user's optimizer already has is taken over; `collect` brings it back, after which both share
+    storage. Where `parameters` holds only a part of a user's parameter, `parts` gives the user's own and the box of it.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        >>> layout = {0: (Slice("weight", 0, 3),), 1: (Slice("weight", 3, 4),)}
+        >>> layout = {0: ((Slice("weight", 0, 3),),), 1: ((Slice("weight", 3, 4),),)}
         >>> shards = OptimizerShards(optimizer, dict(model.named_parameters()), layout, whole=False)
         >>> shards.refresh_options()
-        >>> shards.update(1, layout[1], [torch.ones(1)])
+        >>> shards.update(1, layout[1][0], [torch.ones(1)])
     """
 
     def __init__(
@@ -244,21 +246,21 @@ class OptimizerShards:
         self._num_uniform = 0  # steps in a row before which all parameters had a state, or none had
         self._fused = not whole and fused_agrees(optimizer) and all(_fusible(item) for item in parameters.values())
         groups = {id(item): number for number, group in enumerate(optimizer.param_groups) for item in group["params"]}
-        self._pieces: dict[int, dict[Slice, _Piece]] = {}
-        self._shards: dict[int, tuple[torch.optim.Optimizer, tuple[int, ...]]] = {}
-        for worker, slices in layout.items():
+        self._pieces: dict[_Key, dict[Slice, _Piece]] = {}
+        self._shards: dict[_Key, tuple[torch.optim.Optimizer, tuple[int, ...]]] = {}
+        for key in [(worker, slices) for worker, updates in layout.items() for slices in updates]:
             held = {
                 place: _Piece(place=place, tensor=self._view(place), group=groups[id(self._user(place.parameter))])
-                for place in slices
+                for place in key[1]
                 if id(self._user(place.parameter)) in groups
             }
-            self._pieces[worker] = held
+            self._pieces[key] = held
             numbers = tuple(sorted({piece.group for piece in held.values()}))
             if numbers:
                 own = [
                     {"params": [piece.tensor for piece in held.values() if piece.group == number]} for number in numbers
                 ]
-                self._shards[worker] = (clone_optimizer(optimizer, own), numbers)
+                self._shards[key] = (clone_optimizer(optimizer, own), numbers)
         self.load()
         self.refresh_options()
 
@@ -276,14 +278,15 @@ class OptimizerShards:
 
     def update(self, worker: int, slices: Sequence[Slice], gradients: Sequence[torch.Tensor]) -> None:
         """Apply the optimizer to `slices` with their (flat) gradients. Called in the worker's thread."""
-        if worker not in self._shards:
+        key = (worker, tuple(slices))
+        if key not in self._shards:
             return
-        held = self._pieces[worker]
+        held = self._pieces[key]
         for place, gradient in zip(slices, gradients, strict=True):
             piece = held.get(place)
             if piece is not None:
                 piece.tensor.grad = gradient.view(piece.tensor.shape)
-        self._shards[worker][0].step()
+        self._shards[key][0].step()
         for piece in held.values():
             piece.tensor.grad = None
 
@@ -326,8 +329,8 @@ class OptimizerShards:
         return state
 
     def _all_pieces(self) -> Iterable[tuple[_Piece, torch.optim.Optimizer]]:
-        for worker, (shard, _) in self._shards.items():
-            for piece in self._pieces[worker].values():
+        for key, (shard, _) in self._shards.items():
+            for piece in self._pieces[key].values():
                 yield piece, shard
 
     def _view(self, place: Slice) -> torch.nn.Parameter:

@@ -56,6 +56,14 @@ class Runner(Protocol):
         no parameter does if the loss is NaN or infinite."""
         ...
 
+    def collect(self) -> None:
+        """Brings state and weights into the user's optimizer and model."""
+        ...
+
+    def load_state(self) -> None:
+        """Takes the optimizer's state from the user's optimizer."""
+        ...
+
     def close(self) -> None:
         """Ends threads and frees what the runner holds."""
         ...
@@ -229,9 +237,9 @@ def digest(programs: ProgramSet) -> str:
     return fingerprint([programs.programs, sorted(programs.segments)])
 
 
-def updated_slices(programs: ProgramSet, process: int) -> dict[int, tuple[Slice, ...]]:
-    """The slices that each worker of a process updates."""
-    return {program.worker: program.updated for program in programs.programs if program.process == process}
+def updated_slices(programs: ProgramSet, process: int) -> dict[int, tuple[tuple[Slice, ...], ...]]:
+    """The slices of each update of the workers of a process."""
+    return {program.worker: program.updates for program in programs.programs if program.process == process}
 
 
 def owners_of(programs: ProgramSet) -> Mapping[str, tuple[int, ...]]:

@@ -330,7 +330,7 @@ class Job:
         elif isinstance(instruction, Update):
             for index, part in enumerate(instruction.slices):
                 weight = turn.memory[f"p:{part.parameter}"].view(-1)[part.start : part.end]
-                weight.sub_(turn[f"g:{index}"].reshape(-1), alpha=learning_rate)
+                weight.sub_(turn[f"g:{instruction.first + index}"].reshape(-1), alpha=learning_rate)
         elif isinstance(instruction, Free):
             for register in instruction.registers:
                 del turn.registers[register]
@@ -350,8 +350,8 @@ class Job:
             for place, name in enumerate(first.parameters):
                 values = [m[m.current.registers[place]].reshape(-1) for m in members]
                 total = values[0] if first.replicated[place] else _total(values)
-                for parts, found in zip(first.slices, results, strict=True):
-                    for index, part in enumerate(parts):
+                for parts, member, found in zip(first.slices, members, results, strict=True):
+                    for index, part in enumerate(parts, start=member.current.first):
                         if part.parameter == name:
                             found[f"g:{index}"] = total[part.start : part.end].clone()
         elif isinstance(first, ReduceScatter):
@@ -387,7 +387,8 @@ def _reduced(reader: _Turn, members: Sequence[_Turn]) -> dict[str, torch.Tensor]
                 box.of(total).add_(member[member.current.registers[place]])
         sums[name] = total.reshape(-1)
     own = mine.slices[mine.group.index(reader.program.worker)]
-    return {f"g:{index}": sums[part.parameter][part.start : part.end].clone() for index, part in enumerate(own)}
+    places = enumerate(own, start=mine.first)
+    return {f"g:{index}": sums[part.parameter][part.start : part.end].clone() for index, part in places}
 
 
 def _total(values: Sequence[torch.Tensor]) -> torch.Tensor:

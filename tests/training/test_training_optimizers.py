@@ -66,24 +66,25 @@ def run_plain(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: r
         optimizer.step()
 
 
-Layout = dict[int, tuple[Slice, ...]]
+Layout = dict[int, tuple[tuple[Slice, ...], ...]]
 
 
 def run_shards(model: torch.nn.Module, shards: OptimizerShards, layout: Layout, steps: range) -> None:
     for step in steps:
         shards.refresh_options()
         gradients = gradients_of(model, step)
-        for worker, slices in layout.items():
+        for worker, slices in ((worker, slices) for worker, updates in layout.items() for slices in updates):
             shards.update(worker, slices, [gradients[s.parameter].reshape(-1)[s.start : s.end] for s in slices])
 
 
-def layout_of(model: torch.nn.Module, cut: float) -> dict[int, tuple[Slice, ...]]:
+def layout_of(model: torch.nn.Module, cut: float) -> Layout:
+    """Two workers; the first makes an update for every parameter, the second one for all of them."""
     first, second = [], []
     for name, parameter in model.named_parameters():
         middle = round(parameter.numel() * cut)
         first += [Slice(name, 0, middle)] if middle else []
         second += [Slice(name, middle, parameter.numel())] if middle < parameter.numel() else []
-    return {0: tuple(first), 1: tuple(second)}
+    return {0: tuple((part,) for part in first), 1: (tuple(second),)}
 
 
 def assert_same(model: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -173,8 +174,8 @@ def test_whole_parameters() -> None:
     model, plain = make_model(), make_model()
     optimizer, reference = (torch.optim.Adafactor(m.parameters(), lr=0.01, eps=(1e-30, 1e-3)) for m in (model, plain))
     layout = {
-        0: (Slice("0.weight", 0, 12), Slice("1.bias", 0, 2)),
-        1: (Slice("1.weight", 0, 8), Slice("0.bias", 0, 4), Slice("scale", 0, 1)),
+        0: ((Slice("0.weight", 0, 12), Slice("1.bias", 0, 2)),),
+        1: ((Slice("1.weight", 0, 8), Slice("0.bias", 0, 4)), (Slice("scale", 0, 1),)),
     }
     shards = OptimizerShards(optimizer, dict(model.named_parameters()), layout, whole=True)
     run_shards(model, shards, layout, range(3))
