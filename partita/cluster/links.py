@@ -4,8 +4,8 @@ A message of n bytes is modelled as ``latency_s + n / bytes_per_s`` (`Link`). La
 message of one number; the rate follows from large messages, each direction for itself, because exchanges go both ways
 at once and wait for the slower one. How large depends on the link: messages grow until one takes `LARGE_TIME_S`, so
 that a slow link is measured in seconds and a fast one well. Of many the lowest tenth counts: a busy neighbour adds
-whole scheduler slices (milliseconds), which are no property of the link. Source of the method: the ping-pong test of the
-Intel MPI benchmarks.
+whole scheduler slices (milliseconds), which are no property of the link. Source of the method: the ping-pong test of
+the Intel MPI benchmarks.
 """
 
 from __future__ import annotations
