@@ -219,7 +219,8 @@ def prepare_partita(model: Any, batches: list[Batch]) -> Prepared:
         for a in plan.alternatives
     ]
     facts: Row = {
-        "plan": f"{plan.mode}{compiled} {plan.axes} x{plan.num_microbatches}",
+        "plan": f"{plan.mode}{compiled} {plan.axes} x{plan.num_microbatches}"
+        + (f" buckets of {plan.bucket_bytes:,}" if plan.bucket_bytes else ""),
         "predicted_step_time_s": plan.prediction.step_time_s if plan.prediction else None,
         "predicted_bytes_sent": plan.prediction.bytes_sent if plan.prediction else None,
         "measured_step_time_s": plan.measured_step_time_s,

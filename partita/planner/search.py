@@ -18,6 +18,7 @@ from partita.plan import Alternative, Constraints, Plan, Prediction, Worker, clu
 from partita.planner.describe import title
 from partita.planner.inputs import placed_inputs
 from partita.planner.layout import oversubscribed
+from partita.planner.overlap import best_buckets
 from partita.planner.price import Price, Pricer
 from partita.planner.space import Corner, corners
 from partita.planner.tensor import TensorPlacement, place_on_tensor_axis
@@ -86,6 +87,7 @@ def search(
     plans += _blocks(graph, cluster, cost, pricer, wanted)
     if evaluate is not None:
         plans, dropped = _evaluated(plans, evaluate, cluster)
+        plans = _with_buckets(plans, int(work.parameter_bytes.sum()), cost, evaluate, cluster)
         misses += dropped
     if refine is not None:
         _refine_best(plans, refine, cluster, cost.refined_uncertainty)
@@ -328,6 +330,18 @@ def _evaluated(
         )
         kept.append(msgspec.structs.replace(plan, prediction=prediction))
     return kept, dropped
+
+
+def _with_buckets(
+    plans: list[Plan], gradient_bytes: int, cost: CostModel, evaluate: Callable[[Plan], Outcome], cluster: Cluster
+) -> list[Plan]:
+    """The plans, those with exchanges of gradients in the background where that is predicted to be faster."""
+
+    def tried(plan: Plan) -> Plan | None:
+        kept, _ = _evaluated([plan], evaluate, cluster)
+        return kept[0] if kept else None
+
+    return [plan if plan.mode != "graph" else best_buckets(plan, gradient_bytes, cost, tried) for plan in plans]
 
 
 def _refine_best(plans: list[Plan], refine: Callable[[Plan], Outcome], cluster: Cluster, uncertainty: float) -> None:

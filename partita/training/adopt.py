@@ -31,6 +31,7 @@ from partita.training.events import CandidateMeasured, emit
 from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
 from partita.training.runners import Runner
+from partita.units import format_bytes
 
 # A plan must be faster than a simpler one by this share to be preferred to it: less is noise.
 TIE_SHARE = 0.02
@@ -65,7 +66,8 @@ def describe(plan: Plan) -> str:
         return f"plain PyTorch, {plan.threads_per_worker} thread(s){kind}"
     data, pipeline = plan.axes.get("data", 1), plan.axes.get("pipeline", 1)
     micro = f", {plan.num_microbatches} microbatches ({plan.schedule})" if plan.num_microbatches > 1 else ""
-    return f"{data} data x {pipeline} pipeline, {plan.threads_per_worker} thread(s) each{micro}{kind}"
+    buckets = f", exchange in background by {format_bytes(plan.bucket_bytes)}" if plan.bucket_bytes else ""
+    return f"{data} data x {pipeline} pipeline, {plan.threads_per_worker} thread(s) each{micro}{buckets}{kind}"
 
 
 def choose(
