@@ -21,7 +21,8 @@ from benchmarks.processes import Message
 
 PARTITA = "partita"
 INEXACT = ("ddp fp16", "ddp powersgd")  # they change the gradients
-PEERS = ("plain", "ddp", *INEXACT, "fsdp2", "pipelining", PARTITA)
+FORCED = ("partita data", "partita pipeline")  # what the automatic plan may have been, so that its bytes are seen
+PEERS = ("plain", "ddp", *INEXACT, "fsdp2", "pipelining", PARTITA, *FORCED)
 PARAMETER_HEAVY = ("mlp", "transformer")
 MODELS = (*PARAMETER_HEAVY, "conv")
 NUM_CLASSES = 16
@@ -203,9 +204,14 @@ def prepare_pipelining(model: Any, batches: list[Batch]) -> Prepared:
     return Prepared(step, itertools.cycle(batches), {"num_microbatches": num_microbatches})
 
 
-def prepare_partita(model: Any, batches: list[Batch]) -> Prepared:
+def prepare_partita(model: Any, batches: list[Batch], axis: str = "") -> Prepared:
+    """The automatic plan, or one that is spread over the machines along one axis."""
     start_s = time.perf_counter()
-    step = partita.parallelize(model, make_optimizer(model.parameters()), loss_of, batches[0])
+    plan: Any = "auto"
+    if axis:
+        extents = {"data": 1, "pipeline": 1, axis: int(os.environ["WORLD_SIZE"])}
+        plan = partita.Constraints(**extents)
+    step = partita.parallelize(model, make_optimizer(model.parameters()), loss_of, batches[0], plan=plan)
     plan, last = step.plan, {"bytes_sent": 0}
 
     def run(batch: Batch) -> float:
@@ -238,6 +244,8 @@ PREPARERS: dict[str, Callable[[Any, list[Batch]], Prepared]] = {
     "fsdp2": prepare_fsdp2,
     "pipelining": prepare_pipelining,
     PARTITA: prepare_partita,
+    "partita data": lambda model, batches: prepare_partita(model, batches, "data"),
+    "partita pipeline": lambda model, batches: prepare_partita(model, batches, "pipeline"),
 }
 
 

@@ -38,8 +38,7 @@ def bucket_sizes(plan: Plan, step_time_s: float, gradient_bytes: int, cost: Cost
         (1333333, 666666, 333333)
     """
     group = _one_of_each_process(plan)
-    one_task = plan.axes.get("pipeline", 1) == 1 and plan.num_microbatches == 1
-    if plan.mode != "graph" or not one_task or len(group) < 2 or not gradient_bytes:
+    if plan.mode != "graph" or plan.axes.get("pipeline", 1) > 1 or len(group) < 2 or not gradient_bytes:
         return ()
     latency_s = cost.collective_time_s("all_reduce", 0, group)
     exchange_s = cost.collective_time_s("all_reduce", gradient_bytes, group) - latency_s
@@ -57,14 +56,19 @@ def best_buckets(
     gradient_bytes: int,
     cost: CostModel,
     evaluate: Callable[[Plan], Plan | None],
+    *,
+    keeps_microbatches: bool = False,
 ) -> Plan:
     """The plan, or one with buckets that `evaluate` predicts to be faster by `LEAST_GAIN`. `evaluate` gives a plan with
-    its prediction, or None where it cannot be."""
+    its prediction, or None where it cannot be. Sums over microbatches are complete at the end only, so a plan with
+    buckets has one microbatch, unless the caller fixed their number (`keeps_microbatches`)."""
     assert plan.prediction is not None
     plain_s = plan.prediction.step_time_s
+    if keeps_microbatches and plan.num_microbatches > 1:
+        return plan
     best, best_s = plan, plain_s * (1 - LEAST_GAIN)
     for num_bytes in bucket_sizes(plan, plain_s, gradient_bytes, cost):
-        found = evaluate(msgspec.structs.replace(plan, bucket_bytes=num_bytes))
+        found = evaluate(msgspec.structs.replace(plan, num_microbatches=1, bucket_bytes=num_bytes))
         if found is not None and found.prediction is not None and found.prediction.step_time_s < best_s:
             best, best_s = found, found.prediction.step_time_s
     if best is plan:

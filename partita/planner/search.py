@@ -87,7 +87,7 @@ def search(
     plans += _blocks(graph, cluster, cost, pricer, wanted)
     if evaluate is not None:
         plans, dropped = _evaluated(plans, evaluate, cluster)
-        plans = _with_buckets(plans, int(work.parameter_bytes.sum()), cost, evaluate, cluster)
+        plans = _with_buckets(plans, int(work.parameter_bytes.sum()), cost, evaluate, cluster, wanted)
         misses += dropped
     if refine is not None:
         _refine_best(plans, refine, cluster, cost.refined_uncertainty)
@@ -333,7 +333,12 @@ def _evaluated(
 
 
 def _with_buckets(
-    plans: list[Plan], gradient_bytes: int, cost: CostModel, evaluate: Callable[[Plan], Outcome], cluster: Cluster
+    plans: list[Plan],
+    gradient_bytes: int,
+    cost: CostModel,
+    evaluate: Callable[[Plan], Outcome],
+    cluster: Cluster,
+    constraints: Constraints,
 ) -> list[Plan]:
     """The plans, those with exchanges of gradients in the background where that is predicted to be faster."""
 
@@ -341,7 +346,13 @@ def _with_buckets(
         kept, _ = _evaluated([plan], evaluate, cluster)
         return kept[0] if kept else None
 
-    return [plan if plan.mode != "graph" else best_buckets(plan, gradient_bytes, cost, tried) for plan in plans]
+    fixed = constraints.num_microbatches is not None
+    found: dict[str, Plan] = {}  # plans that differ in their microbatches alone may become one
+    for plan in plans:
+        if plan.mode == "graph":
+            plan = best_buckets(plan, gradient_bytes, cost, tried, keeps_microbatches=fixed)
+        found.setdefault(plan.hash, plan)
+    return list(found.values())
 
 
 def _refine_best(plans: list[Plan], refine: Callable[[Plan], Outcome], cluster: Cluster, uncertainty: float) -> None:

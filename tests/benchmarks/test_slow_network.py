@@ -89,7 +89,7 @@ def test_a_step_takes_as_long_as_on_its_slowest_machine() -> None:
 
 
 def test_inexact_peers_do_not_count() -> None:
-    row = judge({"ddp": 4.0, "plain": 3.0, "ddp fp16": 0.5, "partita": 2.0})
+    row = judge({"ddp": 4.0, "plain": 3.0, "ddp fp16": 0.5, "partita": 2.0, "partita data": 1.0})
     assert row["best_peer"] == "plain" and row["ratio"] == pytest.approx(2 / 3) and row["gain_over_ddp"] == 2.0
 
 
@@ -102,7 +102,8 @@ def test_bytes_are_compared_where_there_are_any() -> None:
 def test_every_limit_that_is_missed_is_told() -> None:
     row = {"network": "2 x 100 Mbit/s", "model": "mlp", "ratio": 1.0, "best_peer": "plain", "gain_over_ddp": 3.0}
     assert summarise([row])[1] == []
-    told = {"predicted_bytes_sent": 1e6, "bytes_sent": 2e6, "wire_bytes": {"partita": 2e6}}
+    plans = {"partita data": {"predicted_bytes_sent": 1e6}}
+    told = {"plans": plans, "bytes_sent": {"partita data": 2e6}, "wire_bytes": {"partita data": 2e6}}
     worse = {**row, "ratio": 1.2, "gain_over_ddp": 1.5, "bytes_error": 0.5, "errors": {"ddp": "lost"}, **told}
     assert len(misses_of(worse, must_gain=True)) == 4
     assert len(misses_of(worse, must_gain=False)) == 3

@@ -60,7 +60,6 @@ def test_no_sizes_where_nothing_can_be_hidden() -> None:
     slow = cost_of(1e-4, 1e7)
     assert bucket_sizes(plan_of((0, 1)), 1.0, 4_000_000, slow)
     assert not bucket_sizes(plan_of((0, 0)), 1.0, 4_000_000, slow)  # one process
-    assert not bucket_sizes(plan_of((0, 1), num_microbatches=2), 1.0, 4_000_000, slow)
     assert not bucket_sizes(plan_of((0, 1)), 1.0, 0, slow)
     assert not bucket_sizes(plan_of((0, 1)), 1.0, 4_000_000, cost_of(1e-4, 1e9))  # next to no time
     assert not bucket_sizes(plan_of((0, 1)), 1.0, LEAST_BUCKET_BYTES, cost_of(1e-4, 1e5))  # less than two buckets
@@ -82,3 +81,6 @@ def test_buckets_are_taken_only_for_a_gain(factor: float) -> None:
         assert best.prediction is not None and math.isclose(best.prediction.step_time_s, 0.5, rel_tol=1e-2)
         assert "in the background" in best.reasons[-1]
     assert best_buckets(plain, 4_000_000, cost, lambda plan: None) == plain
+    several = plan_of((0, 1), num_microbatches=4)
+    assert best_buckets(several, 4_000_000, cost, evaluate, keeps_microbatches=True) == several
+    assert best_buckets(several, 4_000_000, cost, evaluate).num_microbatches == (4 if factor > 0.5 else 1)
