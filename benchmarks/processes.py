@@ -46,7 +46,8 @@ class Child:
     """One process that runs `python -m MODULE --child ROLE`.
 
     `environment` is added to the parent's, on top of the pinned variables; `num_threads` sets OMP_NUM_THREADS;
-    `interpreter` is a Python executable, the running one by default.
+    `interpreter` is a Python executable, the running one by default; `prefix` is a command that runs the rest of its
+    command line, elsewhere.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Child:
         environment: Mapping[str, str] | None = None,
         arguments: Sequence[str] = (),
         interpreter: str | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         self.name = f"{module} --child {role}"
         reading, writing = os.pipe()
@@ -65,7 +67,7 @@ class Child:
         own = {"OMP_NUM_THREADS": str(num_threads), "MKL_NUM_THREADS": str(num_threads), REPLY_PIPE: str(writing)}
         self._errors = tempfile.TemporaryFile(mode="w+b")  # noqa: SIM115 - closed in `close`
         self._process = subprocess.Popen(
-            [interpreter or sys.executable, "-m", module, "--child", role, *arguments],
+            [*prefix, interpreter or sys.executable, "-m", module, "--child", role, *arguments],
             stdin=subprocess.PIPE,
             stdout=self._errors,
             stderr=self._errors,
@@ -153,7 +155,8 @@ class Child:
 
 
 class Group:
-    """`num_processes` children that form one job on this machine and are asked together."""
+    """`num_processes` children that form one job and are asked together: on this machine, or, where `places` gives the
+    command prefix and environment of each, where these run them."""
 
     def __init__(
         self,
@@ -163,17 +166,24 @@ class Group:
         num_processes: int,
         num_threads: int = 1,
         arguments: Sequence[str] = (),
+        places: Sequence[tuple[Sequence[str], Mapping[str, str]]] | None = None,
         interpreter: str | None = None,
     ) -> None:
-        port = free_port()
+        if places is None:
+            port = free_port()
+            places = [((), job_environment(rank, num_processes, port)) for rank in range(num_processes)]
         self.children: list[Child] = []
         try:
-            for rank in range(num_processes):
-                environment = job_environment(rank, num_processes, port)
+            for prefix, environment in places:
                 child = Child(
-                    module, role, num_threads=num_threads, environment=environment, arguments=arguments,
+                    module,
+                    role,
+                    num_threads=num_threads,
+                    environment=environment,
+                    arguments=arguments,
+                    prefix=prefix,
                     interpreter=interpreter,
-                )  # fmt: skip
+                )
                 self.children.append(child)
         except BaseException:
             self.close()

@@ -85,6 +85,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     the batch are cut without being named, and a parameter that is cut there is fully sharded. `rules` names, per op and
     axis, the rule by which the op runs; ops that it does not name run as is cheapest.
 
+    `bucket_bytes` is the size of the buckets in which gradients are exchanged between processes in the background of
+    the backward phase; 0: they are exchanged in its foreground.
+
     `mode` "layout" is a plan for described GPUs (`partita export` writes it for engines that run it): `layout` tells
     its stages and machines, `stage_starts` names blocks, `inputs` patterns of parameters (``*`` for a block's number),
     `prediction.memory_bytes` one GPU of each stage. Axes may then have "context" as well. Its workers are listed up to
@@ -120,6 +123,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     zero_stage: int = 0
     sequence_parallel: bool = False
     layout: Layout | None = None
+    bucket_bytes: int = 0
 
     def __post_init__(self) -> None:
         _check_layout(self)
@@ -127,6 +131,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for name in ("threads_per_worker", "num_microbatches", "num_virtual_stages"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} must be at least 1, but the plan has {value}.")
+        _require(self.bucket_bytes >= 0, f"bucket_bytes must be at least 0, but the plan has {self.bucket_bytes}.")
         stages, data = self.axes.get("pipeline", 1), self.axes.get("data", 1)
         _require(
             len(self.stage_starts) == stages - 1,

@@ -1,9 +1,11 @@
 """Measuring connections: messages between two processes through gloo, as training between CPU processes sends them.
 
 A message of n bytes is modelled as ``latency_s + n / bytes_per_s`` (`Link`). Latency is half the round trip of a
-message of one number; the rate follows from the round trip of a large one. Of many round trips the lowest tenth counts:
-a busy neighbour adds whole scheduler slices (milliseconds), which are no property of the link. Source of the method:
-the ping-pong test of the Intel MPI benchmarks.
+message of one number; the rate follows from large messages, each direction for itself, because exchanges go both ways
+at once and wait for the slower one. How large depends on the link: messages grow until one takes `LARGE_TIME_S`, so
+that a slow link is measured in seconds and a fast one well. Of many the lowest tenth counts: a busy neighbour adds
+whole scheduler slices (milliseconds), which are no property of the link. Source of the method: the ping-pong test of
+the Intel MPI benchmarks.
 """
 
 from __future__ import annotations
@@ -25,10 +27,13 @@ from partita.units import MIB
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
-SMALL_BYTES = 4
+SMALL_BYTES = 8
+LEAST_LARGE_BYTES = MIB // 8
 LARGE_BYTES = 16 * MIB
+LARGE_TIME_S = 0.1
 NUM_SMALL = 300
-NUM_LARGE = 10
+SMALL_TIME_S = 0.5  # for all small ones
+NUM_LARGE = 5  # each way; the first, which may find a token bucket full, does not count
 
 
 class PingPong:
@@ -57,38 +62,77 @@ class PingPong:
             ClusterError: the peer did not answer in time.
         """
         try:
-            small_s = self._round_trips(peer, SMALL_BYTES, NUM_SMALL, leads=leads)
-            large_s = self._round_trips(peer, LARGE_BYTES, NUM_LARGE, leads=leads)
+            if not leads:
+                self._follow(peer)
+                return None
+            small_s = self._small(peer)
+            latency_s = undisturbed(small_s) / 2
+            rates = [self._rate(peer, latency_s, back=back) for back in (False, True)]
+            self._ask(peer, 0, 0)
         except RuntimeError as error:
             raise ClusterError(
                 f"rank {self.rank} measures its connection to rank {peer}, which must answer, but it did not "
                 f"({error}). See whether that process still runs."
             ) from error
-        return link_of(small_s, large_s) if leads else None
+        return Link(bytes_per_s=min(rates), latency_s=latency_s)
 
-    def _round_trips(self, peer: int, num_bytes: int, count: int, *, leads: bool) -> list[float]:
+    # The leader names, in a message of two numbers, the bytes that go there and those that come back.
+
+    def _small(self, peer: int) -> list[float]:
+        """Round trips of next to nothing, the first (which opens the connection) left out."""
+        self._ask(peer, 0, SMALL_BYTES)
+        times_s: list[float] = []
+        begin_s = time.perf_counter()
+        while len(times_s) < NUM_SMALL and (len(times_s) < 3 or time.perf_counter() - begin_s < SMALL_TIME_S):
+            times_s.append(self._ask(peer, 0, SMALL_BYTES))
+        return times_s
+
+    def _rate(self, peer: int, latency_s: float, *, back: bool) -> float:
+        """Bytes per second of one direction."""
+
+        def ask_s(num_bytes: int) -> float:
+            return self._ask(peer, *((0, num_bytes) if back else (num_bytes, SMALL_BYTES)))
+
+        num_bytes = LEAST_LARGE_BYTES
+        while num_bytes < LARGE_BYTES and ask_s(num_bytes) < LARGE_TIME_S:
+            num_bytes *= 2
+        return rate_of(num_bytes, [ask_s(num_bytes) for _ in range(NUM_LARGE)][1:], latency_s)
+
+    def _ask(self, peer: int, num_there: int, num_back: int) -> float:
+        """Seconds until the answer of `num_back` bytes to `num_there` bytes is here; nothing of both ends the peer's
+        part."""
         import torch
 
-        value = torch.zeros(num_bytes // 4)
-        times_s: list[float] = []
-        for _ in range(count + 2):  # two warm-ups: the first message opens the connection
-            start = time.perf_counter()
-            if leads:
-                self._group.send([value], peer, 0).wait()
-                self._group.recv([value], peer, 0).wait()
-            else:
-                self._group.recv([value], peer, 0).wait()
-                self._group.send([value], peer, 0).wait()
-            times_s.append(time.perf_counter() - start)
-        return times_s[2:]
+        told = torch.tensor([num_there, num_back], dtype=torch.int64)
+        there, back = (torch.zeros(count, dtype=torch.uint8) for count in (num_there, num_back))
+        start = time.perf_counter()
+        self._group.send([told], peer, 0).wait()
+        if num_there:
+            self._group.send([there], peer, 0).wait()
+        if num_back:
+            self._group.recv([back], peer, 0).wait()
+        return time.perf_counter() - start
+
+    def _follow(self, peer: int) -> None:
+        import torch
+
+        while True:
+            told = torch.zeros(2, dtype=torch.int64)
+            self._group.recv([told], peer, 0).wait()
+            there, back = (torch.zeros(int(count), dtype=torch.uint8) for count in told)
+            if not len(there) and not len(back):
+                return
+            if len(there):
+                self._group.recv([there], peer, 0).wait()
+            if len(back):
+                self._group.send([back], peer, 0).wait()
 
 
-def link_of(small_s: list[float], large_s: list[float]) -> Link:
-    """The link that follows from round trips of `SMALL_BYTES` and of `LARGE_BYTES`."""
-    latency_s = undisturbed(small_s) / 2
-    large = undisturbed(large_s) / 2
+def rate_of(num_bytes: int, times_s: Sequence[float], latency_s: float) -> float:
+    """Bytes per second that follow from the times of messages of `num_bytes` and their answers of next to nothing."""
+    large_s = undisturbed(times_s)
     # On a noisy machine the latency may exceed the whole of a large message: then count it as nothing, not as negative.
-    return Link(bytes_per_s=LARGE_BYTES / max(large - latency_s, large / 2), latency_s=latency_s)
+    return num_bytes / max(large_s - 2 * latency_s, large_s / 2)
 
 
 def undisturbed(times_s: Sequence[float]) -> float:

@@ -29,7 +29,7 @@ from partita.cluster.detect import exchange, look, profile_name, shared_store
 from partita.cluster.hardware import busy_cores
 from partita.cluster.job import Job, current_job
 from partita.cluster.links import PingPong, decode, encode, measure_process_link, slowest, undisturbed
-from partita.cluster.model import Link, Machine
+from partita.cluster.model import Cluster, Link, Machine
 from partita.errors import ClusterError
 from partita.units import MIB
 
@@ -160,6 +160,29 @@ def _measure_in_job(machine: Machine, job: Job, kept: Profile | None, timeout_s:
         network=far,
         time_s=time.perf_counter() - start,
     )
+
+
+def measure_network(cluster: Cluster, *, timeout_s: float = 120.0) -> Cluster:
+    """`cluster` with the slowest link between its machines as it is now; every process of the job must call this.
+
+    A profile keeps what a machine is, but not which network it will be on tomorrow, and a driver's nominal rate says
+    little of what is between two machines. Takes about two seconds for every second pair of neighbouring machines,
+    less on fast links. A cluster of one machine, or one that is only described, comes back as it is.
+
+    Raises:
+        ClusterError: a process does not answer within `timeout_s`.
+    """
+    job = current_job()
+    if job is None or not cluster.is_here or len(cluster.machines) < 2:
+        return cluster
+    leaders: dict[int, int] = {}
+    for process in cluster.processes:
+        leaders.setdefault(process.machine, process.rank)
+    board = _Board(shared_store(job, timeout_s=timeout_s), job, timeout_s)
+    group = PingPong(board.prefixed("network"), job.rank, job.world_size, timeout_s=timeout_s)
+    pairs = list(itertools.pairwise(leaders.values()))
+    link = _pairs_link(group, board, "network", [pairs[0::2], pairs[1::2]])
+    return cluster if link is None else msgspec.structs.replace(cluster, network=link)
 
 
 def of_host(parts: Sequence[Profile]) -> Profile:

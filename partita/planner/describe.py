@@ -29,6 +29,8 @@ def title(plan: Plan) -> str:
         text += ", fully sharded"
     if plan.num_microbatches > 1:
         text += f", {plan.num_microbatches} microbatches, {plan.schedule}"
+    if plan.bucket_bytes:
+        text += f", exchange in background by {format_bytes(plan.bucket_bytes)}"
     return text
 
 

@@ -18,6 +18,7 @@ from partita.plan import Alternative, Constraints, Plan, Prediction, Worker, clu
 from partita.planner.describe import title
 from partita.planner.inputs import placed_inputs
 from partita.planner.layout import oversubscribed
+from partita.planner.overlap import best_buckets
 from partita.planner.price import Price, Pricer
 from partita.planner.space import Corner, corners
 from partita.planner.tensor import TensorPlacement, place_on_tensor_axis
@@ -78,12 +79,15 @@ def search(
     for compiled in (False, True):  # what compiling saves is a guess until it is tried: the two are ranked apart
         corners_of_kind = tuple(corner for corner in space if corner.compiled is compiled)
         ranked, found_bounds, found_misses = _branch_and_bound(pricer, corners_of_kind, wanted.stage_starts, limit)
+        if evaluate is not None:
+            ranked += _best_without_pipeline(pricer, corners_of_kind, ranked)
         plans += [_graph_plan(graph, cluster, cost, work, candidate, wanted, placer) for candidate in ranked]
         bounds += found_bounds
         misses += found_misses
     plans += _blocks(graph, cluster, cost, pricer, wanted)
     if evaluate is not None:
         plans, dropped = _evaluated(plans, evaluate, cluster)
+        plans = _with_buckets(plans, int(work.parameter_bytes.sum()), cost, evaluate, cluster, wanted)
         misses += dropped
     if refine is not None:
         _refine_best(plans, refine, cluster, cost.refined_uncertainty)
@@ -136,6 +140,22 @@ def _branch_and_bound(
         found.append(_Candidate(corner, price))
         found.sort(key=lambda c: (c.price.step_time_s, len(c.corner.workers)))
     return found[:limit], bounds + [bound_s for bound_s, *_ in heap], misses
+
+
+def _best_without_pipeline(pricer: Pricer, space: tuple[Corner, ...], ranked: list[_Candidate]) -> list[_Candidate]:
+    """The best corner without a pipeline, unless one is ranked already.
+
+    The formula lets a stage send a microbatch while it still sends the one before, so on slow networks pipelines may
+    take all places; and it knows no overlap of exchanges. Evaluation tells, if it is asked.
+    """
+    plain = [corner for corner in space if corner.pipeline == 1]
+    if not plain or any(candidate.corner.pipeline == 1 for candidate in ranked):
+        return []
+    best = min(plain, key=lambda corner: (pricer.bound_s(corner), len(corner.workers)))
+    try:
+        return [_Candidate(best, pricer.price(best, None))]
+    except InfeasibleError:
+        return []
 
 
 Places = dict[str, dict[str, str]]
@@ -310,6 +330,29 @@ def _evaluated(
         )
         kept.append(msgspec.structs.replace(plan, prediction=prediction))
     return kept, dropped
+
+
+def _with_buckets(
+    plans: list[Plan],
+    gradient_bytes: int,
+    cost: CostModel,
+    evaluate: Callable[[Plan], Outcome],
+    cluster: Cluster,
+    constraints: Constraints,
+) -> list[Plan]:
+    """The plans, those with exchanges of gradients in the background where that is predicted to be faster."""
+
+    def tried(plan: Plan) -> Plan | None:
+        kept, _ = _evaluated([plan], evaluate, cluster)
+        return kept[0] if kept else None
+
+    fixed = constraints.num_microbatches is not None
+    found: dict[str, Plan] = {}  # plans that differ in their microbatches alone may become one
+    for plan in plans:
+        if plan.mode == "graph":
+            plan = best_buckets(plan, gradient_bytes, cost, tried, keeps_microbatches=fixed)
+        found.setdefault(plan.hash, plan)
+    return list(found.values())
 
 
 def _refine_best(plans: list[Plan], refine: Callable[[Plan], Outcome], cluster: Cluster, uncertainty: float) -> None:

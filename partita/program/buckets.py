@@ -42,6 +42,8 @@ def buckets_of(
     tasks: Sequence[Sequence[fx.Node]],
     results: Sequence[Sequence[fx.Node]],
     least: Mapping[str, int],
+    *,
+    bucket_bytes: int = 0,
 ) -> tuple[Bucket, ...]:
     """The buckets of a step whose local graphs each run as one task, in the order of release. Gradients that are in
     none of them are left to the end of the step.
@@ -50,13 +52,14 @@ def buckets_of(
         tasks: by local graph, its ops in order.
         results: by local graph, the nodes of the step's outputs.
         least: the common levels of exchanges, by name.
+        bucket_bytes: the size at which a bucket closes; 0: as said above.
     """
     found = [_ready(graph, nodes, outputs, least) for nodes, outputs in zip(tasks, results, strict=True)]
     num_bytes = {
         item.name: math.prod(item.shape) * item.dtype.itemsize for item in graph.inputs_of(InputKind.PARAMETER)
     }
     names = [name for name in found[0] if all(name in ready for ready in found)]
-    limit = max(BUCKET_BYTES, sum(num_bytes[name] for name in names) // MOST_BUCKETS)
+    limit = bucket_bytes or max(BUCKET_BYTES, sum(num_bytes[name] for name in names) // MOST_BUCKETS)
     latest: list[Place] = [(0, 0)] * len(tasks)
     buckets: list[Bucket] = []
     members: set[str] = set()

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from partita.errors import ProgramError
 from partita.program.instructions import (
     AllGather,
     AllReduce,
     AllToAll,
+    Await,
     Free,
     Instruction,
     Program,
@@ -26,11 +27,12 @@ from partita.program.instructions import (
     Segment,
     Send,
     Slice,
+    Start,
     TensorSpec,
     Update,
 )
 from partita.program.order import check_order
-from partita.program.uses import is_persistent, own_slices, reads, written_specs
+from partita.program.uses import is_persistent, own_slices, reads, writes, written_specs
 
 _COLLECTIVES = (AllReduce, ReduceScatter, AllGather, AllToAll)
 Mailbox = dict[tuple[int, int, str], TensorSpec]  # (sender, receiver, key) -> what was sent
@@ -44,6 +46,8 @@ class _State:
         self.segments = segments
         self.position = 0
         self.registers: dict[str, TensorSpec | None] = {feed.register: None for feed in program.feeds}
+        self.started: dict[tuple[int, ...], list[str]] = defaultdict(list)  # group -> keys of its sums, in order
+        self.in_background: dict[str, str] = {}  # register -> key of the sum that it belongs to
 
     @property
     def current(self) -> Instruction | None:
@@ -79,11 +83,38 @@ class _State:
             for register in instruction.registers:
                 self.require(register, None)
                 self.registers.pop(register, None)
+        elif isinstance(instruction, Start):
+            self._start(instruction)
         else:
             for register, spec in written_specs(instruction, self.program.worker):
                 if not is_persistent(register):
                     self.registers[register] = spec
+        self._check_background(instruction)
         self.position += 1
+
+    def _start(self, instruction: Start) -> None:
+        """What is summed in the background is nobody else's until it is awaited."""
+        collective = instruction.collective
+        if collective.key in self.started[collective.group]:
+            raise ProgramError(f"{self.where}: {collective.key!r} must be started once a step, but is started again")
+        self.started[collective.group].append(collective.key)
+        for register in collective.registers:
+            self.registers.pop(register, None)
+            self.in_background[register] = collective.key
+
+    def _check_background(self, instruction: Instruction) -> None:
+        if isinstance(instruction, Await):
+            for register in instruction.collective.registers:
+                self.in_background.pop(register, None)
+        written: Iterable[str] = ()
+        if not isinstance(instruction, Start):
+            written = writes(instruction, self.program.worker)
+        for register in written:
+            if register in self.in_background:
+                raise ProgramError(
+                    f"{self.where} writes {register!r}, which belongs to {self.in_background[register]!r} until that "
+                    "is awaited"
+                )
 
 
 def _read_specs(instruction: Instruction, segments: Mapping[str, Segment]) -> list[tuple[str, TensorSpec | None]]:
@@ -102,6 +133,8 @@ def _read_specs(instruction: Instruction, segments: Mapping[str, Segment]) -> li
         if len(instruction.registers) != len(instruction.specs):
             raise ProgramError(f"a collective must have a spec per register, but {instruction.key!r} has not")
         return list(zip(instruction.registers, instruction.specs, strict=True))
+    if isinstance(instruction, Start):
+        return _read_specs(instruction.collective, segments)
     if isinstance(instruction, (Send, AllGather, AllToAll)):
         return [(instruction.register, instruction.spec)]
     return [(register, None) for register in reads(instruction)]
@@ -133,6 +166,7 @@ def check_flow(programs: ProgramSet) -> None:
         )
     for state in states.values():
         _check_end(state)
+        _check_background_order(state, states)
     _check_updates(programs)
 
 
@@ -157,6 +191,9 @@ def _step(state: _State, states: Mapping[int, _State], mailbox: Mailbox) -> bool
                     f"{state.where} expects {instruction.spec}, but worker {instruction.peer} sent {sent}"
                 )
             del mailbox[instruction.peer, worker, instruction.key]
+        elif isinstance(instruction, Await):
+            if _missing(instruction, states):
+                return moved
         elif isinstance(instruction, _COLLECTIVES) and len(instruction.group) > 1:
             if not _meet(instruction, state, states):
                 return moved
@@ -190,12 +227,21 @@ def _meet(
     return True
 
 
+def _missing(instruction: Await, states: Mapping[int, _State]) -> list[int]:
+    """The members that have not started the awaited sum yet."""
+    collective = instruction.collective
+    return [m for m in collective.group if collective.key not in states[m].started[collective.group]]
+
+
 def _deadlock(states: Mapping[int, _State]) -> str:
     waits = []
     for state in states.values():
         instruction = state.current
         if isinstance(instruction, Recv):
             waits.append(f"{state.where} waits for message {instruction.key!r} from worker {instruction.peer}")
+        elif isinstance(instruction, Await):
+            late = _missing(instruction, states)
+            waits.append(f"{state.where} awaits {instruction.key!r}, which worker(s) {late} do not start")
         elif isinstance(instruction, _COLLECTIVES):
             missing = [
                 member
@@ -218,20 +264,34 @@ def _check_end(state: _State) -> None:
             raise ProgramError(f"worker {state.program.worker} must end with {register!r}, but it does not hold it")
 
 
+def _check_background_order(state: _State, states: Mapping[int, _State]) -> None:
+    """One thread carries out the sums of a group, one after the other: all members must start them in one order."""
+    if state.in_background:
+        register, key = next(iter(state.in_background.items()))
+        raise ProgramError(f"worker {state.program.worker} must await {key!r}, which {register!r} belongs to")
+    for group, keys in state.started.items():
+        for member in group:
+            if states[member].started[group] != keys:
+                raise ProgramError(
+                    f"the members of a group must start its sums in one order, but worker {state.program.worker} "
+                    f"starts {keys} and worker {member} {states[member].started[group]}"
+                )
+
+
 def _check_updates(programs: ProgramSet) -> None:
     reduced: dict[int, dict[str, int]] = defaultdict(dict)
     updated: dict[int, list[Slice]] = defaultdict(list)
     for program in programs.programs:
-        received: tuple[Slice, ...] = ()
+        received: dict[int, tuple[Slice, ...]] = {}  # by the number of the first
         for instruction in program.instructions:
             if isinstance(instruction, ReduceScatter) and instruction.slices:
                 shapes = instruction.storages or tuple(spec.shape for spec in instruction.specs)
                 for name, shape in zip(instruction.parameters, shapes, strict=True):
                     reduced[program.process][name] = math.prod(shape)
-                received = instruction.slices[instruction.group.index(program.worker)]
-                assert len(received) == own_slices(instruction, program.worker)
+                received[instruction.first] = instruction.slices[instruction.group.index(program.worker)]
+                assert len(received[instruction.first]) == own_slices(instruction, program.worker)
             elif isinstance(instruction, Update):
-                if instruction.slices != received:
+                if instruction.slices != received.get(instruction.first):
                     raise ProgramError(f"worker {program.worker} must update the slices that it reduced")
                 updated[program.process] += instruction.slices
     for process, sizes in reduced.items():

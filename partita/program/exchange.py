@@ -3,6 +3,10 @@
 Per stage, the workers of one process reduce the gradients in shared memory, each its own slices (`ReduceScatter`); the
 slices are added over the stage's processes (`AllReduce`), and each worker updates its slices of the one copy of the
 weights. Gradients in buckets (`partita.program.buckets`) are reduced and applied before the end, in the same way.
+
+Where the plan has `bucket_bytes`, sums over processes are started as soon as a bucket is ready and go on in the
+background of what is left of the backward phase; each bucket is awaited and applied at the end of the step, once the
+loss is known, while later ones are still on their way.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from partita.plan import Plan, Worker
 from partita.program.boxes import Boxes
 from partita.program.buckets import Bucket
 from partita.program.gradients import Reduction, Result
-from partita.program.instructions import AllReduce, Instruction, Recv, Send, Slice, TensorSpec, Update
+from partita.program.instructions import AllReduce, Await, Instruction, Recv, Send, Slice, Start, TensorSpec, Update
 from partita.sharding.placement import Partial
 
 
@@ -41,6 +45,8 @@ class StepEnd:
         self.loss: dict[int, str] = {}
         self.buffers: dict[int, dict[str, str]] = {worker.index: {} for worker in plan.workers}
         self.released: list[dict[int, list[Instruction]]] = []  # by bucket and worker
+        self._overlaps = plan.bucket_bytes > 0
+        self._awaited: list[dict[int, list[Instruction]]] = []  # by bucket and worker: what ends a sum in background
         self._buckets = buckets
         self._in_bucket = frozenset[str]().union(*(bucket.parameters for bucket in buckets))
         self._num_reduced = dict.fromkeys(self.programs, 0)  # slices of each worker so far
@@ -49,10 +55,13 @@ class StepEnd:
     def build(self) -> None:
         self._release_buckets()
         for stage in range(self.plan.axes.get("pipeline", 1)):
-            self._reduce_small(stage, OutputKind.BUFFER if self._buckets else None)
+            self._reduce_small(stage, OutputKind.BUFFER if self._buckets and not self._overlaps else None)
         self._spread_loss()
         owners = [self._gradients(stage) for stage in range(self.plan.axes.get("pipeline", 1))]
         self._barriers()
+        for awaited in self._awaited:
+            for worker, instructions in awaited.items():
+                self.programs[worker] += instructions
         for stage_owners in owners:
             for worker, slices in stage_owners.items():
                 if slices:
@@ -73,13 +82,17 @@ class StepEnd:
         """What every worker does where a bucket is released. The first release needs the loss as well."""
         for number, bucket in enumerate(self._buckets):
             before = {worker: len(instructions) for worker, instructions in self.programs.items()}
-            if number == 0:
+            if number == 0 and not self._overlaps:
                 self._reduce_small(0, OutputKind.LOSS)
             gradients = [i for i in self.results if i.kind is OutputKind.GRADIENT and i.target in bucket.parameters]
             for worker, slices in self._reduce(0, gradients, f"0.{number}").items():
                 if slices:
                     self.programs[worker].append(Update(slices, self._num_reduced[worker] - len(slices)))
-            self.released.append({worker: items[before[worker] :] for worker, items in self.programs.items()})
+            released = {worker: items[before[worker] :] for worker, items in self.programs.items()}
+            if self._overlaps:
+                self._awaited.append({worker: _ending(items) for worker, items in released.items()})
+                released = {worker: _beginning(items) for worker, items in released.items()}
+            self.released.append(released)
             for worker, items in self.programs.items():
                 del items[before[worker] :]
 
@@ -216,3 +229,14 @@ class StepEnd:
         key = f"{item.register}:{target.index}"
         self.programs[source.index].append(Send(item.register, target.index, key, item.spec))
         self.programs[target.index].append(Recv(item.register, source.index, key, item.spec))
+
+
+def _beginning(instructions: Sequence[Instruction]) -> list[Instruction]:
+    """What of a bucket's reduction runs at once: sums inside the process, and the start of those over processes."""
+    found = (Start(item) if isinstance(item, AllReduce) else item for item in instructions)
+    return [item for item in found if not isinstance(item, Update)]
+
+
+def _ending(instructions: Sequence[Instruction]) -> list[Instruction]:
+    found = (Await(item) if isinstance(item, AllReduce) else item for item in instructions)
+    return [item for item in found if isinstance(item, (Await, Update))]

@@ -237,6 +237,29 @@ class AllToAll:
 
 
 @dataclass(frozen=True)
+class Start:
+    """Begin a sum over processes in the background; its group has one worker of each. Its registers are not to be read
+    until its `Await`. The members of a group start their sums in one order."""
+
+    collective: AllReduce
+
+    @property
+    def key(self) -> str:
+        return self.collective.key
+
+
+@dataclass(frozen=True)
+class Await:
+    """Wait for a sum that was started; then the registers hold it."""
+
+    collective: AllReduce
+
+    @property
+    def key(self) -> str:
+        return self.collective.key
+
+
+@dataclass(frozen=True)
 class Update:
     """Apply the optimizer to `slices` with the gradients in ``g:FIRST, g:FIRST+1, ...``."""
 
@@ -251,7 +274,7 @@ class Free:
     registers: tuple[str, ...]
 
 
-Instruction = Run | Send | Recv | AllReduce | ReduceScatter | AllGather | AllToAll | Update | Free
+Instruction = Run | Send | Recv | AllReduce | ReduceScatter | AllGather | AllToAll | Start | Await | Update | Free
 
 
 @dataclass(frozen=True)

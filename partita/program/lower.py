@@ -172,7 +172,15 @@ class _Lowering:
             modules = list({id(local.module): local.module for local in self.split.locals.values()}.values())
             # Sums over microbatches are there at the end only; and whole parameters are better shared out together.
             in_buckets = self.plan.num_microbatches == 1 and not self.whole_parameters
-            built = build_tasks(self.graph, modules, self.cuts, merged, self.store, in_buckets=in_buckets)
+            built = build_tasks(
+                self.graph,
+                modules,
+                self.cuts,
+                merged,
+                self.store,
+                in_buckets=in_buckets,
+                bucket_bytes=self.plan.bucket_bytes,
+            )
             self.tasks = {id(module): tasks for module, tasks in zip(modules, built, strict=True)}
         local = self.split.locals[microbatch, worker.data, worker.tensor]
         return local, self.tasks[id(local.module)]

@@ -22,6 +22,7 @@ from partita.program.instructions import (
     AllGather,
     AllReduce,
     AllToAll,
+    Await,
     Free,
     Instruction,
     Program,
@@ -30,6 +31,7 @@ from partita.program.instructions import (
     ReduceScatter,
     Run,
     Send,
+    Start,
     Update,
 )
 from partita.program.uses import is_persistent, own_slices, reads, writes
@@ -57,6 +59,7 @@ class _Worker:
     unread: dict[str, int] = field(default_factory=dict)  # register -> instruction that wrote it
     parts: dict[str, Workers] = field(default_factory=dict)  # register -> workers whose parts are in it
     reduced: set[str] = field(default_factory=set)
+    begun: dict[str, tuple[Clock, tuple[Workers, ...]]] = field(default_factory=dict)  # by key of a `Start`
 
     @property
     def current(self) -> Instruction | None:
@@ -117,6 +120,11 @@ class _Execution:
                 if sent is None:
                     return moved
                 self._receive(worker, instruction, *sent)
+            elif isinstance(instruction, Await):
+                members = [self.workers[index] for index in instruction.collective.group]
+                if any(instruction.key not in member.begun for member in members):
+                    return moved
+                self._await(worker, instruction, members)
             else:
                 self._alone(worker, instruction)
             moved = True
@@ -132,6 +140,9 @@ class _Execution:
             self.mail[address] = ({**worker.clock, me: worker.position + 1}, self._parts(worker, instruction.register))
             if instruction.register.startswith("p:"):
                 self.sent.append((worker.program.process, instruction.register, dict(worker.clock), worker.where))
+        elif isinstance(instruction, Start):
+            parts = tuple(self._parts(worker, register) for register in instruction.collective.registers)
+            worker.begun[instruction.key] = ({**worker.clock, me: worker.position + 1}, parts)
         elif isinstance(instruction, Update):
             self._update(worker, instruction)
         elif isinstance(instruction, Free):
@@ -189,6 +200,20 @@ class _Execution:
             self._over(member)
         for member in members:
             member.learn({other.program.worker: other.position for other in members})
+
+    def _await(self, worker: _Worker, instruction: Await, members: list[_Worker]) -> None:
+        """A sum is over once all have started theirs: what they had then is in it, and what they did before is over."""
+        for place, register in enumerate(writes(instruction)):
+            total: Workers = frozenset()
+            for member in members:
+                parts = member.begun[instruction.key][1][place]
+                if total & parts:
+                    raise ProgramError(f"{worker.where} adds the parts of workers {sorted(total & parts)} twice")
+                total |= parts
+            worker.parts[register] = total
+        for member in members:
+            worker.learn(member.begun[instruction.key][0])
+        self._over(worker)
 
     def _combined(self, member: _Worker, place: int, members: list[_Worker]) -> dict[str, Workers]:
         """The parts in the registers that `member` gets from a collective."""

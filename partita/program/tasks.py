@@ -71,10 +71,11 @@ def build_tasks(
     store: SegmentStore,
     *,
     in_buckets: bool = False,
+    bucket_bytes: int = 0,
 ) -> list[LocalTasks]:
     """Builds the tasks of the local graphs of one job, whose exchanges all come in one order. `merged[stage]`: forward
     and backward of the stage run as one task; where that is the whole step, `in_buckets` has gradients released while
-    it runs."""
+    it runs, in buckets of `bucket_bytes` (0: of the size that `buckets_of` chooses)."""
     staged = [_stage(graph, module, cuts) for module in modules]
     common: dict[tuple[int, Phases], dict[str, int]] = {}
     if len(staged) > 1:
@@ -85,7 +86,9 @@ def build_tasks(
     buckets: tuple[Bucket, ...] = ()
     if in_buckets and tuple(merged) == (True,):
         tasks = [item.nodes_of(0, BOTH) for item in staged]
-        buckets = buckets_of(graph, tasks, [item.results for item in staged], common.get((0, BOTH), {}))
+        buckets = buckets_of(
+            graph, tasks, [item.results for item in staged], common.get((0, BOTH), {}), bucket_bytes=bucket_bytes
+        )
     releases = [[(bucket.level, bucket.after[place]) for bucket in buckets] for place in range(len(staged))]
     return [
         _local_tasks(item, cuts.num_stages, merged, common, store, buckets, cut)

@@ -30,7 +30,7 @@ class Timeline:
     `step_time_s` spans from the start to the last worker's end. `peak_memory_bytes` is per worker what its registers
     and segments need, `step_memory_bytes` per process what those of all its workers need at one time, and
     `shared_memory_bytes` per process what outlives the step: the process needs the sum of the last two. `bytes_sent`
-    counts messages between processes.
+    counts the values in messages between processes: of all processes when simulated, of this one when measured.
     """
 
     events: tuple[Event, ...]

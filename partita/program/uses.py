@@ -6,11 +6,13 @@ from partita.program.instructions import (
     AllGather,
     AllReduce,
     AllToAll,
+    Await,
     Instruction,
     Recv,
     ReduceScatter,
     Run,
     Send,
+    Start,
     TensorSpec,
     Update,
 )
@@ -31,6 +33,8 @@ def reads(instruction: Instruction) -> tuple[str, ...]:
         return instruction.registers
     if isinstance(instruction, (AllGather, AllToAll)):
         return (instruction.register,)
+    if isinstance(instruction, Start):
+        return instruction.collective.registers
     if isinstance(instruction, Update):
         return tuple(f"g:{instruction.first + index}" for index in range(len(instruction.slices)))
     return ()
@@ -49,6 +53,8 @@ def writes(instruction: Instruction, worker: int | None = None) -> tuple[str, ..
         return (instruction.register,)
     if isinstance(instruction, AllReduce):
         return instruction.outputs or instruction.registers
+    if isinstance(instruction, Await):
+        return writes(instruction.collective)
     if isinstance(instruction, ReduceScatter):
         if instruction.slices:
             count = own_slices(instruction, worker) if worker is not None else 0
@@ -65,6 +71,8 @@ def written_specs(instruction: Instruction, worker: int) -> tuple[tuple[str, Ten
         return ((instruction.register, instruction.spec),)
     if isinstance(instruction, AllReduce):
         return tuple(zip(instruction.outputs or instruction.registers, instruction.specs, strict=True))
+    if isinstance(instruction, Await):
+        return written_specs(instruction.collective, worker)
     if isinstance(instruction, ReduceScatter):
         if instruction.slices:
             dtypes = dict(zip(instruction.parameters, (spec.dtype for spec in instruction.specs), strict=True))

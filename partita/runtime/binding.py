@@ -19,6 +19,7 @@ from partita.program.instructions import (
     AllGather,
     AllReduce,
     AllToAll,
+    Await,
     Free,
     Instruction,
     Program,
@@ -27,10 +28,12 @@ from partita.program.instructions import (
     Run,
     Send,
     Slice,
+    Start,
     TensorSpec,
     Update,
 )
 from partita.program.uses import reads, writes
+from partita.runtime.background import BackgroundSum
 from partita.runtime.collectives import (
     AllGatherOp,
     AllReduceOp,
@@ -75,6 +78,7 @@ class Surroundings(Protocol):
     def seat(self, worker: int, group: tuple[int, ...], key: str) -> Seat: ...
     def channel(self, sender: int, receiver: int, key: str) -> Channel: ...
     def remote(self, sender: int, receiver: int, key: str) -> tuple[Mail, int] | None: ...
+    def background(self, worker: int, collective: AllReduce) -> BackgroundSum: ...
     def process_of(self, worker: int) -> int: ...
 
 
@@ -106,6 +110,7 @@ class Binder:
         self._present: set[str] = set()  # registers that have a value at this point of the program
         self._owned: set[str] = set()  # registers that may be changed in place at this point
         self._exchanged: set[str] = set()  # registers whose strides may not be those of the captured graph
+        self._background: dict[str, BackgroundSum] = {}  # by key, between their `Start` and `Await`
         self._sums: dict[int, list[Tensor]] = {}  # gradients of earlier steps that were only accumulated
 
     def bind(self) -> list[Op]:
@@ -120,6 +125,8 @@ class Binder:
             ReduceScatter: self._reduce_scatter,
             AllGather: self._all_gather,
             AllToAll: self._all_to_all,
+            Start: self._start,
+            Await: self._await,
             Update: self._update,
             Free: self._free,
         }
@@ -310,6 +317,27 @@ class Binder:
 
         def op(registers: Registers) -> None:
             registers[output] = turn(registers[name])
+
+        return op
+
+    def _start(self, instruction: Start) -> Op:
+        names = instruction.collective.registers
+        self._present.difference_update(names)
+        self._owned.difference_update(names)
+        task = self._background[instruction.key] = self.around.background(self.worker, instruction.collective)
+
+        def op(registers: Registers) -> None:
+            task.start([registers.pop(name) for name in names])
+
+        return op
+
+    def _await(self, instruction: Await) -> Op:
+        names = instruction.collective.registers
+        self._written(names)
+        task = self._background.pop(instruction.key)
+
+        def op(registers: Registers) -> None:
+            registers.update(zip(names, task.finish(), strict=True))
 
         return op
 

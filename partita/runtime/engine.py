@@ -28,8 +28,10 @@ from partita.program.instructions import (
     ReduceScatter,
     Run,
     Send,
+    Start,
 )
 from partita.program.timeline import Timeline
+from partita.runtime.background import BackgroundSum, Courier
 from partita.runtime.binding import Binder, Mode, Registers, UpdateFn
 from partita.runtime.collectives import Seat
 from partita.runtime.ending import END_TIME_S, Order, close_at_end, tell_unended
@@ -124,7 +126,7 @@ class Engine:
         self._lock = threading.Lock()
         self._num_running = 0
         self._closed = False
-        self._connections = Connections(programs, process, self._session, timeout_s)
+        self._connections = Connections(programs, process, self._session, timeout_s, self.failure)
         self._codes = self._build_codes()
         self._draws = [(draw.name, python_code(draw.module.graph, draw.module)) for draw in programs.draws]
         self.workers = [self._make_worker(program) for program in self.local]
@@ -223,6 +225,9 @@ class Engine:
 
     def remote(self, sender: int, receiver: int, key: str) -> tuple[Mail, int] | None:
         return self._connections.remote(sender, receiver, key)
+
+    def background(self, worker: int, collective: AllReduce) -> BackgroundSum:
+        return self._connections.background(worker, collective)
 
     def process_of(self, worker: int) -> int:
         return self._connections.process_of[worker]
@@ -389,7 +394,8 @@ class Engine:
         self._closed = True
         limit_s = END_TIME_S if self._session is None else END_TIME_S + self._session.turn_s
         if not self._rest(limit_s):
-            tell_unended("; ".join(worker.doing() for worker in self.workers if worker.is_alive()), limit_s)
+            threads: list[WorkerThread | Courier] = [*self.workers, *self._connections.couriers]
+            tell_unended("; ".join(one.doing() for one in threads if one.is_alive()), limit_s)
 
     def _rest(self, limit_s: float) -> bool:
         """Let the workers end, then the session; whether all did within the limit."""
@@ -398,7 +404,11 @@ class Engine:
         deadline_s = time.perf_counter() + limit_s
         for worker in self.workers:
             worker.join(max(deadline_s - time.perf_counter(), 0.0))
+        for courier in self._connections.couriers:
+            courier.close()
+            courier.join(max(deadline_s - time.perf_counter(), 0.0))
         at_rest = not any(worker.is_alive() for worker in self.workers)
+        at_rest &= not any(courier.is_alive() for courier in self._connections.couriers)
         if self._session is not None:
             self._session.close(at_rest=at_rest)
         return at_rest
@@ -416,24 +426,33 @@ class Connections:
     Everything is derived from the programs alone, in one order, so that all processes open the same lines.
     """
 
-    def __init__(self, programs: ProgramSet, process: int, session: Session | None, timeout_s: float) -> None:
+    def __init__(
+        self, programs: ProgramSet, process: int, session: Session | None, timeout_s: float, failure: Failure
+    ) -> None:
         self.process = process
         self.process_of = {program.worker: program.process for program in programs.programs}
         self._parties: Mapping[int, Party] = {}
         self._meetings: dict[tuple[tuple[int, ...], str], Meeting] = {}
         self._channels: dict[tuple[int, int, str], Channel] = {}
         self._lines: dict[tuple[int, ...], Line] = {}
+        self._couriers: dict[tuple[int, ...], Courier] = {}
         self._mail: Mail | None = None
         self._tags: dict[tuple[int, int, str], int] = {}
         if session is not None:
-            self._open(programs, session, timeout_s)
+            self._open(programs, session, timeout_s, failure)
 
-    def _open(self, programs: ProgramSet, session: Session, timeout_s: float) -> None:
+    def _open(self, programs: ProgramSet, session: Session, timeout_s: float, failure: Failure) -> None:
         instructions = [(program.worker, one) for program in programs.programs for one in program.instructions]
         for group in sorted({one.group for _, one in instructions if isinstance(one, _COLLECTIVES)}):
             processes = tuple(sorted({self.process_of[worker] for worker in group}))
             if len(processes) > 1:
                 self._lines[group] = session.line(processes, timeout_s)
+        # Sums in the background have lines of their own: each belongs to one thread.
+        for group in sorted({one.collective.group for _, one in instructions if isinstance(one, Start)}):
+            processes = tuple(sorted({self.process_of[worker] for worker in group}))
+            line = session.line(processes, timeout_s)
+            if self.process in processes:
+                self._couriers[group] = Courier(line, failure, "-".join(map(str, group)))
         crossing = {
             (worker, one.peer, one.key) if isinstance(one, Send) else (one.peer, worker, one.key)
             for worker, one in instructions
@@ -446,6 +465,7 @@ class Connections:
     @property
     def bytes_sent(self) -> int:
         lines = sum(line.bytes_sent for line in self._lines.values())
+        lines += sum(courier.line.bytes_sent for courier in self._couriers.values())
         return lines + (self._mail.bytes_sent if self._mail is not None else 0)
 
     def meet(self, parties: Mapping[int, Party]) -> None:
@@ -468,6 +488,13 @@ class Connections:
             positions=ordered,
             line=self._lines.get(group),
         )
+
+    def background(self, worker: int, collective: AllReduce) -> BackgroundSum:
+        return BackgroundSum(collective, self._couriers[collective.group], self._parties[worker])
+
+    @property
+    def couriers(self) -> tuple[Courier, ...]:
+        return tuple(self._couriers.values())
 
     def channel(self, sender: int, receiver: int, key: str) -> Channel:
         address = (sender, receiver, key)

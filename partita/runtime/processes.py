@@ -24,6 +24,7 @@ from partita.cluster.detect import job_store
 from partita.cluster.job import current_job
 from partita.errors import PeerLostError, StepError, WaitTimeoutError
 from partita.program.instructions import TensorSpec
+from partita.program.wire import WIDER, padded, ring_bytes
 from partita.runtime.ending import Order, close_at_end
 from partita.runtime.liveness import Liveness
 from partita.runtime.sockets import Gate, Mesh, bytes_of, own_address
@@ -31,12 +32,6 @@ from partita.runtime.torch_adapter import default_store, is_registered_group
 from partita.units import KIB
 
 _ALIGN = 16  # bytes: pieces of one message start at multiples of it, so that they can be viewed as any dtype
-_WIDER = {
-    torch.bool: torch.int32,
-    torch.int16: torch.int32,
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-}
 # Sums up to this size take a small part of gloo's time when the worker forms them itself. Of larger ones gloo's own
 # threads are as fast, and faster where the worker has to share its core with something else.
 LARGEST_OWN_BYTES = 512 * KIB
@@ -289,7 +284,7 @@ class ProcessLine:
         self._names = f"processes {', '.join(map(str, processes))}"
 
     def all_reduce(self, value: Tensor) -> None:
-        wide = value.to(_WIDER[value.dtype]) if value.dtype in _WIDER and value.device.type == "cpu" else value
+        wide = value.to(WIDER[value.dtype]) if value.dtype in WIDER and value.device.type == "cpu" else value
         if wide.is_complex():
             wide = torch.view_as_real(wide)
         if self._mesh is not None and wide.numel() * wide.element_size() <= LARGEST_OWN_BYTES:
@@ -307,9 +302,7 @@ class ProcessLine:
     def _over_group(self, wide: Tensor) -> None:
         work: Any = dist.all_reduce(wide, group=self._group.torch_group, async_op=True)
         self._session.wait(work.wait, f"a sum over {self._names}", self._timeout_s)
-        num_processes = len(self._processes)
-        # A ring sends every element twice, but for each process's own share (Patarasuk and Yuan 2009, section 3).
-        self.bytes_sent += 2 * wide.numel() * wide.element_size() * (num_processes - 1) // num_processes
+        self.bytes_sent += ring_bytes(wide.numel() * wide.element_size(), len(self._processes))
 
     def exchange(
         self, outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[TensorSpec]]
@@ -318,13 +311,13 @@ class ProcessLine:
             return self._exchange_over_mesh(self._mesh, outgoing, incoming)
         device = next((value.device for values in outgoing.values() for value in values), torch.device("cpu"))
         sent = [[as_bytes(value) for value in outgoing.get(process, ())] for process in self._processes]
-        out_sizes = [sum(_padded(part.numel()) for part in parts) for parts in sent]
-        in_sizes = [sum(_padded(spec.num_bytes) for spec in incoming.get(process, ())) for process in self._processes]
+        out_sizes = [sum(padded(part.numel()) for part in parts) for parts in sent]
+        in_sizes = [sum(padded(spec.num_bytes) for spec in incoming.get(process, ())) for process in self._processes]
         message = torch.zeros(sum(out_sizes), dtype=torch.uint8, device=device)
         position = 0
         for part in (part for parts in sent for part in parts):
             message[position : position + part.numel()] = part
-            position += _padded(part.numel())
+            position += padded(part.numel())
         answer = torch.empty(sum(in_sizes), dtype=torch.uint8, device=device)
         work: Any = dist.all_to_all_single(
             answer, message, in_sizes, out_sizes, group=self._group.torch_group, async_op=True
@@ -352,7 +345,7 @@ class ProcessLine:
             for spec in incoming.get(process, ()):
                 piece = answer[position : position + spec.num_bytes]
                 result.setdefault(process, []).append(piece.view(spec.dtype).view(spec.shape))
-                position += _padded(spec.num_bytes)
+                position += padded(spec.num_bytes)
             if process in incoming:
                 result.setdefault(process, [])
         return result
@@ -393,10 +386,6 @@ class ProcessMail:
 def as_bytes(value: Tensor) -> Tensor:
     """The tensor's memory as flat bytes (a copy only if it is not contiguous)."""
     return value.detach().contiguous().view(-1).view(torch.uint8)
-
-
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGN) * _ALIGN
 
 
 # Joining -------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@
 Every worker has a clock. It starts when the process's random draws are made. `Run` and `Update` advance it; a `Send`
 takes a link from its source process to its target process for the message's duration and lets the sender go on at once;
 a `Recv` waits for the message; a collective starts when its last member has come. Links between the same two processes
-carry one message at a time. The events are those that the runtime records.
+carry one message at a time, and those among a group of processes one large collective: a sum in the background begins
+when all its members have started it and the one before is over, takes nothing of the workers' time, and its `Await`
+waits for it. The events are those that the runtime records.
 
 Workers that compute at the same time slow each other, and how long they do so depends on how slow they are: the step
 is simulated with every worker of a machine taken as active, then again with the activity that came out, `NUM_PASSES`
@@ -17,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from partita.cost.collectives import SMALL_BYTES
 from partita.cost.model import CollectiveKind, CostModel
 from partita.errors import ProgramError
 from partita.plan import Plan, Worker
@@ -24,6 +27,7 @@ from partita.program.instructions import (
     AllGather,
     AllReduce,
     AllToAll,
+    Await,
     Free,
     Instruction,
     Program,
@@ -32,9 +36,11 @@ from partita.program.instructions import (
     ReduceScatter,
     Run,
     Send,
+    Start,
     Update,
 )
 from partita.program.timeline import Event, Timeline
+from partita.program.wire import sent_bytes, whole_bytes
 from partita.simulator.memory import JobMemory
 
 Activity = Mapping[tuple[int, int], float]  # (worker, index of the instruction) -> num_active of `CostModel`
@@ -161,6 +167,9 @@ class _Simulation:
         }
         self.mail: dict[tuple[int, int, str], float] = {}
         self.link_free_s: dict[tuple[int, int], float] = defaultdict(float)
+        self.group_free_s: dict[tuple[int, ...], float] = defaultdict(float)  # by processes that add up together
+        self.begun_s: dict[str, list[float]] = defaultdict(list)  # by key of a sum in the background
+        self.over_s: dict[str, float] = {}
         self.bytes_sent = 0
 
     def _draws_s(self, place: Worker) -> float:
@@ -195,6 +204,11 @@ class _Simulation:
             if isinstance(instruction, _COLLECTIVES) and len(instruction.group) > 1:
                 if not self._collective(clock, instruction):
                     return moved
+            elif isinstance(instruction, Await):
+                over_s = self.over_s.get(instruction.key)
+                if over_s is None:
+                    return moved
+                clock.finish(clock.now_s, max(clock.now_s, over_s) + self.cost.instruction_time_s())
             elif isinstance(instruction, Recv):
                 ready_s = self.mail.pop((instruction.peer, clock.program.worker, instruction.key), None)
                 if ready_s is None:
@@ -221,6 +235,9 @@ class _Simulation:
         if isinstance(instruction, Send):
             self._send(clock, instruction)
             return fixed_s
+        if isinstance(instruction, Start):
+            self._begin(clock, instruction.collective)
+            return fixed_s
         return 0.0 if isinstance(instruction, Free) else fixed_s
 
     def _send(self, clock: _Clock, instruction: Send) -> None:
@@ -234,6 +251,28 @@ class _Simulation:
         self.link_free_s[link] = end_s
         self.mail[clock.program.worker, instruction.peer, instruction.key] = end_s
 
+    def _begin(self, clock: _Clock, collective: AllReduce) -> None:
+        begun = self.begun_s[collective.key]
+        begun.append(clock.now_s)
+        if len(begun) == len(collective.group):
+            places = tuple(self.plan.workers[index] for index in collective.group)
+            self.over_s[collective.key] = self._exchanged_s(collective, places, max(begun))
+
+    def _exchanged_s(self, instruction: Collective, places: tuple[Worker, ...], start_s: float) -> float:
+        """When a collective is over whose last member has come at `start_s`. Large ones of the same processes share
+        their links, and so follow each other."""
+        num_bytes = whole_bytes(instruction)
+        num_tensors = len(getattr(instruction, "registers", ())) or 1
+        duration_s = self.cost.collective_time_s(_KINDS[type(instruction)], num_bytes, places, num_tensors=num_tensors)
+        process_of = {member: place.process for member, place in zip(instruction.group, places, strict=True)}
+        sent = sent_bytes(instruction, process_of, on_gpu=all(place.gpu is not None for place in places))
+        self.bytes_sent += sum(sent.values())
+        processes = tuple(sorted(sent))
+        if len(processes) > 1 and num_bytes > SMALL_BYTES:
+            start_s = max(start_s, self.group_free_s[processes])
+            self.group_free_s[processes] = start_s + duration_s
+        return start_s + duration_s
+
     def _collective(self, clock: _Clock, instruction: Collective) -> bool:
         """Lets the group go on once all have come; whether it did."""
         if clock.arrived_s is None:
@@ -242,25 +281,9 @@ class _Simulation:
         for member in members:
             if getattr(member.current, "key", None) != instruction.key:
                 return False
-        start_s = max(member.now_s for member in members)
-        num_bytes = _collective_bytes(instruction)
         places = tuple(member.place for member in members)
-        duration_s = self.cost.instruction_time_s()
-        num_tensors = len(getattr(instruction, "registers", ())) or 1
-        duration_s += self.cost.collective_time_s(_KINDS[type(instruction)], num_bytes, places, num_tensors=num_tensors)
-        num_processes = len({place.process for place in places})
-        if num_processes > 1:
-            self.bytes_sent += 2 * (num_processes - 1) * num_bytes
+        over_s = self._exchanged_s(instruction, places, max(member.now_s for member in members))
+        over_s += self.cost.instruction_time_s()
         for member in members:
-            member.finish(member.now_s, start_s + duration_s)
+            member.finish(member.now_s, over_s)
         return True
-
-
-def _collective_bytes(instruction: Collective) -> int:
-    """Bytes of the whole tensors that a collective works on."""
-    if isinstance(instruction, (AllReduce, ReduceScatter)):
-        replicated = instruction.replicated if isinstance(instruction, ReduceScatter) else ()
-        flags = replicated or (False,) * len(instruction.specs)
-        return sum(spec.num_bytes for spec, whole in zip(instruction.specs, flags, strict=True) if not whole)
-    own = instruction.sizes[0] or 1
-    return instruction.spec.num_bytes * sum(instruction.sizes) // own

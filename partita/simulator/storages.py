@@ -17,6 +17,7 @@ from partita.program.instructions import (
     AllGather,
     AllReduce,
     AllToAll,
+    Await,
     Draw,
     Free,
     Instruction,
@@ -26,6 +27,7 @@ from partita.program.instructions import (
     Run,
     Segment,
     Send,
+    Start,
     TensorSpec,
     Update,
 )
@@ -126,6 +128,7 @@ class WorkerMemory:
         self._registers: dict[str, Value] = {}
         self._summed: set[str] = set()  # registers with a sum that later results are added to in place
         self._sending: list[Storage] = []  # messages to other processes are kept until the step ends
+        self._background: dict[str, Storage] = {}  # sums over processes that were started
         self._held: Counter[Storage] = Counter()
         self._now = 0
 
@@ -150,6 +153,10 @@ class WorkerMemory:
             self._recv(instruction, start_s, end_s)
         elif isinstance(instruction, AllReduce):
             self._all_reduce(instruction, start_s, end_s)
+        elif isinstance(instruction, Start):
+            self._begin(instruction.collective, start_s, end_s)
+        elif isinstance(instruction, Await):
+            self._await(instruction.collective, end_s)
         elif isinstance(instruction, ReduceScatter) and instruction.slices:
             self._reduce_gradients(instruction, start_s, end_s)
         elif isinstance(instruction, (ReduceScatter, AllGather, AllToAll)):
@@ -272,6 +279,19 @@ class WorkerMemory:
             for _, output, _ in items:
                 self._put(output, Value(shared, was_moved=True), end_s)
             self._release(shared, end_s)
+
+    def _begin(self, collective: AllReduce, start_s: float, end_s: float) -> None:
+        """The values are put into one storage, which is sent, and let go of."""
+        storage = self._take(sum(spec.num_bytes for spec in collective.specs), start_s)
+        self._background[collective.key] = storage
+        for register in collective.registers:
+            self._drop(register, end_s)
+
+    def _await(self, collective: AllReduce, end_s: float) -> None:
+        storage = self._background.pop(collective.key)
+        for register in collective.registers:
+            self._put(register, Value(storage, was_moved=True), end_s)
+        self._release(storage, end_s)
 
     def _reduce_gradients(self, instruction: ReduceScatter, start_s: float, end_s: float) -> None:
         """Alone, a worker's slices are views of the gradients; several workers make new ones by sums. A gradient that

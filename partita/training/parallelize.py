@@ -16,6 +16,7 @@ from torch import nn
 
 from partita.cluster import Cluster
 from partita.cluster.job import current_job
+from partita.cluster.measure import measure_network
 from partita.constraints import refuse_described
 from partita.cost.table import CostTable
 from partita.errors import CaptureError, InputError, PlanError
@@ -84,7 +85,7 @@ def plan(
     """
     check_task(model, loss_fn, cluster)
     check_planning(optimizer, constraints)
-    where = cluster if cluster is not None else Cluster.detect()
+    where = cluster if cluster is not None else measure_network(Cluster.detect())
     if is_described_gpus(where):
         with _old_objects_left_alone():
             planner = described_planner(model, loss_fn, batch, optimizer)
@@ -183,6 +184,8 @@ def parallelize(
         plan = override.plan
         _check_runs(plan)
     where = cluster if cluster is not None else Cluster.detect(timeout_s=timeout_s)
+    if cluster is None and not isinstance(plan, Plan):
+        where = measure_network(where, timeout_s=timeout_s)
     if not where.is_here:
         raise InputError(
             "parallelize runs on the machines of this job, but got a described cluster; use partita.plan for those"

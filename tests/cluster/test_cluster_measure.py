@@ -15,7 +15,7 @@ from partita.cluster import Link, Machine
 from partita.cluster import measure as measuring
 from partita.cluster.detect import look, profile_name
 from partita.cluster.hardware import affinity
-from partita.cluster.links import LARGE_BYTES, decode, encode, link_of, measure_process_link, slowest, undisturbed
+from partita.cluster.links import LARGE_BYTES, decode, encode, measure_process_link, rate_of, slowest, undisturbed
 from partita.cluster.measure import Profile, measure_handover_s, measure_rates, measure_sum, of_host, rate
 
 
@@ -25,11 +25,10 @@ def short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "WINDOW_S", 0.002)
 
 
-def test_a_link_follows_from_round_trips() -> None:
-    link = link_of([2e-4] * 9 + [1.0], [2e-4 + 2 * LARGE_BYTES / 1e9] * 5)
-    assert link.latency_s == pytest.approx(1e-4)
-    assert link.bytes_per_s == pytest.approx(1e9)
-    assert link_of([1.0], [1e-3]).bytes_per_s > 0  # disturbed latency: never a negative rate
+def test_a_rate_follows_from_large_messages() -> None:
+    latency_s, large_s = 1e-4, 2e-4 + LARGE_BYTES / 1e9
+    assert rate_of(LARGE_BYTES, [large_s] * 9 + [large_s + 1.0], latency_s) == pytest.approx(1e9)
+    assert rate_of(LARGE_BYTES, [1e-3], 1.0) > 0  # disturbed latency: never a negative rate
 
 
 def test_the_slowest_of_links() -> None:

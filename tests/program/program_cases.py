@@ -19,6 +19,7 @@ from partita.program.instructions import (
     AllGather,
     AllReduce,
     AllToAll,
+    Await,
     Free,
     Instruction,
     Program,
@@ -27,6 +28,7 @@ from partita.program.instructions import (
     ReduceScatter,
     Run,
     Send,
+    Start,
     Update,
 )
 from partita.units import split_evenly
@@ -179,6 +181,7 @@ def make_plan(
     shares: tuple[int, ...] | None = None,
     starts: tuple[str, ...] | None = None,
     local_statistics: bool = False,
+    bucket_bytes: int = 0,
 ) -> Plan:
     """A plan whose worker ``(stage * data + d) * tensor + t`` is on process ``processes[worker]`` (default: all on
     process 0)."""
@@ -208,6 +211,7 @@ def make_plan(
         stage_starts=starts if starts is not None else stage_starts(graph, pipeline),
         shares=shares if shares is not None else split_evenly(graph.batch_size, data),
         local_statistics=local_statistics,
+        bucket_bytes=bucket_bytes,
     )
 
 
@@ -257,6 +261,7 @@ class Job:
         leaves = pytree.tree_leaves(batch)
         drawn = {draw.name: draw.module() for draw in self.programs.draws}
         self.mail: dict[tuple[int, int, str], torch.Tensor] = {}
+        self.begun: dict[str, dict[int, list[torch.Tensor]]] = {}  # sums in the background: by key and worker
         self.turns = {p.worker: _Turn(p, self.memory[p.process]) for p in self.programs.programs}
         for turn in self.turns.values():
             for feed in turn.program.feeds:
@@ -295,6 +300,15 @@ class Job:
                 return False
             self._meet(instruction, members)
             return True
+        if isinstance(instruction, Await):
+            brought = self.begun.get(instruction.key, {})
+            if len(brought) < len(instruction.collective.group):
+                return False
+            members = [brought[index] for index in instruction.collective.group]
+            for register, parts in zip(instruction.collective.registers, zip(*members, strict=True), strict=True):
+                turn.registers[register] = torch.stack(parts).sum(0)
+            turn.position += 1
+            return True
         if isinstance(instruction, Recv):
             sent = self.mail.pop((instruction.peer, turn.program.worker, instruction.key), None)
             if sent is None:
@@ -323,6 +337,11 @@ class Job:
             for register, value, add in zip(instruction.outputs, results, instruction.accumulate, strict=True):
                 summed = add and register in turn.registers
                 turn.registers[register] = turn.registers[register] + value if summed else value
+        elif isinstance(instruction, Start):
+            registers = instruction.collective.registers
+            # Nobody may read them before they are awaited.
+            brought = [turn.registers.pop(register).clone() for register in registers]
+            self.begun.setdefault(instruction.key, {})[turn.program.worker] = brought
         elif isinstance(instruction, Send):
             value = turn[instruction.register]
             same = self.turns[instruction.peer].program.process == turn.program.process

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,20 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from partita.errors import PlanError
+from partita.errors import PlanError, ProgramError
 from partita.graph.capture import capture
 from partita.graph.graph import Graph
 from partita.program import buckets, check, lower
-from partita.program.instructions import AllReduce, ProgramSet, ReduceScatter, Run, Update
+from partita.program.instructions import (
+    AllReduce,
+    Await,
+    Instruction,
+    ProgramSet,
+    ReduceScatter,
+    Run,
+    Start,
+    Update,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from program_cases import CASES, Job, captured, make_plan, plain_steps
@@ -49,14 +59,15 @@ def test_any_cut_trains_like_plain_pytorch(data: st.DataObject, case: str, grid:
     model, graph, batches = KEPT[case]
     (num_data, num_tensor, _), processes = GRIDS[grid]
     inputs = data.draw(st.composite(placements)(graph, num_data, num_tensor))
-    plan = make_plan(graph, data=num_data, tensor=num_tensor, processes=processes, inputs=inputs)
+    overlap = data.draw(st.sampled_from([0, 1, 100, 300]))
+    plan = make_plan(graph, data=num_data, tensor=num_tensor, processes=processes, inputs=inputs, bucket_bytes=overlap)
     try:
         programs = lower(graph, plan)
     except PlanError as error:
         assert "must form one block" in str(error) or "draw random numbers" in str(error)
         return
     check(programs)
-    if case != "partly":  # its loss reads all parameters
+    if case != "partly" and overlap < 300:  # its loss reads all parameters
         assert max(num_updates(programs, worker) for worker in range(len(processes))) > 1
     job, plain = Job(graph, programs, model, seed=data.draw(st.integers(0, 99))), copy.deepcopy(model)
     torch.manual_seed(1)
@@ -148,3 +159,77 @@ def test_optimizers_that_need_whole_parameters_get_them_together() -> None:
     programs = lower(graph, make_plan(graph, data=2), whole_parameters=True)
     assert num_updates(programs) == 1
     assert sum(isinstance(item, ReduceScatter) for item in programs.programs[0].instructions) == 1
+
+
+# In the background ---------------------------------------------------------------------------------------------------
+
+
+def overlapped(**options: object) -> ProgramSet:
+    return lowered(KEPT["mlp"][1], data=2, processes=(0, 1), bucket_bytes=100, **options)
+
+
+def test_sums_over_processes_start_before_the_last_segment_and_end_before_their_update() -> None:
+    for program in overlapped().programs:
+        items = program.instructions
+        last_run = max(place for place, item in enumerate(items) if isinstance(item, Run))
+        started = {item.key: place for place, item in enumerate(items) if isinstance(item, Start)}
+        awaited = {item.key: place for place, item in enumerate(items) if isinstance(item, Await)}
+        assert len(started) > 1 and min(started.values()) < last_run
+        assert set(started) == set(awaited) and all(awaited[key] > last_run for key in started)
+        loss = next(i for i, item in enumerate(items) if isinstance(item, AllReduce) and program.loss in item.registers)
+        assert all(place > loss for place, item in enumerate(items) if isinstance(item, Update))
+
+
+def test_nothing_runs_in_the_background_of_one_process() -> None:
+    programs = lowered(KEPT["mlp"][1], data=2, processes=(0, 0), bucket_bytes=100)
+    assert not any(isinstance(item, (Start, Await)) for program in programs.programs for item in program.instructions)
+
+
+def changed(programs: ProgramSet, worker: int, make: Callable[[list[Instruction]], list[Instruction]]) -> ProgramSet:
+    every = [
+        replace(program, instructions=tuple(make(list(program.instructions)))) if program.worker == worker else program
+        for program in programs.programs
+    ]
+    return replace(programs, programs=tuple(every))
+
+
+def places(items: list[Instruction], kind: type) -> list[int]:
+    return [place for place, item in enumerate(items) if isinstance(item, kind)]
+
+
+def without(kind: type) -> Callable[[list[Instruction]], list[Instruction]]:
+    return lambda items: [item for place, item in enumerate(items) if place != places(items, kind)[0]]
+
+
+def swapped(kind: type) -> Callable[[list[Instruction]], list[Instruction]]:
+    def make(items: list[Instruction]) -> list[Instruction]:
+        one, two = places(items, kind)[:2]
+        between = items[one:two]
+        return [*items[:one], *between[1:], items[two], between[0], *items[two + 1 :]]
+
+    return make
+
+
+def read_early(items: list[Instruction]) -> list[Instruction]:
+    """The first update before its sum is awaited."""
+    at = places(items, Await)[0]
+    update = next(place for place in places(items, Update) if place > at)
+    return [*items[:at], items[update], *items[at:update], *items[update + 1 :]]
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (without(Start), "deadlock"),
+        (without(Await), "must be written before it is read|must await"),
+        (swapped(Start), "in one order"),
+        (read_early, "must be written before it is read"),
+    ],
+)
+def test_a_wrong_use_of_the_background_is_found(
+    make: Callable[[list[Instruction]], list[Instruction]], text: str
+) -> None:
+    programs = overlapped()
+    check(programs)
+    with pytest.raises(ProgramError, match=text):
+        check(changed(programs, 1, make))

@@ -26,14 +26,17 @@ from partita.program.instructions import (  # noqa: E402
     AllGather,
     AllReduce,
     AllToAll,
+    Await,
     Feed,
     Recv,
     ReduceScatter,
     Send,
     Slice,
+    Start,
     TensorSpec,
     Update,
 )
+from partita.program.wire import sent_bytes  # noqa: E402
 from partita.runtime.engine import Engine, State  # noqa: E402
 from partita.runtime.processes import connect  # noqa: E402
 
@@ -43,7 +46,10 @@ PAIRS = ((0, 2), (1, 3))  # two groups over the same processes at once
 WORKERS = ((0, 0), (1, 0), (2, 1), (3, 1))  # worker, process
 
 
-def programs() -> Any:
+COLUMN = TensorSpec((4, 1), torch.float32)
+
+
+def programs(loss: str) -> Any:
     made = []
     for worker, process in WORKERS:
         pair = PAIRS[worker % 2]
@@ -53,6 +59,7 @@ def programs() -> Any:
             AllReduce(("x:0@0",), (ROWS,), pair, f"pair{worker % 2}", outputs=("n:pair",)),
             AllGather("x:0@0", "n:all", ROWS, GROUP, "gather", 0, (1, 1, 1, 1)),
             AllToAll("x:0@0", "n:turned", ROWS, GROUP, "turn", 0, (1, 1, 1, 1), 1, (1, 1, 1, 1)),
+            Start(AllReduce(("n:turned",), (COLUMN,), pair, f"column{worker % 2}")),
             Send("n:pair", peer, f"mail{worker}", ROWS),
             Recv("n:mail", peer, f"mail{peer}", ROWS),
             Send("x:1@0", peer, f"flags{worker}", TensorSpec((3,), torch.bool)),
@@ -62,11 +69,26 @@ def programs() -> Any:
             AllReduce(("x:2@0",), (TensorSpec((2,), torch.bfloat16),), GROUP, "halves", outputs=("n:halves",)),
             ReduceScatter(("n:sum",), (ROWS,), GROUP, "slices", parameters=("w",), slices=slices),
             Update(slices[worker]),
+            Await(AllReduce(("n:turned",), (COLUMN,), pair, f"column{worker % 2}")),
             AllReduce((), (), GROUP, "end"),
         ]
         feeds = [Feed("x:0@0", leaf=0, dim=0, start=worker, length=1), Feed("x:1@0", leaf=1), Feed("x:2@0", leaf=2)]
-        made.append(program(worker, instructions, feeds=feeds, process=process, loss="n:mail"))
+        made.append(program(worker, instructions, feeds=feeds, process=process, loss=loss))
     return program_set(made)
+
+
+def predicted_bytes(together: Any) -> int:
+    """What this process sends in a step."""
+    process_of = {one.worker: one.process for one in together.programs}
+    collectives: dict[str, Any] = {}
+    total = 0
+    for one in (item for made in together.programs if made.process == rank for item in made.instructions):
+        if isinstance(one, Send):
+            total += one.spec.num_bytes
+        collective = one.collective if isinstance(one, Start) else one
+        if isinstance(collective, (AllReduce, AllGather, AllToAll, ReduceScatter)):
+            collectives[collective.key] = collective
+    return total + sum(sent_bytes(one, process_of)[rank] for one in collectives.values())
 
 
 def misbehave(step: int) -> None:
@@ -84,7 +106,6 @@ def misbehave(step: int) -> None:
 
 def main() -> None:
     transport = connect(timeout_s=60)
-    together = programs()
     parameters = {"w": torch.zeros(4)}
     step = 0
 
@@ -94,7 +115,8 @@ def main() -> None:
 
     state = State(parameters=parameters)
     timeout_s = 3.0 if mode == "hang" else 40.0
-    for _ in range(2 if mode == "ok" else 1):  # a second engine on the same transport
+    for loss in ("n:mail", "n:turned") if mode == "ok" else ("n:mail",):  # a second engine on the same transport
+        together = programs(loss)
         parameters["w"].zero_()
         engine = Engine(
             together,
@@ -113,8 +135,9 @@ def main() -> None:
             except StepError as error:
                 print(f"{type(error).__name__}: {error}", flush=True)
                 raise SystemExit(3) from None
-            assert torch.equal(outcome.loss, batch[0:1] + batch[2:3]), outcome.loss
-            assert outcome.bytes_sent > 0
+            sums = {"n:mail": batch[0:1] + batch[2:3], "n:turned": batch[:, 0:1] + batch[:, 2:3]}
+            assert torch.equal(outcome.loss, sums[loss]), outcome.loss
+            assert outcome.bytes_sent == predicted_bytes(together), (outcome.bytes_sent, predicted_bytes(together))
         mine = torch.arange(16.0).view(4, 4).sum(0) * 5 + 4 * 15
         expected = 4 * mine  # the sum, summed over four workers
         start = 2 * rank

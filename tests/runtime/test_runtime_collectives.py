@@ -16,7 +16,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from partita.program.instructions import ReduceScatter, Slice, TensorSpec
+from partita.program.instructions import AllGather, AllReduce, AllToAll, ReduceScatter, Slice, TensorSpec
+from partita.program.wire import sent_bytes, whole_bytes
 from partita.runtime.binding import cuts_of
 from partita.runtime.collectives import (
     AllGatherOp,
@@ -51,6 +52,7 @@ class FakeLine:
 
     def all_reduce(self, value: Tensor) -> None:
         assert value.dim() == 1 and value.is_contiguous()
+        self.bytes_sent += 2 * value.nbytes * (len(self.network.processes) - 1) // len(self.network.processes)
         parts = self._gather(value.clone())
         value.copy_(torch.stack(parts).sum(0))
 
@@ -58,6 +60,7 @@ class FakeLine:
         self, outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[TensorSpec]]
     ) -> dict[int, list[Tensor]]:
         sent = {process: [value.clone() for value in values] for process, values in outgoing.items()}
+        self.bytes_sent += sum(-(-value.nbytes // 16) * 16 for values in sent.values() for value in values)
         everything = dict(zip(self.network.processes, self._gather(sent), strict=True))
         result = {process: everything[process][self.process] for process in incoming}
         for process, specs in incoming.items():
@@ -71,6 +74,7 @@ class Job:
 
     process_of: tuple[int, ...]
     failure: Failure = field(default_factory=Failure)
+    lines: dict[int, FakeLine] = field(default_factory=dict)
 
     def seats(self) -> list[Seat]:
         parties = [Party(worker, Waiter(self.failure), 20.0) for worker in range(len(self.process_of))]
@@ -79,13 +83,14 @@ class Job:
             positions[process] = tuple(i for i, p in enumerate(self.process_of) if p == process)
         meetings = {process: Meeting([parties[i] for i in members]) for process, members in positions.items()}
         network = Network(tuple(positions), Meeting([parties[members[0]] for members in positions.values()]))
+        self.lines = {process: FakeLine(network, process) for process in positions}
         return [
             Seat(
                 meeting=meetings[process],
                 member=positions[process].index(position),
                 process=process,
                 positions=positions,
-                line=FakeLine(network, process) if len(positions) > 1 else None,
+                line=self.lines[process] if len(positions) > 1 else None,
             )
             for position, process in enumerate(self.process_of)
         ]
@@ -107,6 +112,13 @@ class Job:
         if self.failure.error is not None:
             raise self.failure.error
         return results
+
+    def check_bytes(self, instruction: AllReduce | ReduceScatter | AllGather | AllToAll, num_times: int = 1) -> None:
+        """What the lines carried is what `sent_bytes` says of the instruction."""
+        predicted = sent_bytes(instruction, dict(enumerate(self.process_of)))
+        assert {process: line.bytes_sent for process, line in self.lines.items()} == {
+            process: num_times * num_bytes for process, num_bytes in predicted.items()
+        }
 
 
 jobs = st.lists(st.integers(0, 2), min_size=1, max_size=5).map(lambda processes: Job(tuple(processes)))
@@ -130,6 +142,8 @@ def test_all_reduce(job: Job, shapes: list[tuple[int, ...]]) -> None:
             for index, value in enumerate(turn):
                 assert value.shape == shapes[index]
                 assert torch.equal(value, torch.stack([mine[index] for mine in before]).sum(0))
+    names = tuple(map(str, range(len(shapes))))
+    job.check_bytes(AllReduce(names, tuple(specs), tuple(range(len(job.process_of))), "k"), num_times=2)
     assert all(torch.equal(a, b) for x, y in zip(values, before, strict=True) for a, b in zip(x, y, strict=True))
 
 
@@ -147,6 +161,11 @@ def test_all_gather_of_unequal_pieces(job: Job, data: st.DataObject) -> None:
 
     for result in job.run(body):
         assert torch.equal(result, whole)
+    for piece in pieces:  # whosever instruction it is
+        spec, group = TensorSpec(tuple(piece.shape), piece.dtype), tuple(range(len(pieces)))
+        gather = AllGather("x", "y", spec, group, "k", dim, tuple(sizes))
+        assert whole_bytes(gather) == whole.nbytes
+        job.check_bytes(gather)
 
 
 @settings(max_examples=40, deadline=None)
@@ -165,6 +184,10 @@ def test_all_to_all_changes_the_sharded_dim(job: Job, data: st.DataObject) -> No
 
     for result, expected in zip(job.run(body), new, strict=True):
         assert torch.equal(result, expected)
+    spec, group = TensorSpec(tuple(old[-1].shape), whole.dtype), tuple(range(count))
+    turn = AllToAll("x", "y", spec, group, "k", 0, tuple(sizes), 2, tuple(new_sizes))
+    assert whole_bytes(turn) == whole.nbytes
+    job.check_bytes(turn)
 
 
 @settings(max_examples=40, deadline=None)
@@ -180,6 +203,7 @@ def test_reduce_scatter_along_a_dim(job: Job, data: st.DataObject) -> None:
     expected = torch.split(torch.stack(values).sum(0), list(sizes), 1)
     for result, piece in zip(results, expected, strict=True):
         assert torch.equal(result[0], piece)
+    job.check_bytes(instruction)
 
 
 @settings(max_examples=40, deadline=None)
@@ -213,6 +237,7 @@ def test_reduce_scatter_by_slices(job: Job, data: st.DataObject) -> None:
         assert len(result) == len(slices[position])
         for item, value in zip(slices[position], result, strict=True):
             assert torch.equal(value, whole[item.parameter][item.start : item.end])
+    job.check_bytes(instruction)
 
 
 @settings(max_examples=20, deadline=None)
