@@ -210,11 +210,15 @@ class Adoption:
             device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
             programs = lower(self.graph, plan, whole_parameters=self._whole_parameters)
             runs = [item for p in programs.programs if p.process == self._team.rank for item in p.instructions]
-            for key in dict.fromkeys(item.segment for item in runs if isinstance(item, Run)):
-                segment, count = programs.segments[key], plan.threads_per_worker
-                future = compile_ahead(segment, self._background, device=device, num_threads=count)
-                if future is not None:
-                    candidate.compiling.append(future)
+            keys = dict.fromkeys(item.segment for item in runs if isinstance(item, Run))
+            with torch.random.fork_rng(devices=[]):  # kernels may be measured, on random values
+                futures = [
+                    compile_ahead(
+                        programs.segments[key], self._background, device=device, num_threads=plan.threads_per_worker
+                    )
+                    for key in keys
+                ]
+            candidate.compiling += [future for future in futures if future is not None]
 
     def _exchange(self) -> list[bool]:
         """Tells the others, and records what rank 0 has measured; for every candidate whether all have compiled it."""

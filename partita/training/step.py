@@ -546,7 +546,14 @@ class Step:
 def make_runner(
     setup: StepSetup, plan: Plan, graph: Graph | None, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> GraphRunner | BlockRunner:
-    """The runner that a plan asks for."""
+    """The runner that a plan asks for. The random state is left as it was: kernels may be measured for it."""
+    with torch.random.fork_rng(devices=[]):
+        return _runner_of(setup, plan, graph, model, optimizer)
+
+
+def _runner_of(
+    setup: StepSetup, plan: Plan, graph: Graph | None, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> GraphRunner | BlockRunner:
     if plan.mode == "block":
         return BlockRunner(
             model,
