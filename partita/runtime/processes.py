@@ -1,4 +1,5 @@
-"""Messages between processes over `torch.distributed`: gloo for CPU tensors, NCCL for GPU tensors.
+"""Messages between processes: over `torch.distributed` (gloo for CPU tensors, NCCL for GPU tensors), and collectives of
+CPU tensors over connections of partita's own (`partita.runtime.sockets`).
 
 All values travel as bytes where no arithmetic is needed, so every dtype works. Sums of dtypes that gloo does not know
 (bool, 16-bit floats and integers) are formed in a wider one.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -24,7 +26,9 @@ from partita.errors import PeerLostError, StepError, WaitTimeoutError
 from partita.program.instructions import TensorSpec
 from partita.runtime.ending import Order, close_at_end
 from partita.runtime.liveness import Liveness
+from partita.runtime.sockets import Gate, Mesh, bytes_of, own_address
 from partita.runtime.torch_adapter import default_store, is_registered_group
+from partita.units import KIB
 
 _ALIGN = 16  # bytes: pieces of one message start at multiples of it, so that they can be viewed as any dtype
 _WIDER = {
@@ -33,10 +37,17 @@ _WIDER = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
+# Sums up to this size take a small part of gloo's time when the worker forms them itself. Of larger ones gloo's own
+# threads are as fast, and faster where the worker has to share its core with something else.
+LARGEST_OWN_BYTES = 512 * KIB
 _TURN_TIME_S = 0.5  # between ranks that end while they wait for each other; more than a process takes to end
 _MAX_TURN_TIME_S = 8.0
 _OUTSIDE = 0  # the session of exchanges outside of steps; those of engines count from 1
 _CONNECTED: list[ProcessTransport] = []
+
+
+class TransportWarning(UserWarning):
+    """Collectives of CPU tensors go through gloo, because processes could not connect to each other otherwise."""
 
 
 class ProcessTransport:
@@ -46,13 +57,17 @@ class ProcessTransport:
     the interpreter is. If the script has made torch's default group, that is only the parent of them.
 
     Args:
+        gate: how connections of partita's own are made; None: there are none, gloo does everything.
         owns_default: whether partita has initialised `torch.distributed`, and so ends it.
     """
 
-    def __init__(self, rank: int, num_processes: int, liveness: Liveness, *, owns_default: bool) -> None:
+    def __init__(
+        self, rank: int, num_processes: int, liveness: Liveness, *, gate: Gate | None, owns_default: bool
+    ) -> None:
         self.rank = rank
         self.num_processes = num_processes
         self.liveness = liveness
+        self.gate = gate
         self.group: Any = None
         self._owns_default = owns_default
         self._sessions: list[ProcessSession] = []  # that may still have groups
@@ -113,6 +128,8 @@ class ProcessTransport:
             return
         self._closed = True
         self.liveness.close()
+        if self.gate is not None:
+            self.gate.close()
         for session in self._sessions:
             session.close(at_rest=session.at_rest)
         if any(session.has_groups for session in self._sessions):
@@ -139,13 +156,34 @@ class ProcessSession:
         self.at_rest = True  # whether no worker is left in a message; said by `close`
         self.turn_s = min((transport.num_processes - 1 - transport.rank) * _TURN_TIME_S, _MAX_TURN_TIME_S)
         self._groups: list[_Group] = []
+        self._meshes: list[Mesh] = []
+        self._num_lines = 0
 
     @property
     def has_groups(self) -> bool:
         return bool(self._groups)
 
     def line(self, processes: tuple[int, ...], timeout_s: float) -> ProcessLine:
-        return ProcessLine(self, self._group(processes, timeout_s), processes, timeout_s)
+        self._num_lines += 1
+        group = self._group(processes, timeout_s)
+        mesh = self._mesh(processes, timeout_s) if self.transport.rank in processes else None
+        return ProcessLine(self, group, mesh, processes, timeout_s)
+
+    def _mesh(self, processes: tuple[int, ...], timeout_s: float) -> Mesh | None:
+        gate = self.transport.gate
+        if gate is None:
+            return None
+        made = gate.mesh(self.number, self._num_lines, processes, timeout_s)
+        if isinstance(made, Mesh):
+            self._meshes.append(made)
+            return made
+        warnings.warn(
+            f"sums between processes go through gloo, which is slower, because {made}. Name the network interface that "
+            "all hosts reach each other by in GLOO_SOCKET_IFNAME, and let its TCP ports through the firewall.",
+            TransportWarning,
+            stacklevel=3,
+        )
+        return None
 
     def mail(self, timeout_s: float) -> ProcessMail:
         return ProcessMail(self, self._group(tuple(range(self.transport.num_processes)), timeout_s), timeout_s)
@@ -158,37 +196,50 @@ class ProcessSession:
 
     def on_failure(self, listener: Callable[[StepError], None]) -> None:
         def noted(error: StepError) -> None:
-            self.failed = True
-            listener(error)
+            listener(error)  # first: what the interrupted workers raise is a consequence of it
+            self._give_up()
 
         self.liveness.listen(self.number, noted)
 
-    def report(self, error: BaseException) -> None:
+    def _give_up(self) -> None:
+        """Wake the workers that wait for other processes."""
         self.failed = True
+        for mesh in self._meshes:
+            mesh.interrupt()
+
+    def report(self, error: BaseException) -> None:
+        self._give_up()
         self.liveness.report(self.number, error)
 
     def close(self, *, at_rest: bool) -> None:
         self.liveness.forget(self.number)
         self.at_rest = at_rest
         if not at_rest:  # a group with unfinished messages blocks when it ends
+            self._give_up()
             return
+        meshes, self._meshes = self._meshes, []
+        for mesh in meshes:
+            mesh.close()
         if self.failed and any(group.uses_nccl for group in self._groups):
             return  # its kernels may wait for a lost process for ever, and so would whoever ends the group
         groups, self._groups = self._groups, []
         for group in groups:
             group.end()
 
-    def wait(self, work: Any, what: str, timeout_s: float) -> None:
-        """Wait for a message; say in one error what broke it.
+    def wait(self, call: Callable[[], object], what: str, timeout_s: float) -> None:
+        """Call what sends, receives, or waits for a message; say in one error what broke it.
 
         Raises:
             WaitTimeoutError, PeerLostError: the reason, as far as it is known here; a lost or failed process is
                 reported through `on_failure` before, and then counts as the root cause.
+            StepError: the session has failed before; that is the root cause.
         """
         try:
-            work.wait()
+            call()
         except RuntimeError as error:
             text = str(error).splitlines()[0]
+            if self.failed:
+                raise StepError(f"{what} was given up ({text}), because the step has failed elsewhere") from error
             if "timed out" in text.lower() and self.liveness.lost is None:
                 raise WaitTimeoutError(
                     f"process rank {self.transport.rank} must not wait longer than timeout_s={timeout_s:g} "
@@ -224,12 +275,15 @@ def _end_group(group: Any) -> None:
 
 
 class ProcessLine:
-    """Collectives among some processes."""
+    """Collectives among some processes: of CPU tensors over `mesh` if there is one, else over `group`."""
 
-    def __init__(self, session: ProcessSession, group: _Group, processes: tuple[int, ...], timeout_s: float) -> None:
+    def __init__(
+        self, session: ProcessSession, group: _Group, mesh: Mesh | None, processes: tuple[int, ...], timeout_s: float
+    ) -> None:
         self.bytes_sent = 0
         self._session = session
         self._group = group
+        self._mesh = mesh
         self._processes = processes
         self._timeout_s = timeout_s
         self._names = f"processes {', '.join(map(str, processes))}"
@@ -238,10 +292,21 @@ class ProcessLine:
         wide = value.to(_WIDER[value.dtype]) if value.dtype in _WIDER and value.device.type == "cpu" else value
         if wide.is_complex():
             wide = torch.view_as_real(wide)
-        work = dist.all_reduce(wide, group=self._group.torch_group, async_op=True)
-        self._session.wait(work, f"a sum over {self._names}", self._timeout_s)
+        if self._mesh is not None and wide.numel() * wide.element_size() <= LARGEST_OWN_BYTES:
+            self._over_mesh(self._mesh, lambda mesh: mesh.all_reduce(wide.view(-1)), f"a sum over {self._names}")
+        else:
+            self._over_group(wide)
         if wide.dtype != value.dtype and not value.is_complex():
             value.copy_(wide)
+
+    def _over_mesh(self, mesh: Mesh, call: Callable[[Mesh], None], what: str) -> None:
+        before = mesh.bytes_sent
+        self._session.wait(lambda: call(mesh), what, self._timeout_s)
+        self.bytes_sent += mesh.bytes_sent - before
+
+    def _over_group(self, wide: Tensor) -> None:
+        work: Any = dist.all_reduce(wide, group=self._group.torch_group, async_op=True)
+        self._session.wait(work.wait, f"a sum over {self._names}", self._timeout_s)
         num_processes = len(self._processes)
         # A ring sends every element twice, but for each process's own share (Patarasuk and Yuan 2009, section 3).
         self.bytes_sent += 2 * wide.numel() * wide.element_size() * (num_processes - 1) // num_processes
@@ -249,6 +314,8 @@ class ProcessLine:
     def exchange(
         self, outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[TensorSpec]]
     ) -> dict[int, list[Tensor]]:
+        if self._mesh is not None:
+            return self._exchange_over_mesh(self._mesh, outgoing, incoming)
         device = next((value.device for values in outgoing.values() for value in values), torch.device("cpu"))
         sent = [[as_bytes(value) for value in outgoing.get(process, ())] for process in self._processes]
         out_sizes = [sum(_padded(part.numel()) for part in parts) for parts in sent]
@@ -259,12 +326,24 @@ class ProcessLine:
             message[position : position + part.numel()] = part
             position += _padded(part.numel())
         answer = torch.empty(sum(in_sizes), dtype=torch.uint8, device=device)
-        work = dist.all_to_all_single(
+        work: Any = dist.all_to_all_single(
             answer, message, in_sizes, out_sizes, group=self._group.torch_group, async_op=True
         )
-        self._session.wait(work, f"an exchange among {self._names}", self._timeout_s)
+        self._session.wait(work.wait, f"an exchange among {self._names}", self._timeout_s)
         self.bytes_sent += message.numel()
         return self._unpacked(answer, incoming)
+
+    def _exchange_over_mesh(
+        self, mesh: Mesh, outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[TensorSpec]]
+    ) -> dict[int, list[Tensor]]:
+        result = {
+            process: [torch.empty(spec.shape, dtype=spec.dtype) for spec in specs]
+            for process, specs in incoming.items()
+        }
+        sent = {process: [bytes_of(value.contiguous()) for value in values] for process, values in outgoing.items()}
+        received = {process: [bytes_of(value) for value in values] for process, values in result.items()}
+        self._over_mesh(mesh, lambda one: one.move(sent, received), f"an exchange among {self._names}")
+        return result
 
     def _unpacked(self, answer: Tensor, incoming: Mapping[int, Sequence[TensorSpec]]) -> dict[int, list[Tensor]]:
         result: dict[int, list[Tensor]] = {}
@@ -295,19 +374,19 @@ class ProcessMail:
             return lambda: None
         with self._lock:
             self.bytes_sent += message.numel()
-        work = dist.isend(message, process, group=self._group.torch_group, tag=tag)
+        work: Any = dist.isend(message, process, group=self._group.torch_group, tag=tag)
 
         def finish() -> None:
             # `message` must live until here, and only this closure keeps it.
-            self._session.wait(work, f"process {process} to take {message.numel()} bytes", self._timeout_s)
+            self._session.wait(work.wait, f"process {process} to take {message.numel()} bytes", self._timeout_s)
 
         return finish
 
     def receive(self, spec: TensorSpec, process: int, tag: int) -> Tensor:
         value = torch.empty(spec.shape, dtype=spec.dtype)
         if spec.num_bytes:
-            work = dist.irecv(as_bytes(value), process, group=self._group.torch_group, tag=tag)
-            self._session.wait(work, f"{spec.num_bytes} bytes from process {process}", self._timeout_s)
+            work: Any = dist.irecv(as_bytes(value), process, group=self._group.torch_group, tag=tag)
+            self._session.wait(work.wait, f"{spec.num_bytes} bytes from process {process}", self._timeout_s)
         return value
 
 
@@ -344,7 +423,8 @@ def connect(*, timeout_s: float = 120.0) -> ProcessTransport:
     store_rank = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
     own = PrefixStore(f"partita/transport/{turn}", store.clone() if hasattr(store, "clone") else store)
     liveness = Liveness(own, rank, num_processes, store_rank=store_rank)
-    transport = ProcessTransport(rank, num_processes, liveness, owns_default=not initialised)
+    gate = _gate(PrefixStore(f"partita/sockets/{turn}", store.clone() if hasattr(store, "clone") else store), rank)
+    transport = ProcessTransport(rank, num_processes, liveness, gate=gate, owns_default=not initialised)
     close_at_end(transport, Order.CONNECTIONS)
     transport.open_group(timeout_s)
     _CONNECTED.append(transport)
@@ -382,3 +462,17 @@ def _initialise(timeout_s: float) -> None:
         world_size=job.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+
+
+def _gate(store: Any, rank: int) -> Gate | None:
+    """Where this process takes connections: nowhere if its tensors may be on a GPU, or if the launcher has not said
+    where the job's master is (then no process knows it)."""
+    job = current_job()
+    if job is None or job.master_address is None or torch.cuda.is_available():
+        return None
+    try:
+        host = own_address(job.master_address)
+    except OSError as error:
+        warnings.warn(f"process rank {rank} takes no connections: {error}", TransportWarning, stacklevel=3)
+        host = ""
+    return Gate(store, rank, host)
