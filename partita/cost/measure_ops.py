@@ -28,16 +28,20 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 25
 WAIT_LIMIT_S = 600.0
 
 
+_VALUES = torch.Generator().manual_seed(0)  # a measurement in the middle of training leaves torch's own state alone
+
+
 def make_tensor(spec: torch.Tensor, high: int = 1) -> torch.Tensor:
-    """A real CPU tensor with the shape, strides and dtype of `spec`. Integers are valid indices below `high`."""
+    """A real CPU tensor with the shape, strides and dtype of `spec`. Integers are valid indices below `high`. Torch's
+    random state is left as it was."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(spec.shape, spec.stride(), strict=True) if size)
     storage = torch.empty(max(extent, 1) if spec.numel() else 0, dtype=spec.dtype)
     if spec.dtype.is_floating_point or spec.dtype.is_complex:
-        storage.normal_()
+        storage.normal_(generator=_VALUES)
     elif spec.dtype is torch.bool:
-        storage.bernoulli_(0.5)
+        storage.bernoulli_(0.5, generator=_VALUES)
     else:
-        storage.random_(0, max(min(high, 127), 1))
+        storage.random_(0, max(min(high, 127), 1), generator=_VALUES)
     return storage.as_strided(tuple(spec.shape), tuple(spec.stride()))
 
 

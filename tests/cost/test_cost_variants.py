@@ -122,6 +122,16 @@ def test_the_choice_is_measured_once_and_kept_on_disk(monkeypatch, tmp_path):
     assert len(variants.choose(nodes, 1)) == 1 and len(measured) == 8  # read
 
 
+def test_measuring_leaves_torchs_random_state_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
+    monkeypatch.setattr(variants, "_CHOICES", {})
+    monkeypatch.setattr(variants, "_READ", [])
+    before = torch.get_rng_state()
+    variants.with_variants(traced(step, *EXAMPLES), 1)
+    assert len(variants._CHOICES) == 4
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_products_time_is_that_of_the_library_that_will_run(monkeypatch):
     nodes = products(traced(step, *EXAMPLES))
     monkeypatch.setattr(variants, "_times_s", lambda node: (4.0, 3.0))
