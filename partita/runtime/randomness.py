@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from partita.runtime.masks import bernoulli
-from partita.runtime.torch_adapter import op_name, overload_with_generator, takes_generator
+from partita.runtime.torch_adapter import overload_with_generator, takes_generator
 
 aten = torch.ops.aten
 _DEFAULT_GENERATOR = threading.Lock()  # held by whoever lends its state to the default generator
@@ -41,13 +41,17 @@ def _bernoulli(generator: Generator, value: Tensor, p: float, **options: Any) ->
     return bernoulli(value, p, generator)
 
 
-_BY_HAND: dict[str, Callable[..., Any]] = {
-    "rand_like": _like(lambda out, generator, _: out.uniform_(generator=generator)),
-    "randn_like": _like(lambda out, generator, _: out.normal_(generator=generator)),
-    "randint_like": _like(
-        lambda out, generator, bounds: out.random_(*((0, *bounds) if len(bounds) == 1 else bounds), generator=generator)
-    ),
-    "native_dropout": _native_dropout,
+_randint_like = _like(
+    lambda out, generator, bounds: out.random_(*((0, *bounds) if len(bounds) == 1 else bounds), generator=generator)
+)
+
+_BY_HAND: dict[Any, Callable[..., Any]] = {
+    aten.bernoulli.p: _bernoulli,
+    aten.rand_like.default: _like(lambda out, generator, _: out.uniform_(generator=generator)),
+    aten.randn_like.default: _like(lambda out, generator, _: out.normal_(generator=generator)),
+    aten.randint_like.default: _randint_like,
+    aten.randint_like.low_dtype: _randint_like,
+    aten.native_dropout.default: _native_dropout,
 }
 
 
@@ -64,13 +68,10 @@ def with_generator(target: Any) -> Callable[..., Any]:
         >>> with_generator(torch.ops.aten.rand_like.default)(torch.Generator().manual_seed(0), torch.zeros(2))
         tensor([0.4963, 0.7682])
     """
-    name, overload = op_name(target)
-    if target is aten.bernoulli.p:
-        return _bernoulli
+    if target in _BY_HAND:
+        return _BY_HAND[target]
     if takes_generator(target):
         return lambda generator, *args, **options: target(*args, **{**options, "generator": generator})
-    if name in _BY_HAND and overload in ("default", "low_dtype"):
-        return _BY_HAND[name]
     other = overload_with_generator(target)
     if other is not None:
         return lambda generator, *args, **options: other(*args, **{**options, "generator": generator})
