@@ -1,7 +1,9 @@
-"""Measuring every op of a list alone, by the kernel that will run: the chosen variant where it has several."""
+"""Measuring every op of a list alone, by the kernel that will run: the chosen variant where it has several, and for
+random ops the one that draws from a worker's generator."""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -10,6 +12,7 @@ from torch import fx
 
 from partita.cost.measure_ops import make_arguments, on_pinned_threads, time_call
 from partita.cost.variants import keep_choices, product_of, time_of_chosen
+from partita.graph.randomness import is_random, with_generator
 
 
 def measure_nodes(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s: float) -> list[float | None]:
@@ -31,6 +34,8 @@ def measure_nodes(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s:
 def _measure_node(node: fx.Node, num_threads: int) -> float | None:
     assert callable(node.target)
     target: Callable[..., object] = node.target
+    if is_random(node):
+        target = functools.partial(with_generator(node.target), torch.Generator())
     try:
         if product_of(node) is not None:
             return time_of_chosen(node, num_threads)

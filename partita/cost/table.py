@@ -34,7 +34,7 @@ from partita.graph.graph import OpInfo
 from partita.sharding.communication import COMMUNICATION_OPS
 from partita.units import fingerprint
 
-FORMAT = "variants"  # of the kept times: those of other kernels mean nothing now
+FORMAT = "generators"  # of the kept times: those of other kernels mean nothing now
 FUSED_SHARE = 0.4
 UPDATE_TENSOR_S = 12e-6  # what an optimizer takes for each tensor, whatever its size
 DISPATCH_S = 4e-6  # of a CPU op, where not measured

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,27 @@ def test_real_ops_are_measured_and_torch_threads_restored() -> None:
     assert all(time_s is not None and 0 < time_s < 1 for time_s in times)
     assert measure_nodes(nodes, (0,), budget_s=0.0) == [None] * 3
     assert torch.get_num_threads() == before
+
+
+def test_a_random_op_is_measured_by_the_kernel_that_draws_from_a_given_generator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+
+    def with_generator(target: object) -> Callable[..., object]:
+        asked.append(target)
+        return lambda generator, *args: generator.initial_seed()
+
+    monkeypatch.setattr("partita.cost.measure_nodes.with_generator", with_generator)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(4, device="meta")
+    draw = graph.call_function(torch.ops.aten.bernoulli.p, (x, 0.5))
+    plain = graph.call_function(torch.ops.aten.neg.default, (x,))
+    before = torch.get_rng_state()
+    assert all(measure_nodes([draw, plain], (0,), budget_s=5.0))
+    assert asked == [torch.ops.aten.bernoulli.p]
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_failing_call_is_raised_and_does_not_hang() -> None:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, fx
 
-from partita.runtime.masks import bernoulli
-from partita.runtime.torch_adapter import overload_with_generator, takes_generator
+from partita.graph.masks import bernoulli
+from partita.graph.torch_adapter import OpOverload, overload_with_generator, takes_generator
 
 aten = torch.ops.aten
 _DEFAULT_GENERATOR = threading.Lock()  # held by whoever lends its state to the default generator
@@ -55,9 +55,20 @@ _BY_HAND: dict[Any, Callable[..., Any]] = {
 }
 
 
-def is_random(target: Any) -> bool:
-    """Whether the op draws from a random number generator."""
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+def is_random(node: fx.Node) -> bool:
+    """Whether the op draws from a random generator (attention without dropout does not, whatever its tag says).
+
+    Such ops are kept and stay in order even if nobody reads them, since each draw moves the generator.
+    """
+    if not isinstance(node.target, OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            value = node.kwargs.get("dropout_p", argument.default_value)
+            return bool(node.args[position] if position < len(node.args) else value)
+    return True
 
 
 def with_generator(target: Any) -> Callable[..., Any]:
