@@ -213,6 +213,9 @@ class CostTable:
         """From now on the update of slices of these sizes takes `time_s` while `num_active` workers run."""
         self._wholes.setdefault(_update_key(sizes, optimizer, num_threads), {})[num_active] = time_s
 
+    def knows_update(self, sizes: tuple[int, ...], optimizer: str, *, num_threads: int, num_active: int = 1) -> bool:
+        return num_active in self._wholes.get(_update_key(sizes, optimizer, num_threads), {})
+
     def _key(self, node: fx.Node, num_threads: int) -> str:
         cached = self._keys.get((id(node), num_threads))
         if cached is None or cached[0] is not node:

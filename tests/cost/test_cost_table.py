@@ -220,7 +220,7 @@ def test_a_failing_call_is_raised_and_does_not_hang() -> None:
         raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
-        measure_together([fail, lambda: None], [(0,), (0,)], budget_s=0.01)
+        measure_together([[fail], [lambda: None]], [(0,), (0,)], budget_s=0.01)
 
 
 def test_calls_that_run_together_take_as_long_as_the_slowest() -> None:
@@ -230,8 +230,15 @@ def test_calls_that_run_together_take_as_long_as_the_slowest() -> None:
         threads.add(threading.get_ident())
         time.sleep(seconds)
 
-    slowest_s = measure_together([lambda: call(0.001), lambda: call(0.02)], [(0,), (0,)], budget_s=0.01)
-    assert len(threads) == 2 and slowest_s >= 0.02
+    calls = [[lambda: call(0.001), lambda: call(0.01)], [lambda: call(0.02), lambda: call(0.001)]]
+    first_s, second_s = measure_together(calls, [(0,), (0,)], budget_s=0.01)
+    assert len(threads) == 2 and first_s >= 0.02 > second_s >= 0.01
+
+
+def test_parts_run_in_turns_so_that_each_finds_what_the_last_one_left() -> None:
+    order: list[str] = []
+    measure_together([[lambda: order.append("a"), lambda: order.append("b")]], [(0,)], budget_s=0.0)
+    assert order == ["a", "b"] * (len(order) // 2) and len(order) >= 8
 
 
 @given(st.lists(st.integers(1, 4), max_size=3), st.sampled_from([torch.float32, torch.int64, torch.bool]))
