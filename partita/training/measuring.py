@@ -61,8 +61,9 @@ class StepValues:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """One piece of a step: a call for each worker, and where its time goes."""
+    """One piece of a step: a call for each of the workers that run it, and where its time goes."""
 
+    workers: Sequence[Worker]
     calls: Sequence[Callable[[], object]]
     keep: Callable[..., None]  # takes `time_s`
     num_bytes: int  # of its inputs
@@ -94,36 +95,32 @@ class PartMeasurer:
         workers = [plan.workers[program.worker] for program in local]
         if any(worker.gpu is not None for worker in workers):
             return
-        busy = [worker for worker, program in zip(workers, local, strict=True) if program.updated]
         # Stages of a pipeline are busy in turns: they are measured alone as well.
         counts = sorted({1, len(workers)} if plan.axes.get("pipeline", 1) > 1 else {len(workers)})
         for count in counts:
-            parts = self._segments(programs, local, workers, plan, count)
-            if busy == workers[:count]:
-                parts = itertools.chain(parts, self._updates(local, busy))
+            parts = self._segments(programs, local, workers[:count], plan)
+            if count == len(workers):
+                parts = itertools.chain(parts, self._updates(local, workers))
             for group in _groups(parts):
-                _measure_group(group, workers[:count], BUDGET_S / len(counts))
-        if all(busy != workers[:count] for count in counts):
-            for group in _groups(self._updates(local, busy)):
-                _measure_group(group, busy, BUDGET_S / len(counts))
+                _measure_group(group, BUDGET_S / len(counts))
 
     # Segments ----------------------------------------------------------------------------------------------------
 
     def _segments(
-        self, programs: ProgramSet, local: list[Program], workers: list[Worker], plan: Plan, count: int
+        self, programs: ProgramSet, local: list[Program], workers: list[Worker], plan: Plan
     ) -> Iterator[_Part]:
-        """The segments that the table does not know with `count` workers at a time."""
+        """The segments that the table does not know with so many workers at a time."""
         runs = {
             item.segment: (item, program) for program in local for item in program.instructions if isinstance(item, Run)
         }
         for key, (run, program) in runs.items():
             segment = programs.segments[key]
-            if self._knows(key, plan, count) or self._estimate_s(segment, workers[0], plan.compiled) > LONGEST_S:
+            if self._knows(key, plan, len(workers)) or self._estimate_s(segment, workers[0], plan.compiled) > LONGEST_S:
                 continue
             code = build(
                 segment, compiled=plan.compiled, device=torch.device("cpu"), num_threads=plan.threads_per_worker
             )
-            inputs = [self._inputs(segment, code, run, program) for _ in range(count)]
+            inputs = [self._inputs(segment, code, run, program) for _ in workers]
             calls = [functools.partial(code.bind(torch.Generator()), *values) for values in inputs]
             try:
                 on_pinned_threads([workers[0].cores], calls[:1])
@@ -134,9 +131,10 @@ class PartMeasurer:
                 key,
                 num_threads=plan.threads_per_worker,
                 compiled=plan.compiled,
-                num_active=count,
+                num_active=len(workers),
             )
-            yield _Part(calls=calls, keep=keep, num_bytes=count * sum(value.nbytes for value in inputs[0]))
+            num_bytes = sum(value.nbytes for values in inputs for value in values)
+            yield _Part(workers=workers, calls=calls, keep=keep, num_bytes=num_bytes)
 
     def _knows(self, key: str, plan: Plan, count: int) -> bool:
         return self.cost.knows_segment(
@@ -159,8 +157,9 @@ class PartMeasurer:
 
     # Updates -----------------------------------------------------------------------------------------------------
 
-    def _updates(self, local: list[Program], busy: list[Worker]) -> Iterator[_Part]:
-        """The update of the `busy` workers' slices, unless the optimizer is not here or copies would be too large."""
+    def _updates(self, local: list[Program], workers: list[Worker]) -> Iterator[_Part]:
+        """The update of the workers' slices, unless the optimizer is not here or copies would be too large."""
+        busy = [worker for worker, program in zip(workers, local, strict=True) if program.updated]
         optimizer = self.facts.optimizer
         layout = {program.worker: program.updated for program in local}
         inputs = {item.name: item for item in self.graph.inputs_of(InputKind.PARAMETER)}
@@ -190,7 +189,7 @@ class PartMeasurer:
             on_pinned_threads([worker.cores for worker in busy], calls)
         except RuntimeError:
             return
-        yield _Part(calls=calls, keep=keep, num_bytes=num_bytes)
+        yield _Part(workers=busy, calls=calls, keep=keep, num_bytes=num_bytes)
 
     def _shards(
         self,
@@ -212,10 +211,11 @@ class PartMeasurer:
 
 
 def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    """Parts one after the other, in groups whose inputs fit `TOGETHER_BYTES`."""
+    """Parts one after the other, in groups of the same workers whose inputs fit `TOGETHER_BYTES`."""
     group: list[_Part] = []
     for part in parts:
-        if group and sum(item.num_bytes for item in [*group, part]) > TOGETHER_BYTES:
+        is_too_large = sum(item.num_bytes for item in [*group, part]) > TOGETHER_BYTES
+        if group and (is_too_large or group[0].workers != part.workers):
             yield group
             group = []
         group.append(part)
@@ -223,9 +223,9 @@ def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
         yield group
 
 
-def _measure_group(group: Sequence[_Part], workers: Sequence[Worker], budget_s: float) -> None:
+def _measure_group(group: Sequence[_Part], budget_s: float) -> None:
     calls = list(zip(*(part.calls for part in group), strict=True))  # by worker
-    times_s = measure_together(calls, [worker.cores for worker in workers], budget_s=budget_s)
+    times_s = measure_together(calls, [worker.cores for worker in group[0].workers], budget_s=budget_s)
     for part, time_s in zip(group, times_s, strict=True):
         part.keep(time_s=time_s)
 
