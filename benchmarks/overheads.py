@@ -33,9 +33,9 @@ from torch import Tensor, fx
 
 from benchmarks.common import Report, Row, describe_machine, first_line, median, option_parser, show
 from benchmarks.processes import Child, Group, Message, free_port, serve
+from benchmarks.random_programs import plan_of
 from partita.graph.graph import Phase
 from partita.graph.storages import GraphMemory
-from partita.plan import Plan, Worker
 from partita.program.instructions import (
     AllReduce,
     Free,
@@ -88,18 +88,7 @@ def _make_engine(
         Program(worker, processes[worker], 0, (first, *items), (), loss=_LOSS)
         for worker, items in enumerate(instructions)
     )
-    workers = tuple(
-        Worker(index=index, process=processes[index], machine=0, cores=(cores[index],), stage=0, data=index)
-        for index in range(len(instructions))
-    )
-    plan = Plan(
-        mode="graph",
-        graph_fingerprint="",
-        cluster_fingerprint="",
-        axes={"data": len(workers)},
-        workers=workers,
-        threads_per_worker=1,
-    )
+    plan = plan_of(programs, cores)
     return Engine(
         ProgramSet(programs, {"nothing": segment}),
         plan,

@@ -85,11 +85,18 @@ def make_case(seed: int, *, num_processes: int, num_moves: int = 14) -> Case:
     return author.finish()
 
 
-def plan_of(programs: ProgramSet) -> Plan:
-    """Workers on whatever cores there are: more workers than cores are part of the trial."""
+def plan_of(programs: Sequence[Program], cores: Sequence[int] | None = None) -> Plan:
+    """A core for each worker; without `cores`, whatever there are: more workers than cores are part of a trial."""
     workers = tuple(
-        Worker(index=p.worker, process=p.process, machine=0, cores=(), stage=0, data=p.worker)
-        for p in programs.programs
+        Worker(
+            index=p.worker,
+            process=p.process,
+            machine=0,
+            cores=(cores[p.worker],) if cores else (),
+            stage=0,
+            data=p.worker,
+        )
+        for p in programs
     )
     return Plan(
         mode="graph",

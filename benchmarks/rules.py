@@ -74,7 +74,7 @@ def examine(message: Message) -> Row:
 
 
 def _examine_sample(sample: Sample, found: list[str], verdict: Verdict, seen: set[Any]) -> None:
-    from partita.graph.simplify import is_random
+    from partita.graph.randomness import is_random
 
     try:
         module = op_samples.graph_of(sample)

@@ -115,7 +115,7 @@ class Trial:
     def run(self) -> Message:
         engine = Engine(
             self.case.programs,
-            plan_of(self.case.programs),
+            plan_of(self.case.programs.programs),
             process=self.rank,
             state=self.state,
             update=self._update,

@@ -1,7 +1,9 @@
-"""Measuring every op of a list alone, by the kernel that will run: the faster variant where it has several."""
+"""Measuring every op of a list alone, by the kernel that will run: the chosen variant where it has several, and for
+random ops the one that draws from a worker's generator."""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -9,7 +11,8 @@ import torch
 from torch import fx
 
 from partita.cost.measure_ops import make_arguments, on_pinned_threads, time_call
-from partita.cost.variants import product_of, time_of_faster
+from partita.cost.variants import keep_choices, product_of, time_of_chosen
+from partita.graph.randomness import is_random, with_generator
 
 
 def measure_nodes(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s: float) -> list[float | None]:
@@ -20,18 +23,22 @@ def measure_nodes(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s:
     def body() -> None:
         end = time.perf_counter() + budget_s
         for node in nodes:
-            results.append(_measure_node(node) if time.perf_counter() < end else None)
+            results.append(_measure_node(node, max(len(cores), 1)) if time.perf_counter() < end else None)
 
     on_pinned_threads([cores], [body])
+    if any(map(product_of, nodes)):
+        keep_choices()
     return results
 
 
-def _measure_node(node: fx.Node) -> float | None:
+def _measure_node(node: fx.Node, num_threads: int) -> float | None:
     assert callable(node.target)
     target: Callable[..., object] = node.target
+    if is_random(node):
+        target = functools.partial(with_generator(node.target), torch.Generator())
     try:
         if product_of(node) is not None:
-            return time_of_faster(node)
+            return time_of_chosen(node, num_threads)
         args, kwargs = make_arguments(node)
         with torch.no_grad():
             return time_call(lambda: target(*args, **kwargs))

@@ -23,7 +23,6 @@ from partita.units import fingerprint
 
 REPEAT_S = 0.002  # one sample repeats the op for about this long, so that the clock's grain does not matter
 NUM_SAMPLES = 5
-SHORT_S = 0.0005  # calls that run together are repeated to last about this long
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
 WAIT_LIMIT_S = 600.0
 
@@ -144,48 +143,51 @@ def measure_dispatch_s(cores: tuple[int, ...]) -> float:
 
 
 def measure_together(
-    calls: Sequence[Callable[[], object]], cores: Sequence[tuple[int, ...]], *, budget_s: float
-) -> float:
-    """Seconds until the slowest of `calls` is done when all start together, each on its own pinned thread: the median
-    over at least three rounds, more as far as `budget_s` reaches. Raises what a call raises.
+    calls: Sequence[Sequence[Callable[[], object]]], cores: Sequence[tuple[int, ...]], *, budget_s: float
+) -> list[float]:
+    """Seconds of each part of several workers' work until the slowest of them is done.
 
-    Workers that exchange something after each segment wait for the slowest of them, so that is what counts. Calls
-    shorter than `SHORT_S` are repeated within a round: the threads start some microseconds apart.
+    ``calls[worker]`` are the worker's parts, as many for each. Every worker has a thread pinned to its cores; they
+    begin each part together, as workers do that exchange something after each, and go through all parts, again and
+    again: a part then finds in the caches what the parts before it have left there. Medians over at least three
+    rounds, more as far as `budget_s` reaches. Raises what a call raises.
     """
-    times_s: list[list[float]] = [[] for _ in calls]
-    repeats, over = 1, False
+    times_s: list[list[list[float]]] = [[] for _ in calls]  # by worker, round, part
+    over = False
     start_s = time.perf_counter()
 
     def decide() -> None:
         """Run by the barrier while all wait, so that all see the same."""
-        nonlocal repeats, over
+        nonlocal over
         num_rounds = len(times_s[0])
-        if num_rounds == 1:  # the first round tells how long a call is
-            repeats = max(1, min(int(SHORT_S / max(*(t[0] for t in times_s), 1e-8)), 1000))
         over = num_rounds > MAX_ROUNDS or (num_rounds > MIN_ROUNDS and time.perf_counter() - start_s > budget_s)
 
     barrier = threading.Barrier(len(calls), action=decide)
 
-    def body(place: int) -> None:
-        call = calls[place]
-        for _ in range(2):
+    def body(worker: int) -> None:
+        for call in calls[worker]:
             call()
         while True:
+            round_s = []
+            for call in calls[worker]:
+                barrier.wait(WAIT_LIMIT_S)
+                round_s.append(_timed(call, 1))
+            times_s[worker].append(round_s)
             barrier.wait(WAIT_LIMIT_S)
             if over:
                 return
-            times_s[place].append(_timed(call, repeats))
 
-    def guarded(place: int) -> None:
+    def guarded(worker: int) -> None:
         try:
-            body(place)
+            body(worker)
         except BaseException:
             barrier.abort()
             raise
 
-    on_pinned_threads(cores, [functools.partial(guarded, place) for place in range(len(calls))])
-    slowest_s: list[float] = [max(round_s) for round_s in zip(*times_s, strict=True)][1:]
-    return statistics.median(slowest_s)
+    on_pinned_threads(cores, [functools.partial(guarded, worker) for worker in range(len(calls))])
+    rounds = list(zip(*times_s, strict=True))[1:]  # the first one still warms up
+    slowest_s = [[max(part_s) for part_s in zip(*workers, strict=True)] for workers in rounds]
+    return [statistics.median(part_s) for part_s in zip(*slowest_s, strict=True)]
 
 
 def _timed(call: Callable[[], object], repeats: int) -> float:
@@ -195,11 +197,11 @@ def _timed(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def on_pinned_threads(cores: Sequence[tuple[int, ...]], bodies: Sequence[Callable[[], None]]) -> None:
+def on_pinned_threads(cores: Sequence[tuple[int, ...]], bodies: Sequence[Callable[[], object]]) -> None:
     """Run each body on a new thread pinned to its cores; re-raise the first failure."""
     failures: list[BaseException] = []
 
-    def run(place: tuple[int, ...], body: Callable[[], None]) -> None:
+    def run(place: tuple[int, ...], body: Callable[[], object]) -> None:
         before = torch.get_num_threads()
         try:
             if place and hasattr(os, "sched_setaffinity"):

@@ -34,7 +34,7 @@ from partita.graph.graph import OpInfo
 from partita.sharding.communication import COMMUNICATION_OPS
 from partita.units import fingerprint
 
-FORMAT = "variants"  # of the kept times: those of other kernels mean nothing now
+FORMAT = "generators"  # of the kept times: those of other kernels mean nothing now
 FUSED_SHARE = 0.4
 UPDATE_TENSOR_S = 12e-6  # what an optimizer takes for each tensor, whatever its size
 DISPATCH_S = 4e-6  # of a CPU op, where not measured
@@ -212,6 +212,9 @@ class CostTable:
     ) -> None:
         """From now on the update of slices of these sizes takes `time_s` while `num_active` workers run."""
         self._wholes.setdefault(_update_key(sizes, optimizer, num_threads), {})[num_active] = time_s
+
+    def knows_update(self, sizes: tuple[int, ...], optimizer: str, *, num_threads: int, num_active: int = 1) -> bool:
+        return num_active in self._wholes.get(_update_key(sizes, optimizer, num_threads), {})
 
     def _key(self, node: fx.Node, num_threads: int) -> str:
         cached = self._keys.get((id(node), num_threads))

@@ -10,6 +10,7 @@ Both sum in float32, in another order: results differ by rounding, as they do be
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -94,10 +95,18 @@ def choose(nodes: Iterable[fx.Node], num_threads: int) -> list[fx.Node]:
         return [node for node, key in keyed if choices[key]]
 
 
-def time_of_faster(node: fx.Node) -> float:
-    """Seconds of the node's product by whichever library is faster for it, in this thread."""
+def time_of_chosen(node: fx.Node, num_threads: int) -> float:
+    """Seconds of the node's product in this thread, by the library that is chosen for it: chosen now, if none was."""
     own_s, other_s = _times_s(node)
-    return other_s if other_s < CLEARLY_FASTER * own_s else own_s
+    with _LOCK:
+        chosen = _choices().setdefault(op_key(node, num_threads), _is_clear(own_s, other_s))
+    return other_s if chosen else own_s
+
+
+def keep_choices() -> None:
+    """Has other processes and later ones know what was chosen here."""
+    with _LOCK:
+        _store(_choices())
 
 
 # One node ------------------------------------------------------------------------------------------------------------
@@ -134,9 +143,7 @@ def _as_onednn(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -
 
 # Measuring and keeping -----------------------------------------------------------------------------------------------
 
-_LOCK = threading.Lock()
-_CHOICES: dict[str, bool] = {}  # by `op_key`
-_READ: list[str] = []
+_LOCK = threading.Lock()  # held by whoever reads or adds choices
 
 
 def _times_s(node: fx.Node) -> tuple[float, float]:
@@ -149,6 +156,10 @@ def _times_s(node: fx.Node) -> tuple[float, float]:
     return own_s, other_s
 
 
+def _is_clear(own_s: float, other_s: float) -> bool:
+    return other_s < CLEARLY_FASTER * own_s
+
+
 def _measured(nodes: dict[str, fx.Node], num_threads: int) -> dict[str, bool]:
     found: dict[str, bool] = {}
 
@@ -156,7 +167,7 @@ def _measured(nodes: dict[str, fx.Node], num_threads: int) -> dict[str, bool]:
         torch.set_num_threads(num_threads)
         for key, node in nodes.items():
             own_s, other_s = _times_s(node)
-            found[key] = other_s < CLEARLY_FASTER * own_s
+            found[key] = _is_clear(own_s, other_s)
 
     on_pinned_threads([()], [body])
     return found
@@ -167,13 +178,11 @@ def _name() -> str:
     return f"variants/{fingerprint(processor)}.json"
 
 
+@functools.cache
 def _choices() -> dict[str, bool]:
-    if not _READ:
-        kept = (read_json(_name()) or {}).get("onednn")
-        if isinstance(kept, dict):
-            _CHOICES.update({key: value for key, value in kept.items() if isinstance(value, bool)})
-        _READ.append(_name())
-    return _CHOICES
+    """By `op_key`, whether oneDNN is chosen; at first what is on disk."""
+    kept = (read_json(_name()) or {}).get("onednn")
+    return {key: value for key, value in kept.items() if isinstance(value, bool)} if isinstance(kept, dict) else {}
 
 
 def _store(choices: dict[str, bool]) -> None:

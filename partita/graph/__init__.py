@@ -10,4 +10,4 @@ from partita.graph.graph import OpInfo as OpInfo
 from partita.graph.graph import Output as Output
 from partita.graph.graph import OutputKind as OutputKind
 from partita.graph.graph import Phase as Phase
-from partita.graph.simplify import is_random as is_random
+from partita.graph.randomness import is_random as is_random

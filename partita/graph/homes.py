@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from torch import fx
 
 from partita.graph.graph import Input, InputKind
-from partita.graph.simplify import is_random
+from partita.graph.randomness import is_random
 
 _FREE_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT, InputKind.SEED)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from partita.graph.randomness import is_random
 from partita.graph.recording import Recording
-from partita.graph.simplify import is_random
 from partita.graph.torch_adapter import FakeTensor
 
 

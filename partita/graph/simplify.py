@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from partita.graph import torch_adapter
+from partita.graph.randomness import is_random
 
 aten = torch.ops.aten
 
@@ -30,22 +31,6 @@ _ALIASES = frozenset(
     }
 )
 _MAY_MOVE = frozenset({aten.permute.default})  # equal shapes do not yet mean equal elements: see `_is_identity`
-
-
-def is_random(node: fx.Node) -> bool:
-    """Whether the op draws from a random generator (attention without dropout does not, whatever its tag says).
-
-    Such ops are kept and stay in order even if nobody reads them, since each draw moves the generator.
-    """
-    if not isinstance(node.target, torch_adapter.OpOverload):
-        return False
-    if torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.name == "dropout_p":
-            value = node.kwargs.get("dropout_p", argument.default_value)
-            return bool(node.args[position] if position < len(node.args) else value)
-    return True
 
 
 def _is_identity(node: fx.Node) -> bool:

@@ -7,12 +7,16 @@ Used, by name: `torch._subclasses.fake_tensor.FakeTensorMode` (tensors without s
 `torch._dynamo.OptimizedModule` and `Module._compiled_call_impl` (recognise compiled modules),
 `Tensor._backward_hooks` and `Tensor._post_accumulate_grad_hooks` (hooks on parameters),
 `torch.utils._python_dispatch` (tensor subclasses; `_disable_current_modes`: compute for real while recording),
-`OpOverload._schema` (which arguments an op mutates or aliases).
+`OpOverload._schema` (which arguments an op mutates or aliases, and whether it takes a generator),
+`torch._inductor.codecache.CppCodeCache` (compiles and keeps a few functions of our own).
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,6 +32,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
+    "compile_source",
     "current_trace",
     "eager_random",
     "forward_sequence_number",
@@ -41,8 +46,11 @@ __all__ = [
     "mutates",
     "new_fake_mode",
     "outside_of_recording",
+    "overload_with_generator",
+    "takes_generator",
     "trace",
     "viewed_arguments",
+    "without_compiler_warnings",
     "without_recomputation",
 ]
 
@@ -199,3 +207,46 @@ def eager_random() -> Mapping[Any, Any]:
     """Decompositions that make every random draw an op of its own, in the order and number of eager mode on a CPU."""
     aten = torch.ops.aten
     return {aten.native_dropout.default: _dropout, aten.native_dropout_backward.default: _dropout_backward}
+
+
+def takes_generator(target: Any) -> bool:
+    """Whether the op has an argument called `generator`."""
+    return any(argument.name == "generator" for argument in target._schema.arguments)
+
+
+def overload_with_generator(target: Any) -> Any | None:
+    """The overload of the same op that has one argument more, `generator`; None if there is none."""
+    own = [argument.name for argument in target._schema.arguments]
+    packet = target.overloadpacket
+    for overload in packet.overloads():
+        names = [argument.name for argument in getattr(packet, overload)._schema.arguments]
+        if "generator" in names and [name for name in names if name != "generator"] == own:
+            return getattr(packet, overload)
+    return None
+
+
+def compile_source(source: str) -> ctypes.CDLL | None:
+    """A library of the `extern "C"` functions of C++ code, optimised for this processor; None if nothing here can
+    compile it. The compiler keeps it on disk by its content."""
+    from torch._inductor.codecache import CppCodeCache
+
+    try:
+        with without_compiler_warnings():
+            library: ctypes.CDLL = CppCodeCache.load(source)
+    except Exception:  # no compiler, a broken one, a folder that cannot be written: what is optional stays away
+        return None
+    return library
+
+
+@contextlib.contextmanager
+def without_compiler_warnings() -> Iterator[None]:
+    """The compiler's own warnings say nothing that a user could act on; what concerns him is raised."""
+    logger = logging.getLogger("torch._inductor")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from partita.graph.graph import Graph, InputKind
-from partita.graph.simplify import is_random
+from partita.graph.randomness import is_random
 from partita.program.instructions import Draw, TensorSpec
 
 aten = torch.ops.aten

@@ -15,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import fx
 
 from partita.graph.graph import OpInfo
-from partita.graph.simplify import is_random
+from partita.graph.randomness import is_random
 from partita.graph.storages import graph_memory
 from partita.program.instructions import Segment, TensorSpec
 from partita.sharding.communication import COMMUNICATION_OPS

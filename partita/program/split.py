@@ -16,7 +16,7 @@ from torch import fx
 
 from partita.errors import PlanError
 from partita.graph.graph import Graph, InputKind, OutputKind
-from partita.graph.simplify import is_random
+from partita.graph.randomness import is_random
 from partita.program.draws import hoist_draws
 from partita.program.instructions import Box, Draw
 from partita.sharding.placement import Placement, Replicate, Shard

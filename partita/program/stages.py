@@ -19,7 +19,7 @@ from torch import fx
 from partita.errors import PlanError
 from partita.graph.graph import Graph, Input, OpInfo, Phase
 from partita.graph.homes import free_nodes, homes, least_places
-from partita.graph.simplify import is_random
+from partita.graph.randomness import is_random
 
 
 @dataclass(frozen=True)

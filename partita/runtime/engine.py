@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from partita.errors import InputError, PlanError, ProgramError, StepError
+from partita.graph.randomness import default_generator
 from partita.plan import Plan
 from partita.program.instructions import (
     AllGather,
@@ -37,7 +38,6 @@ from partita.runtime.collectives import Seat
 from partita.runtime.ending import END_TIME_S, Order, close_at_end, tell_unended
 from partita.runtime.failure import Failure, Stopped, Waiter
 from partita.runtime.local import Channel, Meeting, Party
-from partita.runtime.randomness import default_generator
 from partita.runtime.segments import Code, build, python_code
 from partita.runtime.transport import Line, Mail, Session, Transport
 from partita.runtime.worker import WorkerThread

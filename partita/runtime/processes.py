@@ -410,9 +410,13 @@ def connect(*, timeout_s: float = 120.0) -> ProcessTransport:
     store: Any = default_store()
     turn = int(store.add(f"partita/transport/{rank}", 1))  # counts the transports that this rank has opened
     store_rank = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
-    own = PrefixStore(f"partita/transport/{turn}", store.clone() if hasattr(store, "clone") else store)
-    liveness = Liveness(own, rank, num_processes, store_rank=store_rank)
-    gate = _gate(PrefixStore(f"partita/sockets/{turn}", store.clone() if hasattr(store, "clone") else store), rank)
+
+    def part(name: str) -> PrefixStore:
+        """A part of the store for one user, with a connection of its own where the store has such."""
+        return PrefixStore(f"partita/{name}/{turn}", store.clone() if hasattr(store, "clone") else store)
+
+    liveness = Liveness(part("transport"), rank, num_processes, store_rank=store_rank)
+    gate = _gate(part("sockets"), rank)
     transport = ProcessTransport(rank, num_processes, liveness, gate=gate, owns_default=not initialised)
     close_at_end(transport, Order.CONNECTIONS)
     transport.open_group(timeout_s)

@@ -20,11 +20,11 @@ import torch
 from torch import Generator, Tensor, fx
 
 from partita.cost.variants import with_variants
+from partita.graph.randomness import is_random, with_generator
 from partita.graph.storages import last_uses
 from partita.program.instructions import Segment
 from partita.runtime.compiling import Background, Request, compile_or_load
 from partita.runtime.portable import NotPortableError
-from partita.runtime.randomness import is_random, with_generator
 from partita.runtime.torch_adapter import Layout, direct
 
 Call = Callable[..., Sequence[Tensor]]
@@ -232,7 +232,7 @@ class _Writer:
         self.owner = owner
         self.constants: dict[str, Any] = {}
         self._variables: dict[fx.Node, str] = {}
-        self._functions: dict[Any, str] = {}
+        self._functions: dict[tuple[Any, bool], str] = {}
 
     def variable(self, node: fx.Node) -> str:
         return self._variables.setdefault(node, f"v{len(self._variables)}")
@@ -249,15 +249,15 @@ class _Writer:
             return f"{self.variable(node)} = {self.value(source)}[{self.value(index)}]"
         arguments = [self.value(value) for value in node.args]
         arguments += [f"{name}={self.value(value)}" for name, value in node.kwargs.items()]
-        if is_random(node.target):
+        draws = is_random(node)
+        if draws:
             arguments.insert(0, "generator")
-        return f"{self.variable(node)} = {self.function(node.target)}({', '.join(arguments)})"
+        return f"{self.variable(node)} = {self.function(node.target, draws)}({', '.join(arguments)})"
 
-    def function(self, target: Any) -> str:
-        if target not in self._functions:
-            callee = with_generator(target) if is_random(target) else direct(target)
-            self._functions[target] = self.constant(callee)
-        return self._functions[target]
+    def function(self, target: Any, draws: bool) -> str:
+        if (target, draws) not in self._functions:
+            self._functions[target, draws] = self.constant(with_generator(target) if draws else direct(target))
+        return self._functions[target, draws]
 
     def constant(self, value: Any) -> str:
         name = f"c{len(self.constants)}"

@@ -6,7 +6,6 @@ names them.
 * `torch._inductor.runtime.cache_dir_utils.cache_dir`: where Inductor keeps what it compiled.
 * Inductor's configuration names `cpp_wrapper`, `cpp.threads` and `fallback_random`.
 * `torch._inductor.lowering.lowerings`, `torch._inductor.mkldnn_ir.LinearUnary`: how a product by oneDNN is compiled.
-* `torch._inductor.codecache.CppCodeCache`: compiles and keeps a few functions of our own.
 * `torch._subclasses.FakeTensorMode`: inputs for the compiler that have shapes and strides but no memory.
 * `OpOverload._op`, `._schema`, `._overloadname`, `.tags`: an op's inner callable and its signature.
 * `torch._foreach_add`, `torch._foreach_add_`: sums of many tensors in one call.
@@ -16,12 +15,8 @@ names them.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +25,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from partita.cost.variants import ONEDNN
+from partita.graph.torch_adapter import without_compiler_warnings
 
 Compiled = Callable[..., Sequence[Tensor]]
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
@@ -55,7 +51,7 @@ def compile_graph(
     _register_lowering()
     graph = fx.GraphModule(module, _without_values(module))
     patches = {"cpp_wrapper": True, "cpp.threads": num_threads, "fallback_random": True}
-    with config.patch(patches), _quiet(), torch.no_grad():
+    with config.patch(patches), without_compiler_warnings(), torch.no_grad():
         # The patches are given a second time because the compiler may work in threads that do not see this one's.
         artifact = inductor.standalone_compile(
             graph,
@@ -98,19 +94,6 @@ def _register_lowering() -> None:
     lowering.lowerings[torch.ops.partita.product.default] = lower
 
 
-def compile_source(source: str) -> ctypes.CDLL | None:
-    """A library of the `extern "C"` functions of C++ code, optimised for this processor; None if nothing here can
-    compile it. The compiler keeps it on disk by its content."""
-    from torch._inductor.codecache import CppCodeCache
-
-    try:
-        with _quiet():
-            library: ctypes.CDLL = CppCodeCache.load(source)
-    except Exception:  # no compiler, a broken one, a folder that cannot be written: what is optional stays away
-        return None
-    return library
-
-
 def save_compiled(compiled: Compiled, path: str) -> None:
     """Write what `compile_graph` gave to a file."""
     compiled.save(path=path, format="binary")  # type: ignore[attr-defined]
@@ -121,7 +104,7 @@ def load_compiled(path: str) -> Compiled:
     can run anything, as in all of Inductor's cache."""
     from torch._inductor.standalone_compile import CompiledArtifact
 
-    with _quiet():
+    with without_compiler_warnings():
         artifact: Compiled = CompiledArtifact.load(path=path, format="binary")
     return artifact
 
@@ -131,20 +114,6 @@ def compiler_cache_dir() -> str:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return cache_dir()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The compiler's own warnings say nothing that a user could act on; what concerns him is raised."""
-    logger = logging.getLogger("torch._inductor")
-    level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _without_values(module: fx.GraphModule) -> fx.Graph:
@@ -196,19 +165,3 @@ def direct(target: Any) -> Callable[..., Any]:
     """What an op calls in the end, without the Python frame around it; other callables as they are."""
     result: Callable[..., Any] = target._op if isinstance(target, torch._ops.OpOverload) else target
     return result
-
-
-def takes_generator(target: Any) -> bool:
-    """Whether the op has an argument called `generator`."""
-    return any(argument.name == "generator" for argument in target._schema.arguments)
-
-
-def overload_with_generator(target: Any) -> Any | None:
-    """The overload of the same op that has one argument more, `generator`; None if there is none."""
-    own = [argument.name for argument in target._schema.arguments]
-    packet = target.overloadpacket
-    for overload in packet.overloads():
-        names = [argument.name for argument in getattr(packet, overload)._schema.arguments]
-        if "generator" in names and [name for name in names if name != "generator"] == own:
-            return getattr(packet, overload)
-    return None

@@ -7,14 +7,16 @@ because some kernels are slower on some values; everything in between is made up
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from partita.cost.measure_ops import make_tensor, measure_together, placeholder_bound
+from partita.cost.measure_ops import make_tensor, measure_together, on_pinned_threads, placeholder_bound
 from partita.cost.table import CostTable
 from partita.graph.graph import Graph, InputKind
 from partita.plan import Plan, Worker
@@ -23,9 +25,9 @@ from partita.runtime.segments import Code, build, fits, with_strides
 from partita.training.optimizers import Layout, OptimizerFacts, OptimizerShards
 from partita.training.torch_adapter import clone_optimizer
 
-SEGMENTS_BUDGET_S = 0.8  # for all segments of a plan
+BUDGET_S = 0.9  # for all segments of a plan and its update
+TOGETHER_BYTES = 2**30  # of inputs of segments that are kept at the same time
 LONGEST_S = 3.0  # a segment estimated to take longer is left to the sum of its ops, whose error is small then
-UPDATES_BUDGET_S = 0.1
 LARGEST_UPDATE_BYTES = 2**28  # parameters of more are not copied to measure their update
 WEIGHT_SCALE = 0.02  # standard deviation of made-up weights: that of common initialisations
 
@@ -57,6 +59,16 @@ class StepValues:
         return None if value is None or value.device.type != "cpu" else value.detach()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """One piece of a step: a call for each of the workers that run it, and where its time goes."""
+
+    workers: Sequence[Worker]
+    calls: Sequence[Callable[[], object]]
+    keep: Callable[..., None]  # takes `time_s`
+    num_bytes: int  # of its inputs
+
+
 class PartMeasurer:
     """Fills a `CostTable` with the times of a plan's segments and updates.
 
@@ -77,44 +89,52 @@ class PartMeasurer:
         self.graph, self.cost, self.values, self.facts = graph, cost, values, facts
 
     def measure(self, programs: ProgramSet, plan: Plan) -> None:
-        """Measure what the table does not know of process 0's part of the plan."""
+        """Measure what the table does not know of process 0's part of the plan, in the order of a step: what ran before
+        has filled the caches."""
         local = [program for program in programs.programs if program.process == plan.workers[0].process]
         workers = [plan.workers[program.worker] for program in local]
         if any(worker.gpu is not None for worker in workers):
             return
-        self._segments(programs, local, workers, plan)
-        if self.facts.optimizer is not None and self.facts.kind != "coupled":
-            self._updates(self.facts.optimizer, local, workers)
+        # Stages of a pipeline are busy in turns: they are measured alone as well.
+        counts = sorted({1, len(workers)} if plan.axes.get("pipeline", 1) > 1 else {len(workers)})
+        for count in counts:
+            parts = self._segments(programs, local, workers[:count], plan)
+            if count == len(workers):
+                parts = itertools.chain(parts, self._updates(local, workers))
+            for group in _groups(parts):
+                _measure_group(group, BUDGET_S / len(counts))
 
     # Segments ----------------------------------------------------------------------------------------------------
 
-    def _segments(self, programs: ProgramSet, local: list[Program], workers: list[Worker], plan: Plan) -> None:
-        # Stages of a pipeline are busy in turns: they are measured alone as well.
-        counts = sorted({1, len(workers)} if plan.axes.get("pipeline", 1) > 1 else {len(workers)})
+    def _segments(
+        self, programs: ProgramSet, local: list[Program], workers: list[Worker], plan: Plan
+    ) -> Iterator[_Part]:
+        """The segments that the table does not know with so many workers at a time."""
         runs = {
             item.segment: (item, program) for program in local for item in program.instructions if isinstance(item, Run)
         }
-        estimates = {key: self._estimate_s(programs.segments[key], workers[0], plan.compiled) for key in runs}
-        total_s = sum(estimates.values()) or 1.0
         for key, (run, program) in runs.items():
-            missing = [count for count in counts if not self._knows(key, plan, count)]
-            if not missing or estimates[key] > LONGEST_S:
-                continue
-            share_s = SEGMENTS_BUDGET_S * estimates[key] / total_s / len(missing)
             segment = programs.segments[key]
+            if self._knows(key, plan, len(workers)) or self._estimate_s(segment, workers[0], plan.compiled) > LONGEST_S:
+                continue
             code = build(
                 segment, compiled=plan.compiled, device=torch.device("cpu"), num_threads=plan.threads_per_worker
             )
-            for count in missing:
-                calls = [self._call(segment, code, run, program) for _ in range(count)]
-                cores = [worker.cores for worker in workers[:count]]
-                try:
-                    time_s = measure_together(calls, cores, budget_s=share_s)
-                except (RuntimeError, IndexError, NotImplementedError):
-                    break  # it cannot run on made-up values; its ops' times stand for it
-                self.cost.keep_segment_time(
-                    key, time_s, num_threads=plan.threads_per_worker, compiled=plan.compiled, num_active=count
-                )
+            inputs = [self._inputs(segment, code, run, program) for _ in workers]
+            calls = [functools.partial(code.bind(torch.Generator()), *values) for values in inputs]
+            try:
+                on_pinned_threads([workers[0].cores], calls[:1])
+            except (RuntimeError, IndexError, NotImplementedError):
+                continue  # it cannot run on made-up values; its ops' times stand for it
+            keep = functools.partial(
+                self.cost.keep_segment_time,
+                key,
+                num_threads=plan.threads_per_worker,
+                compiled=plan.compiled,
+                num_active=len(workers),
+            )
+            num_bytes = sum(value.nbytes for values in inputs for value in values)
+            yield _Part(workers=workers, calls=calls, keep=keep, num_bytes=num_bytes)
 
     def _knows(self, key: str, plan: Plan, count: int) -> bool:
         return self.cost.knows_segment(
@@ -124,7 +144,7 @@ class PartMeasurer:
     def _estimate_s(self, segment: Segment, worker: Worker, compiled: bool) -> float:
         return self.cost.segment_time_s(segment.module, segment.key, worker, compiled=compiled)
 
-    def _call(self, segment: Segment, code: Code, run: Run, program: Program) -> Callable[[], object]:
+    def _inputs(self, segment: Segment, code: Code, run: Run, program: Program) -> list[Tensor]:
         feeds = {feed.register: feed for feed in program.feeds}
         nodes = [node for node in segment.module.graph.nodes if node.op == "placeholder"]
         inputs = []
@@ -133,18 +153,19 @@ class PartMeasurer:
             if value is None or value.shape != node.meta["val"].shape or value.dtype != node.meta["val"].dtype:
                 value = made_up(node, is_weight=name.startswith("p:"))
             inputs.append(value if strides is None or fits(value, strides) else with_strides(value, strides))
-        bound = code.bind(torch.Generator())
-        return lambda: bound(*inputs)
+        return inputs
 
     # Updates -----------------------------------------------------------------------------------------------------
 
-    def _updates(self, optimizer: torch.optim.Optimizer, local: list[Program], workers: list[Worker]) -> None:
+    def _updates(self, local: list[Program], workers: list[Worker]) -> Iterator[_Part]:
+        """The updates of the workers' slices, unless the optimizer is not here or copies would be too large."""
+        optimizer = self.facts.optimizer
         layout = {program.worker: program.updates for program in local}
         inputs = {item.name: item for item in self.graph.inputs_of(InputKind.PARAMETER)}
-        parts = [part for updates in layout.values() for slices in updates for part in slices]
-        names = dict.fromkeys(part.parameter for part in parts)
+        slices = [part for updates in layout.values() for slices in updates for part in slices]
+        names = dict.fromkeys(part.parameter for part in slices)
         num_bytes = sum(torch.Size(inputs[name].shape).numel() * inputs[name].dtype.itemsize for name in names)
-        if not parts or num_bytes > LARGEST_UPDATE_BYTES:
+        if optimizer is None or self.facts.kind == "coupled" or not slices or num_bytes > LARGEST_UPDATE_BYTES:
             return
         parameters = {
             name: torch.nn.Parameter(torch.zeros(inputs[name].shape, dtype=inputs[name].dtype)) for name in names
@@ -152,21 +173,39 @@ class PartMeasurer:
         shards = self._shards(optimizer, parameters, layout)
         if shards is None:
             return
-        num_updates = max(map(len, layout.values()))
-        for number in range(num_updates):  # the workers make theirs at the same time
+        for number in range(max(map(len, layout.values()))):  # the workers make theirs at the same time
             busy = [worker for worker in workers if number < len(layout[worker.index])]
-            own = [layout[worker.index][number] for worker in busy]
-            calls = [_update_call(shards, w.index, slices, parameters) for w, slices in zip(busy, own, strict=True)]
-            cores = [worker.cores for worker in busy]
-            try:
-                time_s = measure_together(calls, cores, budget_s=UPDATES_BUDGET_S / num_updates)
-            except RuntimeError:
-                return
-            for worker, slices in zip(busy, own, strict=True):
-                sizes = tuple(part.num_elements for part in slices)
-                self.cost.keep_update_time(
-                    sizes, self.facts.name, time_s, num_threads=len(worker.cores) or 1, num_active=len(busy)
-                )
+            part = self._update(shards, busy, [layout[worker.index][number] for worker in busy], parameters)
+            if part is not None:
+                yield part
+
+    def _update(
+        self,
+        shards: OptimizerShards,
+        busy: Sequence[Worker],
+        own: Sequence[tuple[Slice, ...]],
+        parameters: Mapping[str, torch.nn.Parameter],
+    ) -> _Part | None:
+        """The update of each busy worker's own slices; None if the table knows it or it cannot run."""
+        sizes = [tuple(part.num_elements for part in slices) for slices in own]
+        threads = len(busy[0].cores) or 1
+
+        def knows(sizes: tuple[int, ...]) -> bool:
+            return self.cost.knows_update(sizes, self.facts.name, num_threads=threads, num_active=len(busy))
+
+        def keep(time_s: float) -> None:
+            for item in sizes:
+                self.cost.keep_update_time(item, self.facts.name, time_s, num_threads=threads, num_active=len(busy))
+
+        if all(map(knows, sizes)):
+            return None
+        calls = [_update_call(shards, w.index, slices, parameters) for w, slices in zip(busy, own, strict=True)]
+        try:
+            on_pinned_threads([worker.cores for worker in busy], calls)
+        except RuntimeError:
+            return None
+        num_bytes = 4 * sum(map(sum, sizes))
+        return _Part(workers=busy, calls=calls, keep=keep, num_bytes=num_bytes)
 
     def _shards(
         self,
@@ -185,6 +224,26 @@ class PartMeasurer:
             return None
         clone = clone_optimizer(optimizer, groups)
         return OptimizerShards(clone, parameters, layout, whole=self.facts.kind == "parameter")
+
+
+def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """Parts one after the other, in groups of the same workers whose inputs fit `TOGETHER_BYTES`."""
+    group: list[_Part] = []
+    for part in parts:
+        is_too_large = sum(item.num_bytes for item in [*group, part]) > TOGETHER_BYTES
+        if group and (is_too_large or group[0].workers != part.workers):
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def _measure_group(group: Sequence[_Part], budget_s: float) -> None:
+    calls = list(zip(*(part.calls for part in group), strict=True))  # by worker
+    times_s = measure_together(calls, [worker.cores for worker in group[0].workers], budget_s=budget_s)
+    for part, time_s in zip(group, times_s, strict=True):
+        part.keep(time_s=time_s)
 
 
 def _update_call(

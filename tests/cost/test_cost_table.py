@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,12 +194,33 @@ def test_real_ops_are_measured_and_torch_threads_restored() -> None:
     assert torch.get_num_threads() == before
 
 
+def test_a_random_op_is_measured_by_the_kernel_that_draws_from_a_given_generator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+
+    def with_generator(target: object) -> Callable[..., object]:
+        asked.append(target)
+        return lambda generator, *args: generator.initial_seed()
+
+    monkeypatch.setattr("partita.cost.measure_nodes.with_generator", with_generator)
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = torch.empty(4, device="meta")
+    draw = graph.call_function(torch.ops.aten.bernoulli.p, (x, 0.5))
+    plain = graph.call_function(torch.ops.aten.neg.default, (x,))
+    before = torch.get_rng_state()
+    assert all(measure_nodes([draw, plain], (0,), budget_s=5.0))
+    assert asked == [torch.ops.aten.bernoulli.p]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_failing_call_is_raised_and_does_not_hang() -> None:
     def fail() -> None:
         raise RuntimeError("boom")
 
     with pytest.raises(RuntimeError, match="boom"):
-        measure_together([fail, lambda: None], [(0,), (0,)], budget_s=0.01)
+        measure_together([[fail], [lambda: None]], [(0,), (0,)], budget_s=0.01)
 
 
 def test_calls_that_run_together_take_as_long_as_the_slowest() -> None:
@@ -209,8 +230,15 @@ def test_calls_that_run_together_take_as_long_as_the_slowest() -> None:
         threads.add(threading.get_ident())
         time.sleep(seconds)
 
-    slowest_s = measure_together([lambda: call(0.001), lambda: call(0.02)], [(0,), (0,)], budget_s=0.01)
-    assert len(threads) == 2 and slowest_s >= 0.02
+    calls = [[lambda: call(0.001), lambda: call(0.01)], [lambda: call(0.02), lambda: call(0.001)]]
+    first_s, second_s = measure_together(calls, [(0,), (0,)], budget_s=0.01)
+    assert len(threads) == 2 and first_s >= 0.02 > second_s >= 0.01
+
+
+def test_parts_run_in_turns_so_that_each_finds_what_the_last_one_left() -> None:
+    order: list[str] = []
+    measure_together([[lambda: order.append("a"), lambda: order.append("b")]], [(0,)], budget_s=0.0)
+    assert order == ["a", "b"] * (len(order) // 2) and len(order) >= 8
 
 
 @given(st.lists(st.integers(1, 4), max_size=3), st.sampled_from([torch.float32, torch.int64, torch.bool]))

@@ -51,6 +51,15 @@ def chosen(monkeypatch):
     return set_to
 
 
+@pytest.fixture
+def no_choices(monkeypatch, tmp_path):
+    """Nothing is chosen yet, and what will be stays out of the user's cache."""
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
+    variants._choices.cache_clear()
+    yield
+    variants._choices.cache_clear()
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_every_product_of_a_linear_layer_has_a_variant_of_the_same_result(chosen, compiled):
     chosen(True)
@@ -100,10 +109,7 @@ def test_other_products_have_no_variant(function, examples):
     assert products(traced(function, *examples)) == []
 
 
-def test_the_choice_is_measured_once_and_kept_on_disk(monkeypatch, tmp_path):
-    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
-    monkeypatch.setattr(variants, "_CHOICES", {})
-    monkeypatch.setattr(variants, "_READ", [])
+def test_the_choice_is_measured_once_and_kept_on_disk(monkeypatch, no_choices):
     nodes = products(traced(step, *EXAMPLES))
     measured = []
 
@@ -117,27 +123,26 @@ def test_the_choice_is_measured_once_and_kept_on_disk(monkeypatch, tmp_path):
     assert len(variants.choose(nodes, 1)) == 1 and len(measured) == 4  # known
     variants.choose(nodes, 2)
     assert len(measured) == 8  # other threads, other times
-    monkeypatch.setattr(variants, "_CHOICES", {})
-    monkeypatch.setattr(variants, "_READ", [])
+    variants._choices.cache_clear()
     assert len(variants.choose(nodes, 1)) == 1 and len(measured) == 8  # read
 
 
-def test_measuring_leaves_torchs_random_state_alone(monkeypatch, tmp_path):
-    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
-    monkeypatch.setattr(variants, "_CHOICES", {})
-    monkeypatch.setattr(variants, "_READ", [])
+def test_measuring_leaves_torchs_random_state_alone(no_choices):
     before = torch.get_rng_state()
     variants.with_variants(traced(step, *EXAMPLES), 1)
-    assert len(variants._CHOICES) == 4
+    assert len(variants._choices()) == 4
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_products_time_is_that_of_the_library_that_will_run(monkeypatch):
+def test_a_products_time_is_that_of_the_library_that_will_run(monkeypatch, no_choices):
     nodes = products(traced(step, *EXAMPLES))
     monkeypatch.setattr(variants, "_times_s", lambda node: (4.0, 3.0))
     assert measure_nodes(nodes[:1], (0,), budget_s=1.0) == [3.0]
     monkeypatch.setattr(variants, "_times_s", lambda node: (4.0, 3.9))
-    assert measure_nodes(nodes[:1], (0,), budget_s=1.0) == [4.0]
+    assert measure_nodes(nodes[1:2], (0,), budget_s=1.0) == [4.0]
+    variants._choices.cache_clear()
+    monkeypatch.setattr(variants, "_times_s", lambda node: pytest.fail("it was measured with the op, and kept"))
+    assert variants.choose(nodes[:2], 1) == nodes[:1]
 
 
 def test_calls_are_timed_in_turns():

@@ -28,6 +28,7 @@ from partita.graph import torch_adapter
         ("torch.utils.checkpoint", "CheckpointFunction"),
         ("torch._dynamo", "OptimizedModule"),
         ("torch._ops", "OpOverload"),
+        ("torch._inductor.codecache", "CppCodeCache"),
     ],
 )
 def test_is_there(owner: str, name: str) -> None:
@@ -128,3 +129,12 @@ def test_dropout_in_parts_is_plain_dropout() -> None:
     for p, train in ((0.0, True), (1.0, True), (0.5, False)):
         reference = torch.native_dropout(x, p, train)
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(native(x, p, train), reference, strict=True))
+
+
+def test_ops_tell_whether_they_take_a_generator() -> None:
+    aten = torch.ops.aten
+    assert torch_adapter.takes_generator(aten.bernoulli.p)
+    assert not torch_adapter.takes_generator(aten.rand.default)
+    assert torch_adapter.overload_with_generator(aten.rand.default) is aten.rand.generator
+    assert torch_adapter.overload_with_generator(aten.randint.low) is aten.randint.low_generator
+    assert torch_adapter.overload_with_generator(aten.add.Tensor) is None

@@ -10,7 +10,7 @@ from torch import nn
 
 from partita.graph.capture import capture
 from partita.graph.graph import Graph, InputKind
-from partita.graph.simplify import is_random
+from partita.graph.randomness import is_random
 from partita.program.draws import hoist_draws
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")

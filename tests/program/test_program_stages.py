@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from partita.errors import PlanError
 from partita.graph.graph import Phase
-from partita.graph.simplify import is_random
+from partita.graph.randomness import is_random
 from partita.program.draws import hoist_draws
 from partita.program.stages import StageCuts, assign_stages
 

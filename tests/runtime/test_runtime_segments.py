@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 sys.path.insert(0, str(Path(__file__).parent))
 from runtime_cases import engine, program, program_set, run, segment
 
+from partita.graph.randomness import with_generator
 from partita.program.instructions import Feed, Recv, Send, TensorSpec
 from partita.runtime import segments
 from partita.runtime.segments import CompileWarning, build, python_code, with_strides
@@ -53,6 +54,21 @@ def test_plain_code_reads_attributes_of_the_module() -> None:
     module = make_fx(lambda x: (x + torch.tensor([1.0, 2.0]),))(torch.zeros(2))
     assert any(node.op == "get_attr" for node in module.graph.nodes)
     assert torch.equal(python_code(module.graph, module)(GENERATOR, torch.zeros(2))[0], torch.tensor([1.0, 2.0]))
+
+
+def test_attention_without_dropout_borrows_no_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its op is tagged as random; to lend it torch's generator would have workers wait for each other's attention."""
+    asked: list[Any] = []
+    monkeypatch.setattr(segments, "with_generator", lambda target: asked.append(target) or with_generator(target))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+    def attend(x: Tensor) -> tuple[Tensor, Tensor]:
+        return flash(x, x, x, 0.0)[0], torch.ops.aten.bernoulli.p(x, 0.5)
+
+    x = torch.randn(2, 2, 4, 8)
+    module = make_fx(attend)(x)
+    assert torch.equal(python_code(module.graph, module)(torch.Generator(), x)[0], flash(x, x, x)[0])
+    assert asked == [torch.ops.aten.bernoulli.p]
 
 
 def test_intermediates_are_let_go_after_their_last_use() -> None:

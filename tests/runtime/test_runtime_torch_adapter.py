@@ -32,14 +32,9 @@ def test_names_exist() -> None:
         assert torch.empty_strided((2, 3), (1, 2)).stride() == (1, 2)
 
 
-def test_ops_tell_their_names_and_generators() -> None:
+def test_ops_tell_their_names() -> None:
     aten = torch.ops.aten
     assert torch_adapter.op_name(aten.rand_like.default) == ("rand_like", "default")
     assert torch_adapter.op_name(len) == ("", "")
-    assert torch_adapter.takes_generator(aten.bernoulli.p)
-    assert not torch_adapter.takes_generator(aten.rand.default)
-    assert torch_adapter.overload_with_generator(aten.rand.default) is aten.rand.generator
-    assert torch_adapter.overload_with_generator(aten.randint.low) is aten.randint.low_generator
-    assert torch_adapter.overload_with_generator(aten.add.Tensor) is None
     assert torch.equal(torch_adapter.direct(aten.add.Tensor)(torch.ones(2), 1), torch.full((2,), 2.0))
     assert torch_adapter.direct(len) is len

@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from partita.runtime.torch_adapter import compile_source
+from partita.graph.torch_adapter import compile_source
 
 LEAST_ELEMENTS = 2048  # reading and writing the generator's state takes as long as drawing so many numbers
 _STATE_BYTES = 5056  # of torch's CPU generator: seed, left, seeded, next, 624 words in 8 bytes each, ...

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Generator
 
-from partita.runtime import masks
-from partita.runtime.randomness import with_generator
+from partita.graph import masks
+from partita.graph.randomness import with_generator
 
 compiled = pytest.mark.skipif(
     shutil.which("g++") is None or masks._fast() is None, reason="no g++, or torch draws by MKL on this processor"

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import fx
 
-from partita.runtime.randomness import is_random, with_generator
+from partita.graph.randomness import is_random, with_generator
 
 aten = torch.ops.aten
 X = torch.rand(3, 4)
@@ -40,9 +41,13 @@ CALLS: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
 ]
 
 
+def node_of(target: Any) -> fx.Node:
+    return fx.Graph().call_function(target)
+
+
 @pytest.mark.parametrize(("op", "args", "options"), CALLS, ids=lambda value: str(value)[:40])
 def test_same_numbers_and_same_state_afterwards(op: Any, args: Any, options: Any) -> None:
-    assert is_random(op)
+    assert is_random(node_of(op))
     torch.manual_seed(11)
     expected = op(*args, **options)
     after = torch.get_rng_state()
@@ -63,7 +68,7 @@ def test_an_op_that_knows_no_generator_borrows_the_default_one() -> None:
     torch.manual_seed(11)
     expected = op(*args)[0]
     assert torch.equal(with_generator(op)(torch.Generator().manual_seed(11), *args)[0], expected)
-    from partita.runtime.randomness import _through_default_generator
+    from partita.graph.randomness import _through_default_generator
 
     torch.manual_seed(99)
     borrowed = _through_default_generator(aten.rand.default)(torch.Generator().manual_seed(11), [3])
@@ -72,4 +77,4 @@ def test_an_op_that_knows_no_generator_borrows_the_default_one() -> None:
 
 
 def test_plain_ops_are_not_random() -> None:
-    assert not is_random(aten.add.Tensor) and not is_random(len)
+    assert not is_random(node_of(aten.add.Tensor)) and not is_random(node_of(len))

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, fx
 
-from partita.runtime.masks import bernoulli
-from partita.runtime.torch_adapter import op_name, overload_with_generator, takes_generator
+from partita.graph.masks import bernoulli
+from partita.graph.torch_adapter import OpOverload, overload_with_generator, takes_generator
 
 aten = torch.ops.aten
 _DEFAULT_GENERATOR = threading.Lock()  # held by whoever lends its state to the default generator
@@ -41,19 +41,34 @@ def _bernoulli(generator: Generator, value: Tensor, p: float, **options: Any) ->
     return bernoulli(value, p, generator)
 
 
-_BY_HAND: dict[str, Callable[..., Any]] = {
-    "rand_like": _like(lambda out, generator, _: out.uniform_(generator=generator)),
-    "randn_like": _like(lambda out, generator, _: out.normal_(generator=generator)),
-    "randint_like": _like(
-        lambda out, generator, bounds: out.random_(*((0, *bounds) if len(bounds) == 1 else bounds), generator=generator)
-    ),
-    "native_dropout": _native_dropout,
+_randint_like = _like(
+    lambda out, generator, bounds: out.random_(*((0, *bounds) if len(bounds) == 1 else bounds), generator=generator)
+)
+
+_BY_HAND: dict[Any, Callable[..., Any]] = {
+    aten.bernoulli.p: _bernoulli,
+    aten.rand_like.default: _like(lambda out, generator, _: out.uniform_(generator=generator)),
+    aten.randn_like.default: _like(lambda out, generator, _: out.normal_(generator=generator)),
+    aten.randint_like.default: _randint_like,
+    aten.randint_like.low_dtype: _randint_like,
+    aten.native_dropout.default: _native_dropout,
 }
 
 
-def is_random(target: Any) -> bool:
-    """Whether the op draws from a random number generator."""
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in target.tags
+def is_random(node: fx.Node) -> bool:
+    """Whether the op draws from a random generator (attention without dropout does not, whatever its tag says).
+
+    Such ops are kept and stay in order even if nobody reads them, since each draw moves the generator.
+    """
+    if not isinstance(node.target, OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            value = node.kwargs.get("dropout_p", argument.default_value)
+            return bool(node.args[position] if position < len(node.args) else value)
+    return True
 
 
 def with_generator(target: Any) -> Callable[..., Any]:
@@ -64,13 +79,10 @@ def with_generator(target: Any) -> Callable[..., Any]:
         >>> with_generator(torch.ops.aten.rand_like.default)(torch.Generator().manual_seed(0), torch.zeros(2))
         tensor([0.4963, 0.7682])
     """
-    name, overload = op_name(target)
-    if target is aten.bernoulli.p:
-        return _bernoulli
+    if target in _BY_HAND:
+        return _BY_HAND[target]
     if takes_generator(target):
         return lambda generator, *args, **options: target(*args, **{**options, "generator": generator})
-    if name in _BY_HAND and overload in ("default", "low_dtype"):
-        return _BY_HAND[name]
     other = overload_with_generator(target)
     if other is not None:
         return lambda generator, *args, **options: other(*args, **{**options, "generator": generator})
