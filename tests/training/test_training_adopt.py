@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import partita
+from partita.runtime import compiling, segments
 from partita.runtime.segments import CompileWarning
 from partita.training import adopt, parallelize
 from partita.training.events import CandidateMeasured, PlanChosen, subscribe
@@ -289,6 +290,9 @@ def test_compiled_candidates_come_in_when_they_are_ready() -> None:
 def test_a_compiler_that_fails_in_the_background_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/bin/false")
     monkeypatch.setattr(parallelize, "has_compiler", lambda: True)
+    monkeypatch.setattr(segments, "_MADE", {})  # what other tests have had compiled
+    surroundings = compiling._surroundings.__wrapped__  # not what an earlier test has had it remember
+    monkeypatch.setattr(compiling, "_surroundings", surroundings)
     data = batches(3)
     model = net()
     torch.manual_seed(7)
