@@ -212,6 +212,9 @@ def prepare_partita(model: Any, batches: list[Batch], axis: str = "") -> Prepare
         extents = {"data": 1, "pipeline": 1, axis: int(os.environ["WORLD_SIZE"])}
         plan = partita.Constraints(**extents)
     step = partita.parallelize(model, make_optimizer(model.parameters()), loss_of, batches[0], plan=plan)
+    stream = itertools.cycle(batches)
+    while not step.is_settled:  # candidates run in turns, and compiled ones come in when they are ready
+        step(next(stream))
     plan, last = step.plan, {"bytes_sent": 0}
 
     def run(batch: Batch) -> float:
@@ -233,7 +236,7 @@ def prepare_partita(model: Any, batches: list[Batch], axis: str = "") -> Prepare
         "prepare_time_s": time.perf_counter() - start_s,
         "alternatives": alternatives,
     }
-    return Prepared(run, itertools.cycle(batches), facts, step.close, lambda: dict(last))
+    return Prepared(run, stream, facts, step.close, lambda: dict(last))
 
 
 PREPARERS: dict[str, Callable[[Any, list[Batch]], Prepared]] = {

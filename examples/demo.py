@@ -48,6 +48,14 @@ def plain_step(task: Task) -> StepFn:
     return step
 
 
+def settle(task: Task, step: partita.Step, plain: StepFn) -> None:
+    """Trains both until a plan is adopted: candidates run the first steps in turns, compiled ones when they are ready."""
+    while not step.is_settled:
+        batch = next(task.batches)
+        step(batch)
+        plain(batch)
+
+
 def train(task: Task, step: partita.Step, plain: StepFn, num_steps: int, progress: Progress) -> Outcome:
     """Trains both on the same batches in turns of 20 steps, so that a drift of the machine hits both."""
     bar = progress.add_task(f"{task.name}", total=num_steps)
@@ -96,9 +104,11 @@ def main() -> None:
         plain = plain_step(task)
         with console.status("capturing, planning and measuring ..."):
             step = partita.parallelize(task.model, task.optimizer, task.loss_fn, next(task.batches))
-        console.print(str(step.plan))
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with step:
+            with console.status("training with the best few plans in turns ..."):
+                settle(task, step, plain)
+            console.print(str(step.plan))
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             with Progress(*columns, console=console) as progress:
                 outcome = train(task, step, plain, arguments.steps, progress)
             show(console, task, step.plan, outcome)

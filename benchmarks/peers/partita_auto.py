@@ -18,9 +18,12 @@ def prepare(name: str, workload: Workload) -> Prepared:
     task = workload.task()
     batches = workload.batches(task)
     step = partita.parallelize(task.model, families.make_optimizer(OPTIMIZER, task), task.loss_fn, batches[0])
-    first_loss = float(step(batches[0]).loss)
+    stream = itertools.cycle(batches)
+    first_loss = float(step(next(stream)).loss)
+    while not step.is_settled:  # candidates run in turns, and compiled ones come in when they are ready
+        step(next(stream))
     return Prepared(
-        lambda batch: float(step(batch).loss), itertools.cycle(batches), first_loss, _in_words(step.plan),
+        lambda batch: float(step(batch).loss), stream, first_loss, _in_words(step.plan),
         close=step.close,
     )  # fmt: skip
 
