@@ -49,7 +49,7 @@ def plain_step(task: Task) -> StepFn:
 
 
 def settle(task: Task, step: partita.Step, plain: StepFn) -> None:
-    """Trains both until a plan is adopted: candidates run the first steps in turns, compiled ones when they are ready."""
+    """Trains both until a plan is adopted: candidates make the first steps in turns."""
     while not step.is_settled:
         batch = next(task.batches)
         step(batch)
