@@ -197,16 +197,17 @@ class Liveness:
                 continue  # it has not started yet: whoever waits for it has a time limit
             beat, host, pid, _ = json.loads(self._store.get(f"alive/{rank}"))
             name = _named(rank, host, pid)
-            if self._store.check([f"closed/{rank}"]):
+            is_gone = host == self._host and not process_exists(pid)
+            if self._store.check([f"closed/{rank}"]):  # asked last: it may say goodbye and end at any moment
                 if self._listeners:
                     return f"{name} has ended while other processes still train; all must make the same steps"
                 continue
+            if is_gone:
+                return f"{name} is gone: it was killed or has crashed"
             now_s = time.monotonic()
             last, since_s = self._beats.get(rank, (-1, now_s))
             if beat != last:
                 self._beats[rank] = (beat, now_s)
-            if host == self._host and not process_exists(pid):
-                return f"{name} is gone: it was killed or has crashed"
             if beat == last and now_s - since_s > STALE_TIME_S:
                 return f"{name} is gone: no sign of life for {now_s - since_s:.0f} s"
         return ""
