@@ -24,17 +24,12 @@ from partita.cluster.detect import job_store
 from partita.cluster.job import current_job
 from partita.errors import PeerLostError, StepError, WaitTimeoutError
 from partita.program.instructions import TensorSpec
-from partita.program.wire import WIDER, padded, ring_bytes
+from partita.program.wire import LARGEST_OWN_BYTES, WIDER, padded, ring_bytes
 from partita.runtime.ending import Order, close_at_end
 from partita.runtime.liveness import Liveness
 from partita.runtime.sockets import Gate, Mesh, bytes_of, own_address
 from partita.runtime.torch_adapter import default_store, is_registered_group
-from partita.units import KIB
 
-_ALIGN = 16  # bytes: pieces of one message start at multiples of it, so that they can be viewed as any dtype
-# Sums up to this size take a small part of gloo's time when the worker forms them itself. Of larger ones gloo's own
-# threads are as fast, and faster where the worker has to share its core with something else.
-LARGEST_OWN_BYTES = 512 * KIB
 _TURN_TIME_S = 0.5  # between ranks that end while they wait for each other; more than a process takes to end
 _MAX_TURN_TIME_S = 8.0
 _OUTSIDE = 0  # the session of exchanges outside of steps; those of engines count from 1

@@ -6,8 +6,8 @@ sends and receives, all directions at once, and `Mesh.interrupt` wakes it.
 
 Legend: `p` processes, `i` the place of this one among them; a value of `n` elements is cut into `p` chunks.
 
-* Small sums (`DIRECT_BYTES`): every process sends its whole value to all others, and adds all p in the order of
-  processes.
+* Small sums (`partita.program.wire.is_direct`): every process sends its whole value to all others, and adds all p in
+  the order of processes.
 * Other sums: a ring (Patarasuk and Yuan 2009, section 3). In round s process i sends chunk i-s to its successor and
   adds what it receives to chunk i-s-1; after p-1 rounds it holds the sum of chunk i+1, and p-1 more rounds hand
   the sums on.
@@ -35,9 +35,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from partita.units import KIB, MIB
+from partita.program.wire import chunk_edges, is_direct
+from partita.units import MIB
 
-DIRECT_BYTES = 64 * KIB  # of all that one process sends in a direct sum: two rounds of a ring would cost more than it
 _CHUNK_BYTES = MIB  # at most this much is sent before the other directions get their turn
 _HELLO = struct.Struct(">16sIII")  # token of the job, session, line, rank
 _CALL_TIME_S = 15.0  # until a call is answered by the other host's system
@@ -78,8 +78,7 @@ class Mesh:
         Raises:
             BrokenLineError: a process has gone or did not come in time.
         """
-        num_others = len(self._ranks) - 1
-        if value.numel() * value.element_size() * num_others <= DIRECT_BYTES or value.numel() < len(self._ranks):
+        if is_direct(value.numel(), value.element_size(), len(self._ranks)):
             self._sum_directly(value)
         else:
             self._sum_in_ring(value)
@@ -102,8 +101,7 @@ class Mesh:
     def _sum_in_ring(self, value: Tensor) -> None:
         p, i = len(self._ranks), self._place
         following, previous = self._ranks[(i + 1) % p], self._ranks[i - 1]
-        edges = [value.numel() * k // p for k in range(p + 1)]
-        chunks = [value[low:high] for low, high in itertools.pairwise(edges)]
+        chunks = [value[low:high] for low, high in itertools.pairwise(chunk_edges(value.numel(), p))]
         scratch = self._scratch_like(max(chunks, key=len))
         for s in range(p - 1):
             target = chunks[(i - s - 1) % p]

@@ -17,7 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 from partita.program.instructions import AllGather, AllReduce, AllToAll, ReduceScatter, Slice, TensorSpec
-from partita.program.wire import sent_bytes, whole_bytes
+from partita.program.wire import sent_bytes, sum_bytes, whole_bytes
 from partita.runtime.binding import cuts_of
 from partita.runtime.collectives import (
     AllGatherOp,
@@ -52,7 +52,8 @@ class FakeLine:
 
     def all_reduce(self, value: Tensor) -> None:
         assert value.dim() == 1 and value.is_contiguous()
-        self.bytes_sent += 2 * value.nbytes * (len(self.network.processes) - 1) // len(self.network.processes)
+        processes = self.network.processes
+        self.bytes_sent += sum_bytes(value.numel(), value.element_size(), len(processes), processes.index(self.process))
         parts = self._gather(value.clone())
         value.copy_(torch.stack(parts).sum(0))
 
@@ -60,7 +61,7 @@ class FakeLine:
         self, outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[TensorSpec]]
     ) -> dict[int, list[Tensor]]:
         sent = {process: [value.clone() for value in values] for process, values in outgoing.items()}
-        self.bytes_sent += sum(-(-value.nbytes // 16) * 16 for values in sent.values() for value in values)
+        self.bytes_sent += sum(value.nbytes for values in sent.values() for value in values)
         everything = dict(zip(self.network.processes, self._gather(sent), strict=True))
         result = {process: everything[process][self.process] for process in incoming}
         for process, specs in incoming.items():

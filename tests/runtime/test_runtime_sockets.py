@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 
 from partita.errors import StepError
+from partita.program.wire import DIRECT_BYTES, LARGEST_OWN_BYTES, sum_bytes
 from partita.runtime import sockets
 from partita.runtime.processes import ProcessSession, ProcessTransport, TransportWarning
-from partita.runtime.sockets import DIRECT_BYTES, BrokenLineError, Gate, Mesh, bytes_of, own_address
+from partita.runtime.sockets import BrokenLineError, Gate, Mesh, bytes_of, own_address
 
 
 def meshes(num_processes: int, timeout_s: float = 20.0) -> list[Mesh]:
@@ -54,7 +55,7 @@ def end(made: Sequence[Mesh]) -> None:
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 4])
-@pytest.mark.parametrize("num_elements", [1, 3, 1000, DIRECT_BYTES // 4 + 3, 300_001])
+@pytest.mark.parametrize("num_elements", [1, 3, 1000, DIRECT_BYTES // 4 + 3, 130_001, 300_001])
 def test_a_sum_is_right_and_bit_identical_on_all(num_processes: int, num_elements: int) -> None:
     made = meshes(num_processes)
     generator = torch.Generator().manual_seed(num_elements)
@@ -70,6 +71,8 @@ def test_a_sum_is_right_and_bit_identical_on_all(num_processes: int, num_element
     ring = 4 * num_elements * (num_processes - 1) > DIRECT_BYTES
     expected = 2 * moved / num_processes if ring else moved
     assert all(abs(one - expected) <= 3 * 2 * 4 * num_processes for one in sent), (sent, expected)
+    if 4 * num_elements <= LARGEST_OWN_BYTES:
+        assert sent == [3 * sum_bytes(num_elements, 4, num_processes, place) for place in range(num_processes)]
     end(made)
 
 
