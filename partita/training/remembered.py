@@ -22,6 +22,7 @@ from partita.units import fingerprint
 
 FORMAT = 1
 NUM_KEPT = 3
+RECALLED = "among the fastest candidates of an earlier run on these machines"
 CLOSE_RATIO = 1.15  # further ones are measured again if they took at most this times the fastest
 
 
@@ -70,7 +71,7 @@ class Memory:
             return ()
         limit_s = CLOSE_RATIO * min((one.step_time_s for one in found.kept if one.step_time_s is not None), default=0.0)
         return tuple(
-            one.plan
+            _as_measured(one)
             for one in found.kept
             if one.step_time_s is None or one.step_time_s <= limit_s or _is_plain(one.plan)
         )
@@ -92,6 +93,14 @@ class Memory:
             for plan, time_s in chosen
         )
         write_json(self._name, msgspec.to_builtins(_File(question=self._question, kept=kept)))
+
+
+def _as_measured(kept: _Kept) -> Plan:
+    """The plan with the step time of the earlier run, which stands until this one has measured it again."""
+    if kept.step_time_s is None:
+        return kept.plan
+    others = [reason for reason in kept.plan.reasons if reason != RECALLED]
+    return msgspec.structs.replace(kept.plan, measured_step_time_s=kept.step_time_s, reasons=(*others, RECALLED))
 
 
 def _is_plain(plan: Plan) -> bool:

@@ -219,6 +219,7 @@ def test_what_was_adopted_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_pat
     tried = {second.plan.hash, *(item.description for item in second.plan.alternatives)}
     assert first.plan.hash in tried or adopt.describe(first.plan) in tried
     assert second.plan.mode == "block" or any("plain" in text for text in tried)
+    assert second.plan.measured_step_time_s is not None  # of that run, where only one plan is left
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"question": "another", "kept": []}', "not JSON"])
