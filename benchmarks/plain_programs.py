@@ -16,6 +16,7 @@ from partita.program.instructions import (
     AllGather,
     AllReduce,
     AllToAll,
+    Await,
     Free,
     Instruction,
     Program,
@@ -24,6 +25,7 @@ from partita.program.instructions import (
     ReduceScatter,
     Run,
     Send,
+    Start,
     Update,
 )
 
@@ -65,6 +67,7 @@ class PlainMachine:
     def step(self, leaves: Sequence[Tensor]) -> None:
         """Run all programs to their end; afterwards `losses` and `buffers` hold the step's."""
         self._mail: dict[tuple[int, int, str], Tensor] = {}
+        self._begun: dict[str, dict[int, list[Tensor]]] = {}  # key of a sum in the background -> worker -> values
         self._workers = {p.worker: _Worker(p, self._start(p, leaves)) for p in self.programs.programs}
         while any(worker.current is not None for worker in self._workers.values()):
             moved = [self._advance(worker) for worker in self._workers.values()]
@@ -97,6 +100,12 @@ class PlainMachine:
             if address not in self._mail:
                 return False
             self._write(worker, instruction.register, self._mail.pop(address))
+        elif isinstance(instruction, Await):
+            brought = self._begun[instruction.key]
+            if len(brought) < len(instruction.collective.group):
+                return False
+            sums = [total(parts) for parts in zip(*brought.values(), strict=True)]
+            worker.registers.update(zip(instruction.collective.registers, sums, strict=True))
         else:
             self._alone(worker, instruction)
         worker.position += 1
@@ -118,6 +127,9 @@ class PlainMachine:
             for index, part in enumerate(instruction.slices):
                 flat = self.parameters[worker.program.process][part.parameter].view(-1)
                 flat[part.start : part.end] = self.update(flat[part.start : part.end], worker.registers[f"g:{index}"])
+        elif isinstance(instruction, Start):
+            values = [worker.registers.pop(name) for name in instruction.collective.registers]
+            self._begun.setdefault(instruction.key, {})[worker.program.worker] = values
         elif isinstance(instruction, Free):
             for name in instruction.registers:
                 del worker.registers[name]

@@ -1,8 +1,8 @@
 """Random small program sets of every instruction, that can neither deadlock nor round.
 
 A program set is written down move by move, in one order for all workers: a collective is appended to the programs of
-all its members at once, a message is sent now and received a few moves later. That order itself is an execution to the
-end, so whatever stops at run time is the runtime's fault.
+all its members at once, a message is sent now and received a few moves later, a sum in the background begun now and
+awaited later. That order itself is an execution to the end, so whatever stops at run time is the runtime's fault.
 
 All values are whole numbers, and a bound of each is known while the programs are written: before a sum could pass what
 its dtype holds exactly, the addends are reduced modulo `MODULUS`. So every sum is exact in any order, and a
@@ -26,6 +26,7 @@ from partita.program.instructions import (
     AllGather,
     AllReduce,
     AllToAll,
+    Await,
     Feed,
     Free,
     Instruction,
@@ -37,6 +38,7 @@ from partita.program.instructions import (
     Segment,
     Send,
     Slice,
+    Start,
     TensorSpec,
     Update,
 )
@@ -132,6 +134,7 @@ class Author:
     feeds: list[list[Feed]] = field(init=False)
     segments: dict[str, Segment] = field(default_factory=dict)
     underway: list[tuple[int, Recv, int]] = field(default_factory=list)  # receiver, instruction, bound
+    begun: list[tuple[int, AllReduce, tuple[int, ...]]] = field(default_factory=list)  # member, its sum, bounds
     parameters: dict[str, TensorSpec] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)  # parameters that were updated
     num_names: int = 0
@@ -173,10 +176,13 @@ class Author:
     def move(self) -> None:
         """One move, and with it perhaps the arrival of messages."""
         moves = (self.run, self.run, self.accumulate, self.send, self.send, self.all_reduce, self.all_reduce,
-                 self.scatter, self.gather, self.turn_around, self.free, self.train)  # fmt: skip
+                 self.scatter, self.gather, self.turn_around, self.free, self.train, self.begin,
+                 self.begin)  # fmt: skip
         self.rng.choice(moves)()
         while self.underway and self.rng.random() < 0.4:
             self._arrive(self.rng.randrange(len(self.underway)))
+        while self.begun and self.rng.random() < 0.3:
+            self._await(self.rng.randrange(len(self.begun)))
 
     # One worker --------------------------------------------------------------------------------------------------
 
@@ -342,6 +348,33 @@ class Author:
             for name, spec, (_, bound) in zip(outputs or names, specs, columns, strict=True):
                 self.registers[member][name] = Value(spec, bound, frozen=in_place)
 
+    def begin(self) -> None:
+        """A sum over processes in the background, of a worker of each; every member awaits it when it likes."""
+        homes = sorted(set(self.processes))
+        if len(homes) < 2:
+            return
+        chosen = self.rng.sample(homes, self.rng.randint(2, len(homes)))
+        group = tuple(self.rng.choice([w for w in self.workers if self.processes[w] == home]) for home in chosen)
+        columns: list[tuple[list[str], int]] = []
+        for _ in range(self.rng.randint(1, 3)):
+            names = self._alike(group)
+            if names is not None:  # copies, which nobody misses until they are awaited
+                copies = [self._shrink(member, name) for member, name in zip(group, names, strict=True)]
+                columns.append((copies, self._small(group, copies)))
+        key = self.name("c")
+        for place, member in enumerate(group if columns else ()):
+            names = [column[place] for column, _ in columns]
+            specs = tuple(self.registers[member].pop(name).spec for name in names)
+            collective = AllReduce(tuple(names), specs, group, key)
+            self.instructions[member].append(Start(collective))
+            self.begun.append((member, collective, tuple(bound for _, bound in columns)))
+
+    def _await(self, index: int) -> None:
+        member, collective, bounds = self.begun.pop(index)
+        self.instructions[member].append(Await(collective))
+        for name, spec, bound in zip(collective.registers, collective.specs, bounds, strict=True):
+            self.registers[member][name] = Value(spec, bound, frozen=True)
+
     def scatter(self) -> None:
         group, key, output = self._group(), self.name("c"), self.name()
         names = self._alike(group)
@@ -480,6 +513,8 @@ class Author:
         """Receive what is underway, reduce a digest of everything to the loss, keep what is left as buffers."""
         while self.underway:
             self._arrive(0)
+        while self.begun:
+            self._await(self.rng.randrange(len(self.begun)))
         everyone, what = tuple(self.workers), TensorSpec((), torch.float64)
         for worker in everyone:
             self._run(worker, digest, list(self.registers[worker]), [("n:loss", what, 1009)])

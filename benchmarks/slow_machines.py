@@ -140,6 +140,7 @@ class Machines:
     def close(self) -> None:
         """Removes everything; processes on the machines are ended. Calling it again is harmless."""
         for machine in range(len(self)):
+            _try("ip", "-n", self.name(machine), "link", "del", INTERFACE)  # now; with its namespace it goes some day
             _remove_namespace(self.name(machine))
         if self._bridge:
             _try("ip", "link", "del", self._bridge)
