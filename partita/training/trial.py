@@ -8,7 +8,12 @@ import psutil
 import torch
 from torch import nn
 
+from partita.units import MIB
+
 SHARE = 0.5  # of the memory that is free, for the copy
+# Above this, a candidate makes its first step once without the updates: a step's time instead of the state's memory,
+# which would otherwise be the peak of the whole job.
+LARGEST_BYTES = 64 * MIB
 
 
 class Snapshot:
@@ -40,12 +45,12 @@ class Snapshot:
 
 
 def fits(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-    """Whether there is memory for a `Snapshot`, with as much to spare."""
+    """Whether a `Snapshot` is small, and there is memory for it, with as much to spare."""
     values = [*model.parameters(), *model.buffers()]
     for state in optimizer.state.values():
         values += [value for value in state.values() if isinstance(value, torch.Tensor)]
     num_bytes = sum(value.numel() * value.element_size() for value in values if value.device.type == "cpu")
-    return bool(num_bytes <= SHARE * psutil.virtual_memory().available)
+    return bool(num_bytes <= min(LARGEST_BYTES, SHARE * psutil.virtual_memory().available))
 
 
 def _copy(value: Any) -> Any:
