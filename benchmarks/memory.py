@@ -4,7 +4,7 @@
 
 Every (model, plan) pair trains in fresh processes. Of each process the kernel's own high-water mark of resident pages
 counts (`VmHWM`, which misses nothing), once over its whole life and once over the training steps alone (the mark is
-reset after `parallelize`). Pages of libraries that several processes have mapped are counted once a job: each process
+reset once a plan is adopted). Pages of libraries that several processes have mapped are counted once a job: each process
 counts its proportional share of them (`Pss`). A job's figure is the sum over its processes.
 
 *Baseline* is what the same job holds after it has trained a tiny model by the same kind of plan: the interpreter,
@@ -210,6 +210,8 @@ class Trainer:
             return self._prepare_ddp(model, loss_fn, batch)
         asked = "auto" if message["plan"] == AUTO else constraints_of(message["extents"])
         step = partita.parallelize(model, torch.optim.AdamW(model.parameters(), lr=1e-4), loss_fn, batch, plan=asked)
+        while not step.is_settled:  # candidates run in turns, and compiled ones come in when they are ready
+            step(batch)
         prediction = step.plan.prediction
         predicted = prediction.memory_bytes if prediction else {}
         self._step, self._close = lambda: float(step(batch).loss), step.close

@@ -47,6 +47,9 @@ from partita.training.step import Step, StepSetup, make_runner
 from partita.training.trial import fits
 
 NUM_MEASURED = 4  # graph plans that are run before one is adopted
+# A candidate that needs this many times another one's memory must be predicted to be faster by this share: the peak of
+# a job is that of the hungriest plan it has tried.
+HUNGRY_RATIO, HUNGRY_GAIN = 1.25, 0.05
 MAX_COMPILED_OPS = 3000  # compiling larger graphs takes minutes
 
 
@@ -391,6 +394,16 @@ def _candidates(
 def _finalists(candidates: tuple[Plan, ...]) -> list[Plan]:
     """The best few graph plans, compiled ones and others, and every plain plan."""
     graphs = [plan for plan in candidates if plan.mode == "graph"]
+    graphs = [plan for plan in graphs if not any(_is_hungry(plan, other) for other in graphs)]
     compiled = [plan for plan in graphs if plan.compiled][: NUM_MEASURED // 2]
     plain = [plan for plan in graphs if not plan.compiled][: NUM_MEASURED - len(compiled)]
     return [*plain, *compiled, *(plan for plan in candidates if plan.mode == "block")]
+
+
+def _is_hungry(plan: Plan, other: Plan) -> bool:
+    """Whether the plan would take much more memory than the other one, for little or nothing."""
+    if plan.prediction is None or other.prediction is None or plan.compiled != other.compiled:
+        return False
+    needs, others_needs = (max(p.prediction.memory_bytes.values(), default=0) for p in (plan, other) if p.prediction)
+    gain = 1 - plan.prediction.step_time_s / other.prediction.step_time_s
+    return needs > HUNGRY_RATIO * others_needs and gain < HUNGRY_GAIN

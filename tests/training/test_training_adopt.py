@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import partita
+from partita.plan import Prediction
 from partita.runtime import compiling, segments
 from partita.runtime.segments import CompileWarning
 from partita.training import adopt, parallelize
@@ -305,3 +306,26 @@ def test_a_compiler_that_fails_in_the_background_is_a_warning(monkeypatch: pytes
         while not made.is_settled and len(losses) < 200_000:
             losses.append(made(data[len(losses) % 3]).loss)
     assert made.is_settled
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "step_time_s", "compiled", "stays"),
+    [(130, 0.99, False, False), (130, 0.9, False, True), (120, 0.99, False, True), (130, 0.99, True, True)],
+)
+def test_a_plan_that_takes_much_memory_for_little_speed_is_not_tried(
+    memory_bytes: int, step_time_s: float, compiled: bool, stays: bool
+) -> None:
+    """A job's peak is that of the hungriest plan that it has tried; compiled plans are not held against others."""
+
+    def plan(num_bytes: int, time_s: float, compiled: bool) -> partita.Plan:
+        prediction = Prediction(
+            step_time_s=time_s, lower_bound_s=time_s, uncertainty=0.1, memory_bytes={"0": num_bytes}, bytes_sent=0
+        )
+        return partita.Plan(
+            mode="graph", graph_fingerprint="", cluster_fingerprint="", axes={"data": 2}, workers=(),
+            threads_per_worker=1, compiled=compiled, prediction=prediction,
+        )  # fmt: skip
+
+    lean, hungry = plan(100, 1.0, False), plan(memory_bytes, step_time_s, compiled)
+    assert (hungry in parallelize._finalists((lean, hungry))) is stays
+    assert lean in parallelize._finalists((lean, hungry))
