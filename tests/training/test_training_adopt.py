@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import partita
-from partita.plan import Prediction
+from partita.plan import Prediction, Worker
 from partita.runtime import compiling, segments
 from partita.runtime.segments import CompileWarning
 from partita.training import adopt, parallelize
@@ -322,7 +322,7 @@ def test_a_plan_that_takes_much_memory_for_little_speed_is_not_tried(
             step_time_s=time_s, lower_bound_s=time_s, uncertainty=0.1, memory_bytes={"0": num_bytes}, bytes_sent=0
         )
         return partita.Plan(
-            mode="graph", graph_fingerprint="", cluster_fingerprint="", axes={"data": 2}, workers=(),
+            mode="graph", graph_fingerprint="", cluster_fingerprint="", axes={"data": 1}, workers=(Worker(index=0, process=0, machine=0, cores=(0,), stage=0, data=0),),
             threads_per_worker=1, compiled=compiled, prediction=prediction,
         )  # fmt: skip
 
