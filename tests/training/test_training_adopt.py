@@ -318,11 +318,12 @@ def test_a_plan_that_takes_much_memory_for_little_speed_is_not_tried(
     """A job's peak is that of the hungriest plan that it has tried; compiled plans are not held against others."""
 
     def plan(num_bytes: int, time_s: float, compiled: bool) -> partita.Plan:
+        worker = Worker(index=0, process=0, machine=0, cores=(0,), stage=0, data=0)
         prediction = Prediction(
             step_time_s=time_s, lower_bound_s=time_s, uncertainty=0.1, memory_bytes={"0": num_bytes}, bytes_sent=0
         )
         return partita.Plan(
-            mode="graph", graph_fingerprint="", cluster_fingerprint="", axes={"data": 1}, workers=(Worker(index=0, process=0, machine=0, cores=(0,), stage=0, data=0),),
+            mode="graph", graph_fingerprint="", cluster_fingerprint="", axes={"data": 1}, workers=(worker,),
             threads_per_worker=1, compiled=compiled, prediction=prediction,
         )  # fmt: skip
 
