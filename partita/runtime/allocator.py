@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 import sys
 from collections.abc import Mapping
@@ -68,3 +69,10 @@ def give_back_freed_memory() -> None:
     """
     if keep_freed_memory():
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def let_go_of_garbage() -> None:
+    """What is over is no part of the next step: neither tensors that reference cycles (of the compiler, say) keep, nor
+    freed memory of threads that are gone."""
+    gc.collect()
+    give_back_freed_memory()

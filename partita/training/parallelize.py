@@ -22,7 +22,7 @@ from partita.cost.table import CostTable
 from partita.errors import CaptureError, InputError, PlanError
 from partita.graph import Graph, capture
 from partita.plan import Constraints, Plan
-from partita.runtime.allocator import give_back_freed_memory, keep_freed_memory
+from partita.runtime.allocator import keep_freed_memory, let_go_of_garbage
 from partita.runtime.segments import CompileWarning
 from partita.runtime.transport import Transport
 from partita.training.adopt import Adoption
@@ -209,16 +209,9 @@ def parallelize(
     with _old_objects_left_alone():
         decision = _decide(setup, batch, leaves, _Request(plan=plan, compile=compile))
         step = _make_step(setup, decision, leaves, start_s)
-    _let_go_of_planning()
+    let_go_of_garbage()  # of planning and measuring
     emit(PlanChosen(plan=step.plan, time_s=time.perf_counter() - start_s))
     return step
-
-
-def _let_go_of_planning() -> None:
-    """What planning and measuring took is no part of the step: neither the candidates' tensors, which reference cycles
-    of the compiler keep, nor freed memory of threads that are gone."""
-    gc.collect()
-    give_back_freed_memory()
 
 
 def _check_runs(plan: object) -> None:

@@ -28,6 +28,7 @@ from partita.errors import (
 from partita.graph import Graph, capture
 from partita.plan import Plan
 from partita.program.timeline import Timeline
+from partita.runtime.allocator import let_go_of_garbage
 from partita.runtime.transport import Transport
 from partita.training.adopt import Adoption
 from partita.training.arguments import check_sync_target
@@ -423,6 +424,7 @@ class Step:
         adoption.close(keep=self._first)
         for key in [key for key, runner in self._runners.items() if runner is not self._first]:
             self._runners.pop(key).close()  # other batch shapes ran by what was best then
+        let_go_of_garbage()  # of the candidates that were not adopted
         if self._plan.mode == "block":
             self._watch = None  # plain PyTorch follows by itself
         self._on_adopted(adoption)
