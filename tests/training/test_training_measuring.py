@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import partita
 from partita.cost.measure_ops import measure_together
+from partita.plan import Prediction
 from partita.training import measuring
 
 ROWS = 8
@@ -20,7 +21,7 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.mse_loss(model(batch[0]), batch[1])
 
 
-def prediction_of(**extents: int) -> partita.Prediction | None:
+def prediction_of(**extents: int) -> Prediction | None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
     batch = (torch.randn(ROWS, 6), torch.randn(ROWS, 2))
