@@ -4,8 +4,8 @@
 
 Every (model, plan) pair trains in fresh processes. Of each process the kernel's own high-water mark of resident pages
 counts (`VmHWM`, which misses nothing), once over its whole life and once over the training steps alone (the mark is
-reset once a plan is adopted). Pages of libraries that several processes have mapped are counted once a job: each process
-counts its proportional share of them (`Pss`). A job's figure is the sum over its processes.
+reset once a plan is adopted). Pages of libraries that several processes have mapped are counted once a job: each
+process counts its proportional share of them (`Pss`). A job's figure is the sum over its processes.
 
 *Baseline* is what the same job holds after it has trained a tiny model by the same kind of plan: the interpreter,
 torch, partita, and whatever these have loaded to capture, plan, compile and exchange. (`import_bytes` of it, before any
