@@ -106,7 +106,8 @@ def test_a_checkpoint_continues_under_another_plan(tmp_path) -> None:
         assert [step(item).loss for item in batches[3:]] == pytest.approx(expected[3:], rel=1e-5)
 
 
-def test_the_automatic_plan_measured_plain_pytorch_too() -> None:
+def test_the_automatic_plan_measured_plain_pytorch_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))  # no plan of an earlier run
     model, optimizer = net(), None
     optimizer = sgd(model)
     before = copy.deepcopy(model.state_dict())

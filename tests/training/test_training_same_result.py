@@ -250,7 +250,10 @@ def test_a_state_that_the_user_loads_reaches_the_workers() -> None:
         assert [step(batch).loss for batch in data[2:]] == losses
 
 
-def test_auto_measures_plain_pytorch_too_and_leaves_the_state_alone() -> None:
+def test_auto_measures_plain_pytorch_too_and_leaves_the_state_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))  # no plan of an earlier run
     data = list(batches((6,), (8, 8, 8)))
     plain, reference = build("dropout")
     torch.manual_seed(1)
