@@ -29,6 +29,7 @@ BUDGET_S = 0.9  # for all segments of a plan and its update
 TOGETHER_BYTES = 2**30  # of inputs of segments that are kept at the same time
 LONGEST_S = 3.0  # a segment estimated to take longer is left to the sum of its ops, whose error is small then
 LARGEST_UPDATE_BYTES = 2**28  # parameters of more are not copied to measure their update
+NOT_ON_MADE_UP_VALUES = (RuntimeError, IndexError, NotImplementedError)  # then the times of the ops stand for a part
 WEIGHT_SCALE = 0.02  # standard deviation of made-up weights: that of common initialisations
 
 
@@ -101,7 +102,7 @@ class PartMeasurer:
             parts = self._segments(programs, local, workers[:count], plan)
             if count == len(workers):
                 parts = itertools.chain(parts, self._updates(local, workers))
-            for group in _groups(parts):
+            for group in _groups(filter(_can_run, parts)):
                 _measure_group(group, BUDGET_S / len(counts))
 
     # Segments ----------------------------------------------------------------------------------------------------
@@ -122,10 +123,6 @@ class PartMeasurer:
             )
             inputs = [self._inputs(segment, code, run, program) for _ in workers]
             calls = [functools.partial(code.bind(torch.Generator()), *values) for values in inputs]
-            try:
-                on_pinned_threads([workers[0].cores], calls[:1])
-            except (RuntimeError, IndexError, NotImplementedError):
-                continue  # it cannot run on made-up values; its ops' times stand for it
             keep = functools.partial(
                 self.cost.keep_segment_time,
                 key,
@@ -161,17 +158,19 @@ class PartMeasurer:
         """The update of the workers' slices, unless the optimizer is not here or copies would be too large."""
         busy = [worker for worker, program in zip(workers, local, strict=True) if program.updated]
         optimizer = self.facts.optimizer
+        if optimizer is None or self.facts.kind == "coupled" or not busy:
+            return
         layout = {program.worker: program.updated for program in local}
         inputs = {item.name: item for item in self.graph.inputs_of(InputKind.PARAMETER)}
         names = dict.fromkeys(part.parameter for slices in layout.values() for part in slices)
         num_bytes = sum(torch.Size(inputs[name].shape).numel() * inputs[name].dtype.itemsize for name in names)
         sizes = {worker.index: tuple(part.num_elements for part in layout[worker.index]) for worker in busy}
-        threads = len(busy[0].cores) or 1 if busy else 1
+        threads = len(busy[0].cores) or 1
         known = all(
             self.cost.knows_update(own, self.facts.name, num_threads=threads, num_active=len(busy))
             for own in sizes.values()
         )
-        if optimizer is None or self.facts.kind == "coupled" or known or num_bytes > LARGEST_UPDATE_BYTES:
+        if known or num_bytes > LARGEST_UPDATE_BYTES:
             return
         parameters = {
             name: torch.nn.Parameter(torch.zeros(inputs[name].shape, dtype=inputs[name].dtype)) for name in names
@@ -185,10 +184,6 @@ class PartMeasurer:
             for own in sizes.values():
                 self.cost.keep_update_time(own, self.facts.name, time_s, num_threads=threads, num_active=len(busy))
 
-        try:
-            on_pinned_threads([worker.cores for worker in busy], calls)
-        except RuntimeError:
-            return
         yield _Part(workers=busy, calls=calls, keep=keep, num_bytes=num_bytes)
 
     def _shards(
@@ -223,9 +218,21 @@ def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
         yield group
 
 
+def _can_run(part: _Part) -> bool:
+    """Whether the part runs on its made-up values: one that does not would take its whole group along."""
+    try:
+        on_pinned_threads([worker.cores for worker in part.workers], part.calls)
+    except NOT_ON_MADE_UP_VALUES:
+        return False
+    return True
+
+
 def _measure_group(group: Sequence[_Part], budget_s: float) -> None:
     calls = list(zip(*(part.calls for part in group), strict=True))  # by worker
-    times_s = measure_together(calls, [worker.cores for worker in group[0].workers], budget_s=budget_s)
+    try:
+        times_s = measure_together(calls, [worker.cores for worker in group[0].workers], budget_s=budget_s)
+    except NOT_ON_MADE_UP_VALUES:  # other random draws than those of `_can_run`
+        return
     for part, time_s in zip(group, times_s, strict=True):
         part.keep(time_s=time_s)
 
