@@ -29,6 +29,7 @@ BUDGET_S = 0.9  # for all segments of a plan and its update
 TOGETHER_BYTES = 2**30  # of inputs of segments that are kept at the same time
 LONGEST_S = 3.0  # a segment estimated to take longer is left to the sum of its ops, whose error is small then
 LARGEST_UPDATE_BYTES = 2**28  # parameters of more are not copied to measure their update
+NOT_ON_MADE_UP_VALUES = (RuntimeError, IndexError, NotImplementedError)  # then the times of the ops stand for a part
 WEIGHT_SCALE = 0.02  # standard deviation of made-up weights: that of common initialisations
 
 
@@ -101,7 +102,7 @@ class PartMeasurer:
             parts = self._segments(programs, local, workers[:count], plan)
             if count == len(workers):
                 parts = itertools.chain(parts, self._updates(local, workers))
-            for group in _groups(parts):
+            for group in _groups(filter(_can_run, parts)):
                 _measure_group(group, BUDGET_S / len(counts))
 
     # Segments ----------------------------------------------------------------------------------------------------
@@ -122,10 +123,6 @@ class PartMeasurer:
             )
             inputs = [self._inputs(segment, code, run, program) for _ in workers]
             calls = [functools.partial(code.bind(torch.Generator()), *values) for values in inputs]
-            try:
-                on_pinned_threads([workers[0].cores], calls[:1])
-            except (RuntimeError, IndexError, NotImplementedError):
-                continue  # it cannot run on made-up values; its ops' times stand for it
             keep = functools.partial(
                 self.cost.keep_segment_time,
                 key,
@@ -186,7 +183,7 @@ class PartMeasurer:
         own: Sequence[tuple[Slice, ...]],
         parameters: Mapping[str, torch.nn.Parameter],
     ) -> _Part | None:
-        """The update of each busy worker's own slices; None if the table knows it or it cannot run."""
+        """The update of each busy worker's own slices; None if the table knows it."""
         sizes = [tuple(part.num_elements for part in slices) for slices in own]
         threads = len(busy[0].cores) or 1
 
@@ -200,10 +197,6 @@ class PartMeasurer:
         if all(map(knows, sizes)):
             return None
         calls = [_update_call(shards, w.index, slices, parameters) for w, slices in zip(busy, own, strict=True)]
-        try:
-            on_pinned_threads([worker.cores for worker in busy], calls)
-        except RuntimeError:
-            return None
         num_bytes = 4 * sum(map(sum, sizes))
         return _Part(workers=busy, calls=calls, keep=keep, num_bytes=num_bytes)
 
@@ -239,9 +232,21 @@ def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
         yield group
 
 
+def _can_run(part: _Part) -> bool:
+    """Whether the part runs on its made-up values: one that does not would take its whole group along."""
+    try:
+        on_pinned_threads([worker.cores for worker in part.workers], part.calls)
+    except NOT_ON_MADE_UP_VALUES:
+        return False
+    return True
+
+
 def _measure_group(group: Sequence[_Part], budget_s: float) -> None:
     calls = list(zip(*(part.calls for part in group), strict=True))  # by worker
-    times_s = measure_together(calls, [worker.cores for worker in group[0].workers], budget_s=budget_s)
+    try:
+        times_s = measure_together(calls, [worker.cores for worker in group[0].workers], budget_s=budget_s)
+    except NOT_ON_MADE_UP_VALUES:  # other random draws than those of `_can_run`
+        return
     for part, time_s in zip(group, times_s, strict=True):
         part.keep(time_s=time_s)
 
