@@ -58,9 +58,8 @@ class CostModel(Protocol):
         """Fixed cost of one step: waking the `num_workers` workers of a process and joining them."""
         ...
 
-    @property
-    def uncertainty(self) -> float:
-        """Relative error expected of a predicted step time (0.1 = 10 %)."""
+    def uncertainty(self, *, compiled: bool) -> float:
+        """Relative error expected of a step time that is predicted from its ops (0.1 = 10 %)."""
         ...
 
     @property

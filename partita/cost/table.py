@@ -40,6 +40,7 @@ UPDATE_TENSOR_S = 12e-6  # what an optimizer takes for each tensor, whatever its
 DISPATCH_S = 4e-6  # of a CPU op, where not measured
 GPU_LAUNCH_S = 6e-6
 UNCERTAINTY_MEASURED = 0.15
+UNCERTAINTY_COMPILED = 0.4  # the sum of measured ops says little of segments that fuse them
 UNCERTAINTY_REFINED = 0.08
 UNCERTAINTY_ROOFLINE = 0.5
 MEASURE_LIMIT_BYTES = 2**30  # ops that touch more are left to the roofline: measuring them could exhaust the memory
@@ -84,9 +85,10 @@ class CostTable:
         """Seconds of interpreter and dispatcher per op that is not compiled."""
         return self._dispatch_s
 
-    @property
-    def uncertainty(self) -> float:
-        return UNCERTAINTY_MEASURED if self._ops else UNCERTAINTY_ROOFLINE
+    def uncertainty(self, *, compiled: bool) -> float:
+        if not self._ops:
+            return UNCERTAINTY_ROOFLINE
+        return UNCERTAINTY_COMPILED if compiled else UNCERTAINTY_MEASURED
 
     @property
     def refined_uncertainty(self) -> float:
@@ -199,21 +201,21 @@ class CostTable:
             self._store()
 
     def keep_segment_time(
-        self, key: str, time_s: float, *, num_threads: int, compiled: bool, num_active: int = 1
+        self, key: str, time_s: float, *, num_threads: int, compiled: bool, num_active: float = 1
     ) -> None:
         """From now on the segment takes `time_s` while `num_active` workers run."""
         self._wholes.setdefault(_segment_key(key, num_threads, compiled), {})[num_active] = time_s
 
-    def knows_segment(self, key: str, *, num_threads: int, compiled: bool, num_active: int = 1) -> bool:
+    def knows_segment(self, key: str, *, num_threads: int, compiled: bool, num_active: float = 1) -> bool:
         return num_active in self._wholes.get(_segment_key(key, num_threads, compiled), {})
 
     def keep_update_time(
-        self, sizes: tuple[int, ...], optimizer: str, time_s: float, *, num_threads: int, num_active: int = 1
+        self, sizes: tuple[int, ...], optimizer: str, time_s: float, *, num_threads: int, num_active: float = 1
     ) -> None:
         """From now on the update of slices of these sizes takes `time_s` while `num_active` workers run."""
         self._wholes.setdefault(_update_key(sizes, optimizer, num_threads), {})[num_active] = time_s
 
-    def knows_update(self, sizes: tuple[int, ...], optimizer: str, *, num_threads: int, num_active: int = 1) -> bool:
+    def knows_update(self, sizes: tuple[int, ...], optimizer: str, *, num_threads: int, num_active: float = 1) -> bool:
         return num_active in self._wholes.get(_update_key(sizes, optimizer, num_threads), {})
 
     def _key(self, node: fx.Node, num_threads: int) -> str:

@@ -230,7 +230,7 @@ def _graph_plan(
         prediction=Prediction(
             step_time_s=price.step_time_s,
             lower_bound_s=0.0,
-            uncertainty=cost.uncertainty,
+            uncertainty=cost.uncertainty(compiled=corner.compiled),
             memory_bytes={str(rank): num_bytes for rank, num_bytes in price.memory_bytes.items()},
             bytes_sent=price.bytes_sent,
         ),
@@ -274,7 +274,7 @@ def _blocks(graph: Graph, cluster: Cluster, cost: CostModel, pricer: Pricer, con
             prediction = Prediction(
                 step_time_s=pricer.whole_time_s(worker, compiled),
                 lower_bound_s=0.0,
-                uncertainty=cost.uncertainty,
+                uncertainty=cost.uncertainty(compiled=compiled),
                 memory_bytes={str(process.rank): need},
             )
             plans.append(

@@ -20,8 +20,9 @@ import torch
 from partita.errors import PartitaError
 from partita.graph.graph import Graph
 from partita.plan import Alternative, Plan
-from partita.program import lower
+from partita.program import ProgramSet, lower
 from partita.program.instructions import Run
+from partita.program.timeline import Timeline
 from partita.runtime.compiling import Background
 from partita.runtime.segments import compile_ahead
 from partita.training.events import CandidateMeasured, PlanChosen, emit
@@ -31,6 +32,8 @@ from partita.training.turns import Course, Turns
 
 AnyRunner = GraphRunner | BlockRunner
 MakeRunner = Callable[[Plan], AnyRunner]
+Reprice = Callable[[Plan, ProgramSet, Sequence[Timeline]], Plan]
+NUM_OBSERVED = 5  # steps of the winner that are recorded
 
 
 def describe(plan: Plan) -> str:
@@ -89,6 +92,9 @@ class Adoption:
         team: the processes of the job; all make the same calls.
         whole_parameters: whether the optimizer needs parameters uncut.
         started_s: `time.perf_counter` when the user called.
+        can_undo: whether this process has the memory to undo a step.
+        reprice: the plan, its programs and timelines of its steps in; the plan with the step time predicted from these
+            out. All processes make the call.
 
     Use: before every step `next_runner`, after it `finished` or `failed`.
     """
@@ -105,10 +111,13 @@ class Adoption:
         whole_parameters: bool,
         started_s: float,
         can_undo: Callable[[], bool],
+        reprice: Reprice,
     ) -> None:
         self.graph = graph
         self._make, self._team, self._whole_parameters = make, team, whole_parameters
-        self._started_s, self._can_undo_here = started_s, can_undo
+        self._started_s, self._can_undo_here, self._reprice = started_s, can_undo, reprice
+        self._observed: list[Timeline] = []
+        self.records = False  # whether the next step is to be recorded
         self._candidates = [_Candidate(plan) for plan in plans]
         self._turns = Turns(
             [candidate.simplicity for candidate in self._candidates], start=start, provisional=provisional
@@ -145,18 +154,22 @@ class Adoption:
         while True:
             coming, ready = self._prospects(compiled)
             self._index = self._turns.next(ready)
-            if self._num_steps and self._turns.is_over(coming):
+            is_over = self._num_steps > 0 and self._turns.is_over(coming)
+            runner = self._prepared(self._index)
+            self.records = is_over and isinstance(runner, GraphRunner) and len(self._observed) < NUM_OBSERVED
+            if is_over and runner is not None and not self.records:
                 self.is_complete = True
                 self._adopt()
-            runner = self._prepared(self._index)
             if runner is not None:
                 return runner
 
-    def finished(self, time_s: float) -> None:
+    def finished(self, time_s: float, timeline: Timeline | None = None) -> None:
         """The step was made, by the runner that `next_runner` gave."""
         self._candidates[self._index].was_tried = True
         self._num_steps += 1
         self._time_s = time_s
+        if self.records and timeline is not None:
+            self._observed.append(timeline)
 
     def failed(self, error: BaseException | str) -> None:
         """That runner could not make its step; everything is as before it."""
@@ -171,6 +184,9 @@ class Adoption:
     def _adopt(self) -> None:
         self._index = self._turns.best
         self.adopted = self._report()
+        runner = self.runner
+        if self._observed and self.is_complete and isinstance(runner, GraphRunner):
+            self.adopted = self._reprice(self.adopted, runner.programs, self._observed)
         emit(PlanChosen(plan=self.adopted, time_s=time.perf_counter() - self._started_s))
 
     @property
@@ -265,6 +281,7 @@ class Adoption:
 
     def _out(self, index: int, reason: str) -> None:
         candidate = self._candidates[index]
+        self._observed.clear()
         self._turns.fail(index, f"could not run: {reason}"[:400])
         if candidate.runner is not None:
             with contextlib.suppress(Exception):

@@ -32,6 +32,7 @@ from partita.training.events import PlanChosen, WarningRaised, emit
 from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
 from partita.training.measuring import StepValues
+from partita.training.observing import observed_plan
 from partita.training.optimizers import OptimizerFacts, check_optimizer, kind_of
 from partita.training.overrides import current_override
 from partita.training.planning import (
@@ -327,6 +328,9 @@ def _make_step(setup: StepSetup, decision: _Decision, leaves: BatchLeaves, start
         whole_parameters=kind_of(setup.optimizer) != "element",
         started_s=start_s,
         can_undo=lambda: fits(setup.model, setup.optimizer),
+        reprice=lambda plan, programs, timelines: observed_plan(
+            plan, programs, timelines, setup.cluster, OptimizerFacts.of(setup.optimizer), setup.team
+        ),
     )
 
     def remember(adoption: Adoption) -> None:

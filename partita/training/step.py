@@ -171,7 +171,8 @@ class Step:
                 'updated. Look at the batch and the learning rate; check_finite="op" tells which op produced it'
             )
         self._num_steps += 1
-        self._timeline = outcome.timeline or self._timeline
+        if self._record:
+            self._timeline = outcome.timeline or self._timeline
         self._mark_stepped()
         result = StepResult(
             loss=outcome.loss,
@@ -435,7 +436,7 @@ class Step:
             adoption, start_s = self._adoption, time.perf_counter()
             found = self._try(runner, leaves, batch) if adoption.is_first_try else self._once(runner, leaves, batch)
             if not isinstance(found, str):
-                adoption.finished(time.perf_counter() - start_s)
+                adoption.finished(time.perf_counter() - start_s, found.timeline)
                 return found
             adoption.failed(found)
             self._next_of_adoption()
@@ -446,7 +447,8 @@ class Step:
         if self._setup.check_finite == "op":
             self._check_before(runner, batch, leaves)
         finite_only = self._setup.check_finite != "off"
-        return runner.step(batch, leaves, record=self._record, finite_only=finite_only)
+        record = self._record or (self._adoption is not None and self._adoption.records)
+        return runner.step(batch, leaves, record=record, finite_only=finite_only)
 
     def _try(self, runner: GraphRunner | BlockRunner, leaves: BatchLeaves, batch: Any) -> Outcome | str:
         """A candidate's first step: the reason, with everything as before, if a process cannot make it."""

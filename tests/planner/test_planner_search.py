@@ -83,11 +83,13 @@ def make_graph() -> Graph:
 class SimpleCost:
     """Op times are FLOPs at 1 MFLOP/s a core, communication by constants."""
 
-    uncertainty = 0.1
     refined_uncertainty = 0.05
 
     def __init__(self, *, link_s: float = 0.0, compiled: float = 0.5, collective_s: float = 0.0) -> None:
         self.link_s, self.compiled, self.collective_s = link_s, compiled, collective_s
+
+    def uncertainty(self, *, compiled: bool) -> float:
+        return 0.1
 
     def op_time_s(self, node: fx.Node, place: Any, *, num_active: float = 1) -> float:
         return 1e-6 + float(node.meta["op"].flops) * 1e-6 / len(place.cores)

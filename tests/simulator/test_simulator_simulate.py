@@ -45,8 +45,10 @@ class Rates:
     per_active_s: float = 0.0
     fixed_s: float = 0.0
     start_s: float = 0.0
-    uncertainty: float = 0.1
     refined_uncertainty: float = 0.05
+
+    def uncertainty(self, *, compiled: bool) -> float:
+        return 0.1
 
     def op_time_s(self, node: fx.Node, place: Place, *, num_active: float = 1) -> float:
         return 1.0
