@@ -48,7 +48,8 @@ def observed_plan(
         prediction = msgspec.structs.replace(
             plan.prediction, step_time_s=outcome.step_time_s, uncertainty=cost.refined_uncertainty
         )
-        found = msgspec.structs.replace(plan, prediction=prediction)
+        reason = f"its step time is predicted from what its parts took in {len(steps)} of its own steps"
+        found = msgspec.structs.replace(plan, prediction=prediction, reasons=(*plan.reasons, reason))
     return Plan.from_json(team.from_first(found.to_json()))
 
 

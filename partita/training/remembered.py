@@ -20,7 +20,7 @@ from partita.plan import Constraints, Plan, cluster_fingerprint
 from partita.training.optimizers import OptimizerFacts
 from partita.units import fingerprint
 
-FORMAT = 1
+FORMAT = 2
 NUM_KEPT = 3
 RECALLED = "among the fastest candidates of an earlier run on these machines"
 CLOSE_RATIO = 1.15  # further ones are measured again if they took at most this times the fastest
