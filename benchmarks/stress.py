@@ -164,7 +164,7 @@ class Trial:
     def _update(self, worker: int, slices: tuple[Slice, ...], gradients: list[Tensor]) -> None:
         for part, gradient in zip(slices, gradients, strict=True):
             own = self.state.parameters[part.parameter].view(-1)[part.start : part.end]
-            own.copy_(next_parameter(own, gradient))
+            own.copy_(next_parameter(own, gradient.view(-1)))
 
     def _disturbed(self, op: Op, index: int, worker: WorkerThread, rng: random.Random) -> Op:
         """The op after a delay, and after the fault if this is the place for it."""

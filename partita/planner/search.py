@@ -356,7 +356,8 @@ def _with_buckets(
 
 
 def _refine_best(plans: list[Plan], refine: Callable[[Plan], Outcome], cluster: Cluster, uncertainty: float) -> None:
-    """Refines predictions in place, always that of the best graph plan, until it is a refined one."""
+    """Refines predictions in place, always that of the best graph plan, until it is a refined one. What refining has
+    found out about one plan holds for its like: they would be preferred to it for their errors otherwise."""
     refined: set[str] = set()
     while len(refined) < MAX_REFINED:
         graphs = [plan for plan in plans if plan.mode == "graph"]
@@ -366,6 +367,16 @@ def _refine_best(plans: list[Plan], refine: Callable[[Plan], Outcome], cluster: 
         better, _ = _evaluated([best], refine, cluster)
         refined.add(best.hash)
         plans[plans.index(best) : plans.index(best) + 1] = [_with_uncertainty(plan, uncertainty) for plan in better]
+        ratio = _time_s(better[0]) / _time_s(best) if better and _time_s(best) > 0 else 1.0
+        for index, plan in enumerate(plans):
+            if plan.mode == "graph" and plan.compiled is best.compiled and plan.hash not in refined:
+                plans[index] = _slowed(plan, ratio)
+
+
+def _slowed(plan: Plan, ratio: float) -> Plan:
+    assert plan.prediction is not None
+    prediction = msgspec.structs.replace(plan.prediction, step_time_s=plan.prediction.step_time_s * ratio)
+    return msgspec.structs.replace(plan, prediction=prediction)
 
 
 def _with_uncertainty(plan: Plan, uncertainty: float) -> Plan:

@@ -54,7 +54,8 @@ _PERSISTENT = ("p:", "b:", "c:")
 
 
 class UpdateFn(Protocol):
-    """Applies the optimizer, in the worker's thread, to flat slices of parameters with their flat gradients."""
+    """Applies the optimizer, in the worker's thread, to flat slices of parameters with their gradients: flat as well,
+    or of whole parameters in any shape."""
 
     def __call__(self, worker: int, slices: tuple[Slice, ...], gradients: list[Tensor]) -> None: ...
 

@@ -164,7 +164,8 @@ class Cut:
 
 
 class ReduceScatterOp:
-    """Every position p receives the sums of `cuts[p]`."""
+    """Every position p receives the sums of `cuts[p]`: pieces of flattened tensors flat, but whole ones, where nothing
+    else has to be done, in the shape they have."""
 
     def __init__(self, seat: Seat, cuts: Sequence[Sequence[Cut]], device: torch.device) -> None:
         self.seat = seat
@@ -180,7 +181,8 @@ class ReduceScatterOp:
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
         if self.alone:
-            return [cut.of(values[cut.tensor]) for cut in self.mine]
+            own = ((cut, values[cut.tensor]) for cut in self.mine)
+            return [value if cut.is_whole(value) else cut.of(value) for cut, value in own]
         seat = self.seat
         brought = seat.meeting.gather(seat.member, values)
         if self.together:
@@ -203,10 +205,7 @@ class ReduceScatterOp:
             whole = all(map(cut.is_whole, own))  # then summed in its own shape: no views have to be made
             for part, value in zip(parts, own, strict=True):
                 part.append(value if whole else cut.of(value))
-        return [
-            total.reshape(-1) if cut.dim < 0 and total.dim() != 1 else total
-            for cut, total in zip(self.mine, sums(parts), strict=True)
-        ]
+        return sums(parts)
 
     def _exchange(self, brought: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """Other processes' sums for this worker's cuts, per process."""

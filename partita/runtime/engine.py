@@ -39,6 +39,7 @@ from partita.runtime.ending import END_TIME_S, Order, close_at_end, tell_unended
 from partita.runtime.failure import Failure, Stopped, Waiter
 from partita.runtime.local import Channel, Meeting, Party
 from partita.runtime.segments import Code, build, python_code
+from partita.runtime.torch_adapter import is_ordinary_thread
 from partita.runtime.transport import Line, Mail, Session, Transport
 from partita.runtime.worker import WorkerThread
 
@@ -268,10 +269,7 @@ class Engine:
         feeds = self._registers(leaves, row_offsets or {})
         self.mode.update, self.mode.accumulate_only, self.mode.finite_only = update, accumulate_only, finite_only
         self._seed_workers()
-        self._num_running = len(self.workers)
-        for worker, registers in zip(self.workers, feeds, strict=True):
-            worker.begin(registers, start_s, record=record)
-        self._await_workers()
+        self._let_run(feeds, start_s, record)
         end_s = time.perf_counter()
         outcome = self._outcome(commit_buffers, record, end_s - start_s, self._connections.bytes_sent - sent)
         if self._random:
@@ -338,9 +336,17 @@ class Engine:
         if last:
             self._main.wake()
 
-    def _await_workers(self) -> None:
+    def _let_run(self, feeds: Sequence[Registers], start_s: float, record: bool) -> None:
+        """Has the workers run a step on these registers. A worker that is alone on the CPU does so in the caller's
+        thread, since waking a thread and being woken takes as long as a small step."""
         try:
-            self._main.until(lambda: self._num_running <= 0, None, lambda: "")
+            if len(self.workers) == 1 and self.device.type == "cpu" and is_ordinary_thread():
+                self.workers[0].run(feeds[0], start_s, record=record)
+            else:
+                self._num_running = len(self.workers)
+                for worker, registers in zip(self.workers, feeds, strict=True):
+                    worker.begin(registers, start_s, record=record)
+                self._main.until(lambda: self._num_running <= 0, None, lambda: "")
         except Stopped:
             pass
         except BaseException as error:  # the caller's thread was interrupted

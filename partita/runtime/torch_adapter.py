@@ -9,6 +9,7 @@ names them.
 * `torch._subclasses.FakeTensorMode`: inputs for the compiler that have shapes and strides but no memory.
 * `OpOverload._op`, `._schema`, `._overloadname`, `.tags`: an op's inner callable and its signature.
 * `torch._foreach_add`, `torch._foreach_add_`: sums of many tensors in one call.
+* `torch._C._len_torch_dispatch_stack`, `torch._C._len_torch_function_stack`: whether calls of ops are intercepted.
 * `torch.distributed.distributed_c10d._get_default_store`: the key-value store of the running job.
 * `torch.distributed.distributed_c10d._world.pg_map`: the process groups that torch has not destroyed.
 """
@@ -165,3 +166,10 @@ def direct(target: Any) -> Callable[..., Any]:
     """What an op calls in the end, without the Python frame around it; other callables as they are."""
     result: Callable[..., Any] = target._op if isinstance(target, torch._ops.OpOverload) else target
     return result
+
+
+def is_ordinary_thread() -> bool:
+    """Whether ops do in this thread what they do in a new one: no autocast, no inference mode, nothing that intercepts
+    them (`torch.device` as a context, fake tensors, ...)."""
+    intercepted = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    return not (intercepted or torch.is_inference_mode_enabled() or torch.is_autocast_enabled("cpu"))

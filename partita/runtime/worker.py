@@ -45,6 +45,7 @@ class WorkerThread:
         self.device = device
         self.generator = Generator(device)
         self.party = Party(program.worker, Waiter(failure), timeout_s)
+        self._rest = Waiter(failure)  # of this thread between steps; the party's is of whoever runs the step
         self.party.labels = tuple(label(instruction) for instruction in program.instructions)
         self.registers: Registers = {}
         self.events: tuple[Event, ...] = ()
@@ -67,11 +68,28 @@ class WorkerThread:
         """Let the worker run one step on these registers (called from the engine's thread)."""
         self.registers = registers
         self._job = (start_s, record)
-        self.party.waiter.wake()
+        self._rest.wake()
+
+    def run(self, registers: Registers, start_s: float, *, record: bool) -> None:
+        """Run one step in the caller's thread, which saves waking this one and being woken by it. The caller's thread
+        must be an ordinary one (`is_ordinary_thread`)."""
+        self.registers = registers
+        num_threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(self._num_threads)
+            with torch.no_grad():
+                self._step(start_s, record)
+        except Stopped:
+            return
+        except Exception as error:
+            self._failure.record(self._explained(error))
+        finally:
+            self.party.position = -1
+            torch.set_num_threads(num_threads)
 
     def close(self) -> None:
         self._closing = True
-        self.party.waiter.wake()
+        self._rest.wake()
 
     def join(self, limit_s: float) -> None:
         """Wait for the thread to end; one that was never started has."""
@@ -89,7 +107,7 @@ class WorkerThread:
         self._settle()
         while True:
             try:
-                self.party.waiter.until(lambda: self._job is not None or self._closing, None, lambda: "")
+                self._rest.until(lambda: self._job is not None or self._closing, None, lambda: "")
                 if self._job is None:
                     return
                 start_s, record = self._job

@@ -21,6 +21,7 @@ import torch
 from partita.cost.memory import STATE_ELEMENTS
 from partita.errors import InputError
 from partita.program.instructions import Box, Slice
+from partita.training.fused import FusedUpdate
 from partita.training.torch_adapter import clone_optimizer, has_own_step
 
 Kind = Literal["element", "parameter", "coupled"]
@@ -248,6 +249,9 @@ class OptimizerShards:
         groups = {id(item): number for number, group in enumerate(optimizer.param_groups) for item in group["params"]}
         self._pieces: dict[_Key, dict[Slice, _Piece]] = {}
         self._shards: dict[_Key, tuple[torch.optim.Optimizer, tuple[int, ...]]] = {}
+        self._fused_updates: dict[_Key, FusedUpdate] = {}
+        # By identity: hashing hundreds of slices in every step takes as long as updating them.
+        self._known: dict[tuple[int, int], tuple[Sequence[Slice], _Key]] = {}
         for key in [(worker, slices) for worker, updates in layout.items() for slices in updates]:
             held = {
                 place: _Piece(place=place, tensor=self._view(place), group=groups[id(self._user(place.parameter))])
@@ -277,22 +281,41 @@ class OptimizerShards:
                     own["fused"] = uniform
 
     def update(self, worker: int, slices: Sequence[Slice], gradients: Sequence[torch.Tensor]) -> None:
-        """Apply the optimizer to `slices` with their (flat) gradients. Called in the worker's thread."""
-        key = (worker, tuple(slices))
+        """Apply the optimizer to `slices` with their gradients, flat or, of whole parameters, in the parameter's shape.
+        Called in the worker's thread."""
+        key = self._key(worker, slices)
         if key not in self._shards:
             return
+        fused = self._fused_updates.get(key)
+        if fused is None or not fused(gradients):
+            self._update(key, slices, gradients)
+
+    def _key(self, worker: int, slices: Sequence[Slice]) -> _Key:
+        known = self._known.get((worker, id(slices)))
+        if known is None or known[0] is not slices:
+            known = self._known[worker, id(slices)] = (slices, (worker, tuple(slices)))
+        return known[1]
+
+    def _update(self, key: _Key, slices: Sequence[Slice], gradients: Sequence[torch.Tensor]) -> None:
+        """By the optimizer's own step; the next ones may go directly to its kernel."""
         held = self._pieces[key]
         for place, gradient in zip(slices, gradients, strict=True):
             piece = held.get(place)
             if piece is not None:
                 piece.tensor.grad = gradient.view(piece.tensor.shape)
-        self._shards[key][0].step()
+        shard = self._shards[key][0]
+        shard.step()
         for piece in held.values():
             piece.tensor.grad = None
+        parameters = [held[place].tensor if place in held else None for place in slices]
+        fused = None if self._whole else FusedUpdate.of(shard, parameters, gradients)
+        if fused is not None:
+            self._fused_updates[key] = fused
 
     def load(self) -> None:
         """Take the state from the user's optimizer. Tensors of the parameter's shape are shared, others are copied."""
         self._num_uniform = 0
+        self._fused_updates.clear()  # they hold the states of before
         for name, (parameter, box) in self._parts.items():
             self._part_state[name] = cut_state(self._optimizer.state.get(parameter) or {}, parameter, box)
         for piece, shard in self._all_pieces():
@@ -304,6 +327,7 @@ class OptimizerShards:
 
     def collect(self) -> None:
         """Bring the state into the user's optimizer, as if it had made the steps itself."""
+        self._fused_updates.clear()
         for piece, shard in self._all_pieces():
             state = shard.state.get(piece.tensor)
             if not state:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.optim import optimizer as optimizer_module
 
 # Private names used here; `tests/training/test_training_torch_adapter.py` checks that torch still has them.
 PRIVATE_NAMES = (
     "torch.optim.Optimizer._optimizer_step_pre_hooks",
     "torch.optim.Optimizer._optimizer_step_post_hooks",
     "torch.optim.Optimizer._opt_called",
+    "torch.optim.optimizer._global_optimizer_pre_hooks",
+    "torch.optim.optimizer._global_optimizer_post_hooks",
+    "torch._fused_adam_",
+    "torch._fused_adamw_",
+    "torch._fused_sgd_",
+    "torch._fused_adagrad_",
 )
 
 
@@ -47,3 +56,82 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Let learning-rate schedulers know that the optimizer has made a step (they warn otherwise): torch counts calls of
     ``optimizer.step``, which partita does not call."""
     optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def has_global_hooks() -> bool:
+    """Whether something is hooked into the ``step`` of every optimizer."""
+    return bool(optimizer_module._global_optimizer_pre_hooks or optimizer_module._global_optimizer_post_hooks)
+
+
+# The kernels behind ``fused=True``; the functions of `torch.optim` that call them sort their arguments by device first.
+
+
+def fused_adam(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    states: Sequence[list[Tensor]],
+    steps: list[Tensor],
+    options: Mapping[str, Any],
+) -> None:
+    """Adam, or AdamW where the group's weight decay is decoupled; `steps` are counted up already."""
+    kernel = torch._fused_adamw_ if options["decoupled_weight_decay"] else torch._fused_adam_
+    means, squares, *most = states
+    beta1, beta2 = options["betas"]
+    kernel(
+        parameters,
+        gradients,
+        means,
+        squares,
+        most[0] if most else [],
+        steps,
+        amsgrad=options["amsgrad"],
+        lr=options["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+        maximize=options["maximize"],
+    )
+
+
+def fused_sgd(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    states: Sequence[list[Tensor]],
+    steps: list[Tensor],
+    options: Mapping[str, Any],
+) -> None:
+    """SGD, not for the first step with momentum, which makes the buffers."""
+    torch._fused_sgd_(
+        parameters,
+        gradients,
+        states[0] if states else [],
+        weight_decay=options["weight_decay"],
+        momentum=options["momentum"],
+        lr=options["lr"],
+        dampening=options["dampening"],
+        nesterov=options["nesterov"],
+        maximize=options["maximize"],
+        is_first_step=False,
+    )
+
+
+def fused_adagrad(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    states: Sequence[list[Tensor]],
+    steps: list[Tensor],
+    options: Mapping[str, Any],
+) -> None:
+    """Adagrad; `steps` are counted up already."""
+    torch._fused_adagrad_(
+        parameters,
+        gradients,
+        states[0],
+        steps,
+        lr=options["lr"],
+        lr_decay=options["lr_decay"],
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+        maximize=options["maximize"],
+    )

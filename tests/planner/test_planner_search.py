@@ -221,3 +221,31 @@ def test_evaluation_replaces_the_formula_and_drops_what_fails() -> None:
     assert plans[0].prediction.step_time_s == 1e-9 and plans[0].prediction.memory_bytes == {"0": 12}
     assert plans[0].prediction.lower_bound_s <= 1e-9
     assert not [plan for plan in plans if plan.mode == "graph" and plan.compiled]
+
+
+def test_what_refining_finds_out_holds_for_plans_that_are_alike() -> None:
+    """The formula is three times too short for all compiled plans: no unrefined one may win for that."""
+
+    def outcome(plan: Plan, factor: float) -> Any:
+        assert plan.prediction is not None
+        time_s = plan.prediction.step_time_s * (factor if plan.compiled else 1.0)
+        return SimpleNamespace(step_time_s=time_s, step_memory_bytes={0: 5}, shared_memory_bytes={0: 7}, bytes_sent=3)
+
+    refined: list[str] = []
+
+    def refine(plan: Plan) -> Any:
+        refined.append(plan.hash)
+        return outcome(plan, 3.0)
+
+    cost, cluster = SimpleCost(), make_cluster()
+    plans = search(
+        make_graph(), cluster, cost, microbatches=True, evaluate=lambda plan: outcome(plan, 1.0), refine=refine
+    )
+    unrefined = search(make_graph(), cluster, cost, microbatches=True, evaluate=lambda plan: outcome(plan, 1.0))
+    best = next(plan for plan in plans if plan.mode == "graph")
+    assert best.hash in refined
+    times = {plan.hash: plan.prediction.step_time_s for plan in unrefined if plan.prediction}
+    for plan in plans:
+        if plan.mode == "graph" and plan.compiled and plan.hash in times:
+            assert plan.prediction is not None
+            assert plan.prediction.step_time_s == pytest.approx(3 * times[plan.hash])

@@ -148,7 +148,7 @@ def _training_programs() -> Any:
 def _descend(parameters: dict[str, Tensor]) -> Any:
     def update(worker: int, slices: tuple[Slice, ...], gradients: list[Tensor]) -> None:
         for item, gradient in zip(slices, gradients, strict=True):
-            parameters[item.parameter].view(-1)[item.start : item.end].sub_(gradient)
+            parameters[item.parameter].view(-1)[item.start : item.end].sub_(gradient.view(-1))
 
     return update
 

@@ -79,7 +79,7 @@ def test_same_as_plain(shape: dict[str, int], loss: Any) -> None:
 
     def update(worker: int, slices: tuple[Slice, ...], gradients: list[Tensor]) -> None:
         for item, gradient in zip(slices, gradients, strict=True):
-            parameters[item.parameter].view(-1)[item.start : item.end].sub_(gradient, alpha=0.1)
+            parameters[item.parameter].view(-1)[item.start : item.end].sub_(gradient.view(-1), alpha=0.1)
 
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     constants = {item.name: graph.constants[item.name] for item in graph.inputs_of(InputKind.CONSTANT)}
