@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,7 +94,7 @@ def search(
     if not plans:
         raise InfeasibleError(misses[0] if misses else "No plan satisfies the constraints: free one of them.")
     bounds += [_time_s(plan) for plan in plans]  # evaluated ones and blocks belong to the space as well
-    plans.sort(key=lambda plan: (_time_s(plan), plan.num_workers))
+    plans = sorted(plans, key=lambda plan: (_is_doubtful(plan, plans), _time_s(plan), plan.num_workers))
     return _explained(_keep(plans, limit), min(bounds), len(space))
 
 
@@ -356,27 +356,49 @@ def _with_buckets(
 
 
 def _refine_best(plans: list[Plan], refine: Callable[[Plan], Outcome], cluster: Cluster, uncertainty: float) -> None:
-    """Refines predictions in place, always that of the best graph plan, until it is a refined one. What refining has
-    found out about one plan holds for its like: they would be preferred to it for their errors otherwise."""
+    """Refines predictions in place, always that of the best graph plan, until it is a refined one."""
     refined: set[str] = set()
     while len(refined) < MAX_REFINED:
-        graphs = [plan for plan in plans if plan.mode == "graph"]
+        graphs = [plan for plan in plans if plan.mode == "graph" and not _is_doubtful(plan, plans)]
         best = min(graphs, key=lambda plan: (_time_s(plan), plan.num_workers), default=None)
         if best is None or best.hash in refined:
             return
         better, _ = _evaluated([best], refine, cluster)
         refined.add(best.hash)
         plans[plans.index(best) : plans.index(best) + 1] = [_with_uncertainty(plan, uncertainty) for plan in better]
-        ratio = _time_s(better[0]) / _time_s(best) if better and _time_s(best) > 0 else 1.0
-        for index, plan in enumerate(plans):
-            if plan.mode == "graph" and plan.compiled is best.compiled and plan.hash not in refined:
-                plans[index] = _slowed(plan, ratio)
 
 
-def _slowed(plan: Plan, ratio: float) -> Plan:
+def _is_doubtful(plan: Plan, plans: Sequence[Plan]) -> bool:
+    """Whether a plan like it with fewer microbatches may be as good, for all that the predictions know. Sums of ops
+    know least of what a segment costs that is run several times."""
+    return any(
+        _is_like(other, plan)
+        and other.num_microbatches < plan.num_microbatches
+        and (_latest_s(other) if _is_surer(other, plan) else _time_s(other)) <= _latest_s(plan)
+        for other in plans
+    )
+
+
+def _is_like(plan: Plan, other: Plan) -> bool:
+    """Whether they differ in their microbatches alone, without a pipeline that lives on them."""
+    return (
+        plan.mode == other.mode == "graph"
+        and plan.axes == other.axes
+        and plan.axes.get("pipeline", 1) == 1
+        and (plan.workers, plan.threads_per_worker, plan.compiled)
+        == (other.workers, other.threads_per_worker, other.compiled)
+    )
+
+
+def _is_surer(plan: Plan, other: Plan) -> bool:
+    assert plan.prediction is not None and other.prediction is not None
+    return plan.prediction.uncertainty < other.prediction.uncertainty
+
+
+def _latest_s(plan: Plan) -> float:
+    """The step time if it is as long as the prediction's uncertainty allows."""
     assert plan.prediction is not None
-    prediction = msgspec.structs.replace(plan.prediction, step_time_s=plan.prediction.step_time_s * ratio)
-    return msgspec.structs.replace(plan, prediction=prediction)
+    return plan.prediction.step_time_s * (1 + plan.prediction.uncertainty)
 
 
 def _with_uncertainty(plan: Plan, uncertainty: float) -> Plan:
