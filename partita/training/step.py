@@ -29,6 +29,7 @@ from partita.graph import Graph, capture
 from partita.plan import Plan
 from partita.program.timeline import Timeline
 from partita.runtime.allocator import let_go_of_garbage
+from partita.runtime.large_pages import use_large_pages
 from partita.runtime.transport import Transport
 from partita.training.adopt import Adoption
 from partita.training.arguments import check_sync_target
@@ -44,7 +45,10 @@ from partita.training.planning import TooFewRowsError, adapted_plan, block_plan
 from partita.training.runners import BlockRunner, GraphRunner, LossFn, Outcome, owners_differ
 from partita.training.trial import Snapshot
 from partita.training.watch import Watch
+from partita.units import MIB
 
+CALM_STEPS = 3  # by the adopted plan; afterwards its memory is where it stays
+LEAST_PAGED_BYTES = 16 * MIB  # of parameters, gradients and states: below, they fit the caches
 MAX_GRAPHS = 8  # batch shapes and states of the model that are captured; further ones run as one block
 
 
@@ -108,6 +112,7 @@ class Step:
         self._runners: dict[tuple[BatchKey, str], GraphRunner | BlockRunner] = {}
         self._current: GraphRunner | BlockRunner | None = None
         self._fresh: Graph | None = None  # captured in this step
+        self._num_calm = 0
         self._compiles = False  # whether the next graph is worth compiling
         self._overflow: BlockRunner | GraphRunner | None = None
         self._adopting_key = (first.key, self._state)
@@ -174,6 +179,7 @@ class Step:
         if self._record:
             self._timeline = outcome.timeline or self._timeline
         self._mark_stepped()
+        self._move_to_large_pages()
         result = StepResult(
             loss=outcome.loss,
             step=self._num_steps,
@@ -396,6 +402,14 @@ class Step:
         new.load_state()
         if isinstance(old, BlockRunner):
             self._setup.optimizer.zero_grad(set_to_none=True)  # nobody else would free these gradients
+
+    def _move_to_large_pages(self) -> None:
+        """Once, when everything that lives from step to step has been made."""
+        self._num_calm += self.is_settled
+        if self._num_calm == CALM_STEPS:
+            values = self._setup.model.parameters()
+            if 4 * sum(value.nbytes for value in values if value.device.type == "cpu") >= LEAST_PAGED_BYTES:
+                use_large_pages()
 
     # Adoption --------------------------------------------------------------------------------------------------
 
