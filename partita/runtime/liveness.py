@@ -88,7 +88,9 @@ class Liveness:
         known = session in self._reported or session in self._seen or isinstance(error, PeerLostError)
         if known or self._store_is_gone:
             return
-        self._reported.add(session)
+        with self._found:
+            self._reported.add(session)
+            self._found.notify_all()  # whoever waits for others to explain it has the reason here
         text = {
             "rank": self.rank,
             "host": self._host,
@@ -106,11 +108,14 @@ class Liveness:
                 time.sleep(0.05)
 
     def explain(self, session: int) -> bool:
-        """Wait for the reason of a broken connection; whether there is one (it has been passed to the listener)."""
+        """Wait for the reason of a broken connection; whether there is one: it has been passed to the listener, or this
+        process has reported it itself."""
+
+        def is_known() -> bool:
+            return self.lost is not None or session in self._seen or session in self._reported
+
         with self._found:
-            return self._found.wait_for(
-                lambda: self.lost is not None or session in self._seen, STALE_TIME_S + 2 * BEAT_TIME_S
-            )
+            return self._found.wait_for(is_known, STALE_TIME_S + 2 * BEAT_TIME_S)
 
     def last_reports(self) -> str:
         """What the other processes last reported to be in, for messages."""

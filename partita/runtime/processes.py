@@ -228,15 +228,14 @@ class ProcessSession:
             call()
         except RuntimeError as error:
             text = str(error).splitlines()[0]
-            if self.failed:
-                raise StepError(f"{what} was given up ({text}), because the step has failed elsewhere") from error
-            if "timed out" in text.lower() and self.liveness.lost is None:
+            if not self.failed and "timed out" in text.lower() and self.liveness.lost is None:
                 raise WaitTimeoutError(
                     f"process rank {self.transport.rank} must not wait longer than timeout_s={timeout_s:g} "
                     f"for {what}, but "
                     f"did ({text}). Raise timeout_s if the other side needs that long on purpose."
                 ) from error
-            self.liveness.explain(self.number)
+            if self.failed or (self.liveness.explain(self.number) and self.failed):
+                raise StepError(f"{what} was given up ({text}), because the step has failed elsewhere") from error
             raise PeerLostError(
                 f"process rank {self.transport.rank} lost its connection during {what} ({text}), and no "
                 f"process has said why"

@@ -311,6 +311,8 @@ class OptimizerShards:
         fused = None if self._whole else FusedUpdate.of(shard, parameters, gradients)
         if fused is not None:
             self._fused_updates[key] = fused
+        else:
+            self._fused_updates.pop(key, None)
 
     def load(self) -> None:
         """Take the state from the user's optimizer. Tensors of the parameter's shape are shared, others are copied."""

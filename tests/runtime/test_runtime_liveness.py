@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
@@ -87,3 +88,15 @@ def test_a_sign_of_life_that_stands_still_is_a_loss(watching: Any, monkeypatch: 
     show(store, os.getpid(), beat=2)
     assert made._read_signs() == ""
     monkeypatch.undo()
+
+
+def test_who_has_reported_the_failure_itself_waits_for_no_explanation(watching: Any) -> None:
+    made, store = watching
+    store.set("failure/4", '{"rank": 1, "host": "h", "pid": 1, "message": "the other was first"}')
+    found: list[bool] = []
+    waiting = threading.Thread(target=lambda: found.append(made.explain(4)))
+    waiting.start()
+    made.report(4, ValueError("a time-out here"))
+    waiting.join(10.0)
+    assert found == [True]
+    assert made.explain(4)
