@@ -260,7 +260,7 @@ def seen_bytes(
 
     def update(worker: int, slices: tuple[Slice, ...], gradients: list[Tensor]) -> None:
         for item, gradient in zip(slices, gradients, strict=True):
-            parameters[item.parameter].view(-1)[item.start : item.end].sub_(gradient, alpha=0.01)
+            parameters[item.parameter].view(-1)[item.start : item.end].sub_(gradient.view(-1), alpha=0.01)
 
     leaves = torch.utils._pytree.tree_leaves(batch)
     with Engine(programs, plan, process=0, state=state, update=update, timeout_s=30) as engine, live.watch():
