@@ -213,9 +213,17 @@ def remove_left_over() -> None:
         owner = name.removeprefix("ptt").partition("m")[0]
         if name.startswith("ptt") and owner.isdigit() and not Path(f"/proc/{owner}").exists():
             _remove_namespace(name)
-            _try("ip", "link", "del", f"ptt{owner}b"[-15:])
+            _remove_links(f"ptt{owner}")
             with contextlib.suppress(OSError):
                 (_CGROUP / name).rmdir()
+
+
+def _remove_links(prefix: str) -> None:
+    """At once: those into a namespace would go with it, but only when the kernel gets round to that."""
+    for line in _try("ip", "-o", "link", "show").splitlines():
+        name = line.split(": ")[1].partition("@")[0] if ": " in line else ""
+        if name.startswith(prefix) and not name[len(prefix) : len(prefix) + 1].isdigit():
+            _try("ip", "link", "del", name)
 
 
 def _remove_namespace(name: str) -> None:
