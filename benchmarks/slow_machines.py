@@ -140,7 +140,6 @@ class Machines:
     def close(self) -> None:
         """Removes everything; processes on the machines are ended. Calling it again is harmless."""
         for machine in range(len(self)):
-            _try("ip", "-n", self.name(machine), "link", "del", INTERFACE)  # now; with its namespace it goes some day
             _remove_namespace(self.name(machine))
         if self._bridge:
             _try("ip", "link", "del", self._bridge)
@@ -213,21 +212,15 @@ def remove_left_over() -> None:
         owner = name.removeprefix("ptt").partition("m")[0]
         if name.startswith("ptt") and owner.isdigit() and not Path(f"/proc/{owner}").exists():
             _remove_namespace(name)
-            _remove_links(f"ptt{owner}")
+            _try("ip", "link", "del", f"ptt{owner}b"[-15:])
             with contextlib.suppress(OSError):
                 (_CGROUP / name).rmdir()
 
 
-def _remove_links(prefix: str) -> None:
-    """At once: those into a namespace would go with it, but only when the kernel gets round to that."""
-    for line in _try("ip", "-o", "link", "show").splitlines():
-        name = line.split(": ")[1].partition("@")[0] if ": " in line else ""
-        if name.startswith(prefix) and not name[len(prefix) : len(prefix) + 1].isdigit():
-            _try("ip", "link", "del", name)
-
-
 def _remove_namespace(name: str) -> None:
-    """A namespace lives as long as processes in it do: they are ended first."""
+    """A namespace lives as long as processes in it do: they are ended first. Its link is removed now; with the
+    namespace it would go when the kernel gets round to that."""
+    _try("ip", "-n", name, "link", "del", INTERFACE)
     for process in _try("ip", "netns", "pids", name).split():
         with contextlib.suppress(OSError):
             os.kill(int(process), signal.SIGKILL)

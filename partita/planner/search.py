@@ -398,7 +398,7 @@ def _is_surer(plan: Plan, other: Plan) -> bool:
 def _latest_s(plan: Plan) -> float:
     """The step time if it is as long as the prediction's uncertainty allows."""
     assert plan.prediction is not None
-    return plan.prediction.step_time_s * (1 + plan.prediction.uncertainty)
+    return _time_s(plan) * (1 + plan.prediction.uncertainty)
 
 
 def _with_uncertainty(plan: Plan, uncertainty: float) -> Plan:

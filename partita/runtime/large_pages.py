@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import sys
 import time
@@ -43,7 +44,7 @@ def use_large_pages(*, budget_s: float = BUDGET_S) -> int:
                 return moved
             if libc.madvise(place, LARGE, _COLLAPSE) == 0:
                 moved += LARGE
-            elif ctypes.get_errno() == 22 and moved == 0:  # EINVAL: an older kernel
+            elif ctypes.get_errno() == errno.EINVAL and moved == 0:  # an older kernel
                 return 0
     return moved
 

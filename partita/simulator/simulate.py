@@ -107,22 +107,37 @@ def simulate(
     Raises:
         ProgramError: the programs deadlock (run `partita.program.check` first).
     """
-    per_machine = Counter(worker.machine for worker in plan.workers)
+    per_machine = _per_machine(plan)
     active: Activity = {
         (program.worker, index): per_machine[plan.workers[program.worker].machine]
         for program in programs.programs
         for index in range(len(program.instructions))
     }
     timeline = _Simulation(programs, plan, cost, optimizer, active, update_values).run()
-    if plan.axes.get("pipeline", 1) > 1 and max(per_machine.values()) > 1:  # else all are busy at the same times
+    if _take_turns(plan):
         for _ in range(NUM_PASSES - 1):
             active = activity(timeline, plan)
             timeline = _Simulation(programs, plan, cost, optimizer, active, update_values).run()
     return timeline
 
 
+def _per_machine(plan: Plan) -> Mapping[int, int]:
+    return Counter(worker.machine for worker in plan.workers)
+
+
+def _take_turns(plan: Plan) -> bool:
+    """Whether workers of one machine compute at different times."""
+    return plan.axes.get("pipeline", 1) > 1 and max(_per_machine(plan).values()) > 1
+
+
 def activity(timeline: Timeline, plan: Plan) -> Activity:
-    """By (worker, instruction): how many workers of the machine compute while it runs, on average, itself included."""
+    """By (worker, instruction): how many workers of the machine compute while it runs, on average, itself included.
+    Those of a pipeline are busy in turns; others are taken to be so all the time."""
+    if not _take_turns(plan):
+        per_machine = _per_machine(plan)
+        return {
+            (event.worker, event.index): per_machine[plan.workers[event.worker].machine] for event in timeline.events
+        }
     busy: dict[int, list[Event]] = defaultdict(list)
     for event in timeline.events:  # sorted by start
         if event.kind in ("Run", "Update"):

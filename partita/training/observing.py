@@ -8,7 +8,7 @@ nothing: their times replace those of the ops, and the simulator adds what lies 
 from __future__ import annotations
 
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -80,7 +80,7 @@ def keep(cost: CostTable, plan: Plan, programs: ProgramSet, steps: Iterable[Time
 def _of_step(step: Timeline, plan: Plan, programs: ProgramSet) -> dict[Key, tuple[float, float]]:
     """By segment or update: seconds, and how many workers of the machine computed meanwhile."""
     instructions = {program.worker: program.instructions for program in programs.programs}
-    num_active = _num_active(step, plan)
+    num_active = activity(step, plan)
     runs: dict[Key, dict[int, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     actives: dict[Key, list[float]] = defaultdict(list)
     for event in step.events:
@@ -101,11 +101,3 @@ def _slowest_s(by_stage: dict[int, dict[int, list[float]]]) -> float:
     return statistics.fmean(
         max(statistics.fmean(times_s) for times_s in workers.values()) for workers in by_stage.values()
     )
-
-
-def _num_active(step: Timeline, plan: Plan) -> dict[tuple[int, int], float]:
-    """By (worker, instruction), as the simulator counts it: workers of a pipeline are busy in turns, others always."""
-    if plan.axes.get("pipeline", 1) > 1:
-        return dict(activity(step, plan))
-    per_machine = Counter(worker.machine for worker in plan.workers)
-    return {(event.worker, event.index): per_machine[plan.workers[event.worker].machine] for event in step.events}

@@ -66,6 +66,10 @@ def has_global_hooks() -> bool:
 # The kernels behind ``fused=True``; the functions of `torch.optim` that call them sort their arguments by device first.
 
 
+def _chosen(options: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: options[name] for name in names}
+
+
 def fused_adam(
     parameters: list[Tensor],
     gradients: list[Tensor],
@@ -84,13 +88,9 @@ def fused_adam(
         squares,
         most[0] if most else [],
         steps,
-        amsgrad=options["amsgrad"],
-        lr=options["lr"],
         beta1=beta1,
         beta2=beta2,
-        weight_decay=options["weight_decay"],
-        eps=options["eps"],
-        maximize=options["maximize"],
+        **_chosen(options, "amsgrad", "lr", "weight_decay", "eps", "maximize"),
     )
 
 
@@ -106,13 +106,8 @@ def fused_sgd(
         parameters,
         gradients,
         states[0] if states else [],
-        weight_decay=options["weight_decay"],
-        momentum=options["momentum"],
-        lr=options["lr"],
-        dampening=options["dampening"],
-        nesterov=options["nesterov"],
-        maximize=options["maximize"],
         is_first_step=False,
+        **_chosen(options, "weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize"),
     )
 
 
@@ -129,9 +124,5 @@ def fused_adagrad(
         gradients,
         states[0],
         steps,
-        lr=options["lr"],
-        lr_decay=options["lr_decay"],
-        weight_decay=options["weight_decay"],
-        eps=options["eps"],
-        maximize=options["maximize"],
+        **_chosen(options, "lr", "lr_decay", "weight_decay", "eps", "maximize"),
     )
