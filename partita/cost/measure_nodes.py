@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from partita.cost.measure_ops import make_arguments, on_pinned_threads, time_call
-from partita.cost.variants import keep_choices, product_of, time_of_chosen
+from partita.cost.variants import CHOICES, product_of, time_of_chosen
 from partita.graph.randomness import is_random, with_generator
 
 
@@ -27,7 +27,7 @@ def measure_nodes(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s:
 
     on_pinned_threads([cores], [body])
     if any(map(product_of, nodes)):
-        keep_choices()
+        CHOICES.keep()
     return results
 
 

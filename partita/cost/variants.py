@@ -10,20 +10,15 @@ Both sum in float32, in another order: results differ by rounding, as they do be
 
 from __future__ import annotations
 
-import functools
-import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from partita.cache import read_json, write_json
-from partita.cluster.hardware import cpu_name
-from partita.cost.measure_ops import make_arguments, on_pinned_threads, op_key, time_in_turns
-from partita.units import fingerprint
+from partita.cost.choices import Choices
+from partita.cost.measure_ops import make_arguments, time_in_turns
 
 ONEDNN = torch.ops.mkldnn._linear_pointwise.default  # (x [m, k], w [n, k], bias [n] or None, ...) -> x w' + bias
 CLEARLY_FASTER = 0.93  # of the op's own time: what two runs differ by is no reason to leave it
@@ -69,7 +64,7 @@ def with_variants(module: fx.GraphModule, num_threads: int) -> fx.GraphModule:
     The module itself if there is none. What is not known yet is measured: some milliseconds for each kind of op.
     """
     products = [node for node in module.graph.nodes if node.op == "call_function" and product_of(node)]
-    chosen = {node.name for node in choose(products, num_threads)}
+    chosen = {node.name for node in CHOICES.of(products, num_threads)}
     if not chosen:
         return module
     graph = fx.Graph()
@@ -83,30 +78,10 @@ def with_variants(module: fx.GraphModule, num_threads: int) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def choose(nodes: Iterable[fx.Node], num_threads: int) -> list[fx.Node]:
-    """Those of `nodes` (each with a `product_of`) that oneDNN computes faster on `num_threads` threads."""
-    keyed = [(node, op_key(node, num_threads)) for node in nodes]
-    with _LOCK:
-        choices = _choices()
-        missing = {key: node for node, key in keyed if key not in choices}
-        if missing:
-            choices.update(_measured(missing, num_threads))
-            _store(choices)
-        return [node for node, key in keyed if choices[key]]
-
-
 def time_of_chosen(node: fx.Node, num_threads: int) -> float:
     """Seconds of the node's product in this thread, by the library that is chosen for it: chosen now, if none was."""
-    own_s, other_s = _times_s(node)
-    with _LOCK:
-        chosen = _choices().setdefault(op_key(node, num_threads), _is_clear(own_s, other_s))
-    return other_s if chosen else own_s
-
-
-def keep_choices() -> None:
-    """Has other processes and later ones know what was chosen here."""
-    with _LOCK:
-        _store(_choices())
+    own_s, other_s = times_s(node)
+    return other_s if CHOICES.settle(node, num_threads, lambda: is_clear(own_s, other_s)) else own_s
 
 
 # One node ------------------------------------------------------------------------------------------------------------
@@ -141,12 +116,11 @@ def _as_onednn(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -
     return result
 
 
-# Measuring and keeping -----------------------------------------------------------------------------------------------
-
-_LOCK = threading.Lock()  # held by whoever reads or adds choices
+# Measuring -----------------------------------------------------------------------------------------------------------
 
 
-def _times_s(node: fx.Node) -> tuple[float, float]:
+def times_s(node: fx.Node) -> tuple[float, float]:
+    """Seconds of the node's product by its own op and by oneDNN, in this thread."""
     assert callable(node.target)
     target: Callable[..., object] = node.target
     args, _ = make_arguments(node)
@@ -156,35 +130,8 @@ def _times_s(node: fx.Node) -> tuple[float, float]:
     return own_s, other_s
 
 
-def _is_clear(own_s: float, other_s: float) -> bool:
+def is_clear(own_s: float, other_s: float) -> bool:
     return other_s < CLEARLY_FASTER * own_s
 
 
-def _measured(nodes: dict[str, fx.Node], num_threads: int) -> dict[str, bool]:
-    found: dict[str, bool] = {}
-
-    def body() -> None:
-        torch.set_num_threads(num_threads)
-        for key, node in nodes.items():
-            own_s, other_s = _times_s(node)
-            found[key] = _is_clear(own_s, other_s)
-
-    on_pinned_threads([()], [body])
-    return found
-
-
-def _name() -> str:
-    processor = (cpu_name(Path("/")), torch.backends.cpu.get_cpu_capability(), torch.__version__)
-    return f"variants/{fingerprint(processor)}.json"
-
-
-@functools.cache
-def _choices() -> dict[str, bool]:
-    """By `op_key`, whether oneDNN is chosen; at first what is on disk."""
-    kept = (read_json(_name()) or {}).get("onednn")
-    return {key: value for key, value in kept.items() if isinstance(value, bool)} if isinstance(kept, dict) else {}
-
-
-def _store(choices: dict[str, bool]) -> None:
-    kept = (read_json(_name()) or {}).get("onednn")  # another process may have added to it
-    write_json(_name(), {"onednn": {**(kept if isinstance(kept, dict) else {}), **choices}})
+CHOICES = Choices("onednn", lambda node: is_clear(*times_s(node)))

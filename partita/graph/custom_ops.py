@@ -1,4 +1,4 @@
-"""Ops that stand in a captured graph for ATen ops whose shape kernels are wrong.
+"""Ops of partita's own: in a captured graph for ATen ops whose shape kernels are wrong, in compiled code for products.
 
 `aten._grouped_mm` (products of row groups with a matrix each, in mixture-of-experts layers) runs in float32 on the CPU,
 but its shape kernel in torch 2.13 refuses every dtype but bfloat16. `partita::grouped_mm` is the same op with a shape
@@ -38,6 +38,18 @@ def _(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor | None) -> 
     if right.dim() == 2:
         return left.new_empty(left.shape[1], right.shape[1])
     return left.new_empty(left.shape[0], left.shape[1], right.shape[2])
+
+
+@torch.library.custom_op("partita::inline_product", mutates_args=())
+def inline_product(left: torch.Tensor, right: torch.Tensor, code: str = "") -> torch.Tensor:
+    """``left @ right`` of float32 matrices (M, K) and (K, N), or of (B, M, K) and (B, K, N); compiled code forms it in
+    place. `code` tells apart what the compiler has made of it by different versions of partita."""
+    return left @ right
+
+
+@inline_product.register_fake
+def _(left: torch.Tensor, right: torch.Tensor, code: str = "") -> torch.Tensor:
+    return left.new_empty(*left.shape[:-1], right.shape[-1])
 
 
 @torch.library.custom_op("partita::lstm_layer", mutates_args=())

@@ -172,6 +172,8 @@ class ReduceScatterOp:
         self.cuts = cuts
         self.mine = cuts[seat.position]
         self.alone = seat.num_local == 1 and seat.line is None
+        self.places, self.lengths = [cut.tensor for cut in self.mine], [cut.length for cut in self.mine]
+        self.flat = all(cut.dim < 0 for cut in self.mine)
         # Everything comes from memory of this process and is to be summed: one call does it, instead of one a tensor.
         self.together = not self.alone and seat.line is None and all(cut.summed for cut in self.mine)
         self.device = device
@@ -181,8 +183,10 @@ class ReduceScatterOp:
 
     def __call__(self, values: Sequence[Tensor]) -> list[Tensor]:
         if self.alone:
-            own = ((cut, values[cut.tensor]) for cut in self.mine)
-            return [value if cut.is_whole(value) else cut.of(value) for cut, value in own]
+            own = [values[place] for place in self.places]
+            if self._are_whole(own):
+                return own
+            return [value if cut.is_whole(value) else cut.of(value) for cut, value in zip(self.mine, own, strict=True)]
         seat = self.seat
         brought = seat.meeting.gather(seat.member, values)
         if self.together:
@@ -197,6 +201,10 @@ class ReduceScatterOp:
             for pieces in received:
                 out.add_(pieces[index])
         return results
+
+    def _are_whole(self, own: Sequence[Tensor]) -> bool:
+        """Whether all values are what the cuts would take of them."""
+        return self.flat and list(map(Tensor.numel, own)) == self.lengths and all(map(Tensor.is_contiguous, own))
 
     def _sum_together(self, brought: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         parts: list[list[Tensor]] = [[] for _ in brought]

@@ -31,6 +31,7 @@ import torch
 from torch import fx
 
 from partita.cluster.hardware import cpu_name
+from partita.runtime import products
 from partita.runtime.ending import Order, close_at_end
 from partita.runtime.portable import Entry, NotPortableError, from_entries, to_entries
 from partita.runtime.torch_adapter import (
@@ -39,7 +40,6 @@ from partita.runtime.torch_adapter import (
     compile_graph,
     compiler_cache_dir,
     load_compiled,
-    save_compiled,
 )
 from partita.units import fingerprint
 
@@ -85,6 +85,7 @@ def _surroundings() -> tuple[str, ...]:
         f"torch {torch.__version__} {torch.version.git_version}",
         f"{platform.machine()} {cpu_name(Path('/'))} {torch.backends.cpu.get_cpu_capability()}",
         f"compiler {os.environ.get('CXX', '')}",
+        f"products {products.CODE}",
     )
 
 
@@ -120,7 +121,7 @@ def keep(request: Request, compiled: Compiled) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partita-", dir=path.parent) as folder:
         artifact, whole = Path(folder) / "artifact", Path(folder) / "whole"
-        save_compiled(compiled, str(artifact))
+        compiled.save(str(artifact))
         with whole.open("wb") as stream:
             _write(stream, request.text.encode())
             _write(stream, artifact.read_bytes())

@@ -39,7 +39,7 @@ from partita.runtime.ending import END_TIME_S, Order, close_at_end, tell_unended
 from partita.runtime.failure import Failure, Stopped, Waiter
 from partita.runtime.local import Channel, Meeting, Party
 from partita.runtime.segments import Code, build, python_code
-from partita.runtime.torch_adapter import is_ordinary_thread
+from partita.runtime.torch_adapter import copy_all, is_ordinary_thread
 from partita.runtime.transport import Line, Mail, Session, Transport
 from partita.runtime.worker import WorkerThread
 
@@ -136,6 +136,11 @@ class Engine:
         for worker in self.workers:
             binder = Binder(worker.program, self, worker.generator)
             worker.start(binder.bind(), binder.pending)
+        self._buffers = [
+            (worker, [state.buffers[name].detach() for name in buffers], list(buffers.values()))
+            for worker in self.workers
+            if (buffers := worker.program.buffers)
+        ]
         self._random = [worker for worker in self.workers if self._draws_in(worker.program)]
         if self._session is not None:
             self._session.on_failure(self._on_peer_failure)
@@ -368,10 +373,9 @@ class Engine:
 
     def _outcome(self, commit_buffers: bool, record: bool, step_time_s: float, bytes_sent: int) -> StepOutcome:
         loss = next(w.registers[w.program.loss] for w in self.workers if w.program.loss).clone()
-        if commit_buffers and not (self.mode.finite_only and not math.isfinite(float(loss))):
-            for worker in self.workers:
-                for name, register in worker.program.buffers.items():
-                    self.state.buffers[name].detach().copy_(worker.registers[register])
+        if commit_buffers and self._buffers and not (self.mode.finite_only and not math.isfinite(float(loss))):
+            for worker, targets, names in self._buffers:
+                copy_all(targets, [worker.registers[name] for name in names])
         timeline = None
         if record:
             events = tuple(event for worker in self.workers for event in worker.events)

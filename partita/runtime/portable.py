@@ -17,7 +17,7 @@ _PLAIN = (
     bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 GETITEM = "operator.getitem"
-NAMESPACES = ("aten", "prims", "mkldnn")  # of ops that torch itself brings along
+NAMESPACES = ("aten", "prims", "mkldnn", "partita")  # of ops that torch or partita brings along
 
 
 class NotPortableError(ValueError):
@@ -48,7 +48,7 @@ def to_entries(graph: fx.Graph) -> tuple[Entry, ...]:
     """The graph as data.
 
     Raises:
-        NotPortableError: it has an op that torch itself does not bring along, or an argument that is no plain value.
+        NotPortableError: an op of it is neither of torch nor of partita, or an argument is no plain value.
     """
     number = {node: index for index, node in enumerate(graph.nodes)}
     entries = []

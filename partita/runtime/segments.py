@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, fx
 
+from partita.cost.inline import with_inline
 from partita.cost.variants import with_variants
 from partita.graph.randomness import is_random, with_generator
 from partita.graph.storages import last_uses
@@ -58,16 +59,16 @@ class Code:
 def build(segment: Segment, *, compiled: bool, device: torch.device, num_threads: int) -> Code:
     """Code for a segment, compiled if asked and possible; a failing compiler is a `CompileWarning` with the reason.
 
-    Matrices are multiplied by the library that is faster for them here (`partita.cost.variants`)."""
+    Matrices are multiplied as is faster for them here (`partita.cost.variants`, `partita.cost.inline`)."""
     strides = tuple(_stride(node) for node in segment.module.graph.nodes if node.op == "placeholder")
-    module = _module(segment, device, num_threads)
+    module = _module(segment, device, num_threads, compiled=False)
     plain = python_code(module.graph, module)
     if not compiled:
         return Code(plain, strides)
     if segment.random:
         return Code(plain, strides, reason="its random ops draw from the worker's own generator")
     layouts = _layouts(segment)
-    made = _compiled(segment.key, module, layouts, device, num_threads)
+    made = _compiled(segment, layouts, device, num_threads)
     if isinstance(made, str):
         return Code(plain, strides, reason=made)
     return Code(plain, tuple(layout[1] for layout in layouts), made)
@@ -83,7 +84,8 @@ def compile_ahead(
     if segment.random or key in _MADE:
         return None
     try:
-        request = Request.of(_module(segment, device, num_threads), layouts, device=device, num_threads=num_threads)
+        module = _module(segment, device, num_threads, compiled=True)
+        request = Request.of(module, layouts, device=device, num_threads=num_threads)
     except NotPortableError:  # only this process has its ops: `build` compiles it
         return None
     kept: Future[Call] = Future()
@@ -100,8 +102,10 @@ def compile_ahead(
     return kept
 
 
-def _module(segment: Segment, device: torch.device, num_threads: int) -> fx.GraphModule:
-    return with_variants(segment.module, num_threads) if device.type == "cpu" else segment.module
+def _module(segment: Segment, device: torch.device, num_threads: int, *, compiled: bool) -> fx.GraphModule:
+    if device.type != "cpu":
+        return segment.module
+    return with_variants(with_inline(segment.module, num_threads) if compiled else segment.module, num_threads)
 
 
 def _layouts(segment: Segment) -> list[Layout]:
@@ -119,30 +123,27 @@ _UNTOLD: set[tuple[object, ...]] = set()  # failed in the background: whoever bu
 _MAKING = threading.Lock()
 
 
-def _compiled(
-    name: str, module: fx.GraphModule, layouts: Sequence[Layout], device: torch.device, num_threads: int
-) -> Call | str:
+def _compiled(segment: Segment, layouts: Sequence[Layout], device: torch.device, num_threads: int) -> Call | str:
     """The compiled segment, or the reason why there is none; each once a process: plans of one model share segments,
     and a plan is measured before it is run."""
-    key = (name, *layouts, device, num_threads)
+    key = (segment.key, *layouts, device, num_threads)
     with _MAKING:
         if key not in _MADE:
-            _MADE[key] = _compile(name, module, layouts, device, num_threads)
+            _MADE[key] = _compile(segment, layouts, device, num_threads)
         made = _MADE[key]
         if isinstance(made, str) and key in _UNTOLD:
             _UNTOLD.discard(key)
-            _warn(name, made)
+            _warn(segment.key, made)
         return made
 
 
-def _compile(
-    name: str, module: fx.GraphModule, layouts: Sequence[Layout], device: torch.device, num_threads: int
-) -> Call | str:
+def _compile(segment: Segment, layouts: Sequence[Layout], device: torch.device, num_threads: int) -> Call | str:
+    module = _module(segment, device, num_threads, compiled=True)
     try:
         return compile_or_load(module, layouts, device=device, num_threads=num_threads)
     except Exception as error:  # whatever goes wrong inside a compiler, the plain code is right
         reason = _first_line(error)
-        _warn(name, reason, _where(error))
+        _warn(segment.key, reason, _where(error))
         return reason
 
 

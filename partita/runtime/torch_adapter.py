@@ -1,14 +1,15 @@
-"""The only place of the runtime that touches private parts of torch. `tests/runtime/test_runtime_torch_adapter.py`
-names them.
+"""The only place of the runtime, but for `partita.runtime.products`, that touches private parts of torch.
+`tests/runtime/test_runtime_torch_adapter.py` names them.
 
 * `torch._inductor.standalone_compile`: compiles one fx graph without Dynamo; its artifact is called with the inputs.
 * `torch._inductor.standalone_compile.CompiledArtifact.save` and `.load`: the artifact on disk.
+* `CompiledArtifact._compiled_fn`, `torch._inductor.output_code.CompiledFxGraph.current_callable`: the code in an
+  artifact.
 * `torch._inductor.runtime.cache_dir_utils.cache_dir`: where Inductor keeps what it compiled.
 * Inductor's configuration names `cpp_wrapper`, `cpp.threads` and `fallback_random`.
-* `torch._inductor.lowering.lowerings`, `torch._inductor.mkldnn_ir.LinearUnary`: how a product by oneDNN is compiled.
 * `torch._subclasses.FakeTensorMode`: inputs for the compiler that have shapes and strides but no memory.
 * `OpOverload._op`, `._schema`, `._overloadname`, `.tags`: an op's inner callable and its signature.
-* `torch._foreach_add`, `torch._foreach_add_`: sums of many tensors in one call.
+* `torch._foreach_add`, `torch._foreach_add_`, `torch._foreach_copy_`: sums and copies of many tensors in one call.
 * `torch._C._len_torch_dispatch_stack`, `torch._C._len_torch_function_stack`: whether calls of ops are intercepted.
 * `torch.distributed.distributed_c10d._get_default_store`: the key-value store of the running job.
 * `torch.distributed.distributed_c10d._world.pg_map`: the process groups that torch has not destroyed.
@@ -16,7 +17,10 @@ names them.
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import operator
+import threading
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,11 +29,88 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from partita.cost.variants import ONEDNN
 from partita.graph.torch_adapter import without_compiler_warnings
+from partita.runtime import products
 
-Compiled = Callable[..., Sequence[Tensor]]
+_MOST_FUNCTIONS = 1000  # in which compiled code is looked for
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
+
+
+class Compiled:
+    """A compiled graph, called with its inputs; the result is the sequence of its outputs.
+
+    Around the compiled code the compiler puts layers for what functional graphs on plain tensors need nothing of
+    (gradients, aliases, autocast), which take longer than a small kernel. The first call sees whether they hand inputs
+    and outputs on as they are; the later ones then go to the code itself.
+    """
+
+    def __init__(self, artifact: Any) -> None:
+        self._artifact = artifact
+        self._code: Callable[[list[Tensor]], Sequence[Tensor]] | None = None
+        self._is_seen = False
+        self._lock = threading.Lock()
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        if self._code is not None:
+            return self._code(list(inputs))  # which empties the list
+        return self._outputs(inputs) if self._is_seen else self._first(inputs)
+
+    def save(self, path: str) -> None:
+        """Write it to a file."""
+        self._artifact.save(path=path, format="binary")
+
+    def _outputs(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        result: Sequence[Tensor] = self._artifact(*inputs)
+        return result
+
+    def _first(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        with self._lock:  # other workers wait: the code inside is exchanged for the time of the call
+            graph = None if self._is_seen else _code_inside(self._artifact)
+            self._is_seen = True
+            if graph is None:
+                return self._outputs(inputs)
+            code, calls = graph.current_callable, []
+
+            def watched(values: list[Tensor]) -> Sequence[Tensor]:
+                given = tuple(values)
+                found: Sequence[Tensor] = code(values)
+                calls.append((given, tuple(found)))
+                return found
+
+            graph.current_callable = watched
+            try:
+                outputs = self._outputs(inputs)
+            finally:
+                graph.current_callable = code
+            if len(calls) == 1 and _are_identical(calls[0][0], inputs) and _are_identical(calls[0][1], outputs):
+                self._code = code
+            return outputs
+
+
+def _are_identical(first: Sequence[object], second: Sequence[object]) -> bool:
+    return len(first) == len(second) and all(map(operator.is_, first, second))
+
+
+def _code_inside(artifact: Any) -> Any:
+    """The only `CompiledFxGraph` that an artifact's functions and wrappers refer to; None if there is another number of
+    them."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    waiting, known, found = [artifact._compiled_fn], set(), []
+    while waiting and len(known) < _MOST_FUNCTIONS:
+        value = waiting.pop()
+        if id(value) in known:
+            continue
+        known.add(id(value))
+        if isinstance(value, CompiledFxGraph):
+            found.append(value)
+        elif isinstance(value, types.FunctionType):
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # not assigned
+                    waiting.append(cell.cell_contents)
+        elif hasattr(value, "compiled_fn"):  # of what was compiled just now
+            waiting.append(value.compiled_fn)
+    return found[0] if len(found) == 1 and len(waiting) == 0 else None
 
 
 def compile_graph(
@@ -49,7 +130,7 @@ def compile_graph(
         examples: list[Any] = [
             torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in layouts
         ]
-    _register_lowering()
+    products.register_lowerings()
     graph = fx.GraphModule(module, _without_values(module))
     patches = {"cpp_wrapper": True, "cpp.threads": num_threads, "fallback_random": True}
     with config.patch(patches), without_compiler_warnings(), torch.no_grad():
@@ -61,53 +142,16 @@ def compile_graph(
             fake_mode=mode,
             options={"config_patches": dict(patches)},
         )
-    return artifact
-
-
-@torch.library.custom_op("partita::product", mutates_args=())
-def product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """``left @ right.T + bias`` by oneDNN, with factors of any strides.
-
-    The compiler has a lowering of the kernel's own op, but only for frozen weights, and rewrites what surrounds it; of
-    this op it knows what is said here.
-    """
-    result: Tensor = ONEDNN(left, right, bias, "none", [], "")
-    return result
-
-
-@product.register_fake
-def _(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    return left.new_empty(left.shape[0], right.shape[0])
-
-
-@functools.cache
-def _register_lowering() -> None:
-    """Has the compiler call the kernel directly, without Python and without the interpreter's lock."""
-    from torch._inductor import ir, lowering, mkldnn_ir
-
-    def lower(left: Any, right: Any, bias: Any) -> Any:
-        tensors = [ir.ExternKernel.realize_input(item) for item in (left, right, bias) if item is not None]
-        constants = ([] if bias is not None else [None]) + ["none", [-1], ""]
-        shape = [left.get_size()[0], right.get_size()[0]]
-        layout = ir.FixedLayout(device=left.get_device(), dtype=left.get_dtype(), size=shape)
-        return ir.TensorBox.create(mkldnn_ir._create_output_node(mkldnn_ir.LinearUnary(layout, tensors, constants)))
-
-    lowering.lowerings[torch.ops.partita.product.default] = lower
-
-
-def save_compiled(compiled: Compiled, path: str) -> None:
-    """Write what `compile_graph` gave to a file."""
-    compiled.save(path=path, format="binary")  # type: ignore[attr-defined]
+    return Compiled(artifact)
 
 
 def load_compiled(path: str) -> Compiled:
-    """What `save_compiled` wrote, of the same torch on the same kind of machine. It is code: whoever can write the file
+    """What `Compiled.save` wrote, of the same torch on the same kind of machine. It is code: whoever can write the file
     can run anything, as in all of Inductor's cache."""
     from torch._inductor.standalone_compile import CompiledArtifact
 
     with without_compiler_warnings():
-        artifact: Compiled = CompiledArtifact.load(path=path, format="binary")
-    return artifact
+        return Compiled(CompiledArtifact.load(path=path, format="binary"))
 
 
 def compiler_cache_dir() -> str:
@@ -126,8 +170,7 @@ def _without_values(module: fx.GraphModule) -> fx.Graph:
     for node in module.graph.nodes:
         mapping[node] = copy = graph.node_copy(node, lambda old: mapping[old])
         copy.meta = {}
-        if copy.target is ONEDNN:
-            copy.target, copy.args = torch.ops.partita.product.default, copy.args[:3]
+        products.prepare(copy)
     return graph
 
 
@@ -153,6 +196,11 @@ def sums(parts: Sequence[list[Tensor]]) -> list[Tensor]:
     for part in parts[2:]:
         torch._foreach_add_(totals, part)
     return totals
+
+
+def copy_all(targets: list[Tensor], values: list[Tensor]) -> None:
+    """``targets[i].copy_(values[i])`` for every i, in one call."""
+    torch._foreach_copy_(targets, values)
 
 
 def op_name(target: Any) -> tuple[str, str]:

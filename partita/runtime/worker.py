@@ -76,7 +76,8 @@ class WorkerThread:
         self.registers = registers
         num_threads = torch.get_num_threads()
         try:
-            torch.set_num_threads(self._num_threads)
+            if num_threads != self._num_threads:
+                torch.set_num_threads(self._num_threads)
             with torch.no_grad():
                 self._step(start_s, record)
         except Stopped:
@@ -85,7 +86,8 @@ class WorkerThread:
             self._failure.record(self._explained(error))
         finally:
             self.party.position = -1
-            torch.set_num_threads(num_threads)
+            if num_threads != self._num_threads:
+                torch.set_num_threads(num_threads)
 
     def close(self) -> None:
         self._closing = True

@@ -110,6 +110,11 @@ def subscribe(callback: Callback) -> Callable[[], None]:
     return unsubscribe
 
 
+def is_heard() -> bool:
+    """Whether somebody has subscribed: else an event need not be made."""
+    return bool(_BUS.callbacks)
+
+
 def emit(event: Event) -> None:
     """Tell `event` to all subscribers."""
     for callback in _BUS.callbacks:

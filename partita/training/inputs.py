@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +25,13 @@ class BatchKey:
     shapes: tuple[Shape | None, ...]
     static: str
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.spec, self.shapes, self.static))
+
 
 @dataclass(frozen=True)
 class BatchLeaves:
@@ -33,6 +42,40 @@ class BatchLeaves:
     tensors: Mapping[int, torch.Tensor]
     rows: int
     offsets: Mapping[int, int] = field(default_factory=dict)
+
+
+class TakenApart:
+    """Takes batches apart, one after the other. Most are like the one before: then its key holds for them as well."""
+
+    def __init__(self) -> None:
+        self._last: BatchLeaves | None = None
+        self._container: type | None = None  # of the last batch, if it holds nothing but tensors
+        self._names: list[Any] = []  # if it is a dictionary
+
+    def __call__(self, batch: Any) -> BatchLeaves:
+        """As `take_apart`."""
+        last = self._last
+        if last is not None and type(batch) is self._container:
+            names, leaves = _flat(batch)
+            if names == self._names and _are_like(leaves, last.key.shapes):
+                return BatchLeaves(last.key, dict(enumerate(leaves)), last.rows)
+        self._last = found = take_apart(batch)
+        names, leaves = _flat(batch) if type(batch) in (tuple, list, dict) else ([], ())
+        is_flat = len(leaves) == len(found.tensors) and all(map(operator.is_, leaves, found.tensors.values()))
+        self._container, self._names = type(batch) if is_flat else None, names
+        return found
+
+
+def _flat(batch: Any) -> tuple[list[Any], Sequence[Any]]:
+    """Names and entries of a container."""
+    return (list(batch), list(batch.values())) if isinstance(batch, dict) else ([], batch)
+
+
+def _are_like(leaves: Sequence[Any], shapes: Sequence[Shape | None]) -> bool:
+    return len(leaves) == len(shapes) and all(
+        type(leaf) is torch.Tensor and shape is not None and leaf.shape == shape[0] and leaf.dtype is shape[1]
+        for leaf, shape in zip(leaves, shapes, strict=True)
+    )
 
 
 def take_apart(batch: Any) -> BatchLeaves:

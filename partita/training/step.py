@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import time
@@ -36,13 +37,14 @@ from partita.training.arguments import check_sync_target
 from partita.training.checkpoint import read_checkpoint, write_checkpoint
 from partita.training.collecting import collect_all
 from partita.training.diagnose import first_non_finite
-from partita.training.events import Checkpointed, StepFinished, WarningRaised, emit
-from partita.training.inputs import BatchKey, BatchLeaves, check_structure, take_apart
+from partita.training.events import Checkpointed, StepFinished, WarningRaised, emit, is_heard
+from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure
 from partita.training.job import Team
 from partita.training.loading import ShardedBatch, whole_shape
 from partita.training.optimizers import check_optimizer
 from partita.training.planning import TooFewRowsError, adapted_plan, block_plan
 from partita.training.runners import BlockRunner, GraphRunner, LossFn, Outcome, owners_differ
+from partita.training.torch_adapter import mark_stepped
 from partita.training.trial import Snapshot
 from partita.training.watch import Watch
 from partita.units import MIB
@@ -113,6 +115,7 @@ class Step:
         self._current: GraphRunner | BlockRunner | None = None
         self._fresh: Graph | None = None  # captured in this step
         self._num_calm = 0
+        self._take_apart = TakenApart()
         self._compiles = False  # whether the next graph is worth compiling
         self._overflow: BlockRunner | GraphRunner | None = None
         self._adopting_key = (first.key, self._state)
@@ -160,7 +163,7 @@ class Step:
         if isinstance(batch, ShardedBatch):
             batch, leaves = whole_shape(batch)
         else:
-            leaves = take_apart(batch)
+            leaves = self._take_apart(batch)
         self._follow(leaves, batch)
         runner = self._runner(leaves, batch)
         if self._setup.transport is not None:
@@ -187,16 +190,9 @@ class Step:
             num_samples=leaves.rows,
             bytes_sent=outcome.bytes_sent,
         )
-        emit(
-            StepFinished(
-                step=result.step,
-                loss=result.loss,
-                step_time_s=result.step_time_s,
-                num_samples=result.num_samples,
-                bytes_sent=result.bytes_sent,
-                process=self._setup.team.rank,
-            )
-        )
+        if is_heard():
+            process = self._setup.team.rank
+            emit(StepFinished(**dataclasses.asdict(result), process=process))
         return result
 
     def rows_needed(self, num_rows: int) -> tuple[int, int]:
@@ -546,8 +542,6 @@ class Step:
 
     def _mark_stepped(self) -> None:
         if isinstance(self._current, GraphRunner):
-            from partita.training.torch_adapter import mark_stepped
-
             mark_stepped(self._setup.optimizer)
 
     def _collect(self) -> None:

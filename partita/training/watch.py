@@ -15,8 +15,10 @@ What is reached in other ways (a file, an attribute of an object in a container 
 
 from __future__ import annotations
 
+import itertools
+import operator
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +63,8 @@ class Watch:
         """Take the state of now as the one to compare with."""
         self._modules = list(self._model.named_modules())
         self._functions = list(_functions(self._loss_fn, self._modules))
-        self._structure, self._values = self._take_structure(), self._take_values()
         self._remember()
+        self._structure, self._values = self._take_structure(), self._take_values()
 
     def changes(self) -> Change | None:
         """What differs from the last picture; None if nothing does."""
@@ -97,52 +99,53 @@ class Watch:
         self.renew()
 
     def _remember(self) -> None:
-        """Flat lists for the quick comparison: almost always nothing has changed, and it is made in every step."""
-        self._tensors = [
-            (held, name, tensor, tensor.data_ptr(), tensor.requires_grad, len(tensor._backward_hooks or ()))
-            for _, module in self._modules
-            for held in (module._parameters, module._buffers)
-            for name, tensor in held.items()
-            if tensor is not None and _has_place(tensor)
-        ]
-        self._dicts = [
-            (held, len(held), _plain_items(held) if held is module.__dict__ else tuple(held.items()))
+        """What the quick comparison looks at: almost always nothing has changed, and it is made in every step."""
+        dicts = [
+            held
             for _, module in self._modules
             for held in (module.__dict__, module._modules, module._parameters, module._buffers, *_hooks(module))
         ]
-        self._read = self._take_read()
-        self._deep = [(value, seen) for value in self._read if isinstance(seen := _seen(value, 2), list)]
+        self._empty, self._filled = [held for held in dicts if not held], [held for held in dicts if held]
+        self._lengths = list(map(len, self._filled))
+        attributes = [(module.__dict__, name) for _, module in self._modules for name in _plain_names(module.__dict__)]
+        own = {id(module.__dict__) for _, module in self._modules}
+        parts = [(held, name) for held in self._filled if id(held) not in own for name in held]
+        self._entries = _Entries([*attributes, *parts])
+        self._tensors = [
+            tensor
+            for _, module in self._modules
+            for held in (module._parameters, module._buffers)
+            for tensor in held.values()
+            if tensor is not None and _has_place(tensor)
+        ]
+        self._places, self._trained = list(map(_PLACE, self._tensors)), list(map(_TRAINED, self._tensors))
+        self._num_hooks = [len(hooks or ()) for hooks in map(_TENSOR_HOOKS, self._tensors)]
+        self._variables = _Variables([function for _, function in self._functions])
+        self._deep = [(value, seen) for value in self._variables.values() if isinstance(seen := _seen(value, 2), list)]
+        self._groups = [list(group["params"]) for group in self._optimizer.param_groups]
         self._rest = self._take_rest()
 
     def _is_same(self) -> bool:
-        for held, length, items in self._dicts:
-            if len(held) != length:
-                return False
-            for name, value in items:
-                now = held.get(name, _UNSEEN)
-                if now is not value and not (isinstance(value, _PLAIN) and isinstance(now, _PLAIN) and now == value):
-                    return False
-        for held, name, tensor, place, trained, num_hooks in self._tensors:
-            if held[name] is not tensor or tensor.data_ptr() != place or tensor.requires_grad is not trained:
-                return False
-            if len(tensor._backward_hooks or ()) != num_hooks:
-                return False
-        read = self._take_read()
-        if len(read) != len(self._read):
-            return False
-        for value, old in zip(read, self._read, strict=True):
-            if value is not old and not (isinstance(value, _PLAIN) and type(value) is type(old) and value == old):
-                return False
-        return all(_seen(value, 2) == seen for value, seen in self._deep) and self._take_rest() == self._rest
+        return (
+            not any(self._empty)
+            and list(map(len, self._filled)) == self._lengths
+            and self._entries.are_same()
+            and self._are_tensors_same()
+            and self._variables.are_same()
+            and all(_seen(value, 2) == seen for value, seen in self._deep)
+            and _are_groups_same(self._groups, self._optimizer)
+            and self._take_rest() == self._rest
+        )
 
-    def _take_read(self) -> list[Any]:
-        return [value for _, function in self._functions for _, value in _variables(function)]
+    def _are_tensors_same(self) -> bool:
+        places, trained = list(map(_PLACE, self._tensors)), list(map(_TRAINED, self._tensors))
+        if places != self._places or trained != self._trained:
+            return False
+        hooks = list(map(_TENSOR_HOOKS, self._tensors))
+        return not (any(hooks) or any(self._num_hooks)) or [len(one or ()) for one in hooks] == self._num_hooks
 
     def _take_rest(self) -> tuple[Any, ...]:
-        groups = [[id(item) for item in group["params"]] for group in self._optimizer.param_groups]
-        return (
-            groups, has_own_step(self._optimizer), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"),
-        )  # fmt: skip
+        return (has_own_step(self._optimizer), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))
 
     def _take_structure(self) -> Picture:
         """Tensors by identity, place and whether they are trained; modules by identity; the optimizer."""
@@ -156,11 +159,12 @@ class Watch:
             ]
             parts = (module._modules, *_hooks(module))
             picture[f"the parts or hooks of {name or 'the model'}"] = [[id(m) for m in held.values()] for held in parts]
-        picture["the optimizer's parameters"], picture["the optimizer's step hooks"], *_ = self._take_rest()
+        picture["the optimizer's parameters"] = [[id(item) for item in group] for group in self._groups]
+        picture["the optimizer's step hooks"] = self._rest[0]
         return picture
 
     def _take_values(self) -> Picture:
-        picture: Picture = {"autocast": self._take_rest()[2:]}
+        picture: Picture = {"autocast": self._rest[1:]}
         for name, module in self._modules:
             for attribute, value in module.__dict__.items():
                 if isinstance(value, _PLAIN):
@@ -173,14 +177,89 @@ class Watch:
         return picture
 
 
+class _Entries:
+    """Entries of dictionaries, as they are now: `are_same` tells whether they still are."""
+
+    def __init__(self, places: Sequence[tuple[Mapping[Any, Any], Any]]) -> None:
+        self._held, self._names = [held for held, _ in places], [name for _, name in places]
+        self.values = self._now()
+
+    def _now(self) -> list[Any]:
+        return list(map(operator.getitem, self._held, self._names))
+
+    def are_same(self) -> bool:
+        try:
+            now = self._now()
+        except KeyError:
+            return False
+        if not all(map(operator.is_, now, self.values)):
+            if not all(map(_is_equal, now, self.values)):
+                return False
+            self.values = now
+        return True
+
+
+class _Variables:
+    """What functions read from outside: closures, defaults and globals, as they are now."""
+
+    def __init__(self, functions: Sequence[types.FunctionType]) -> None:
+        self._functions = functions
+        self._cells = [cell for function in functions for cell in function.__closure__ or ()]
+        self._contents = list(map(_content, self._cells))
+        self._defaults = list(map(_DEFAULTS, functions))
+        names = {
+            (id(function.__globals__), name): (function.__globals__, name)
+            for function in functions
+            for name in function.__code__.co_names
+        }
+        self._globals = _Entries([(held, name) for held, name in names.values() if name in held])
+        absent = [(held, name) for held, name in names.values() if name not in held]
+        self._absent = [held for held, _ in absent], [name for _, name in absent]
+
+    def values(self) -> Iterator[Any]:
+        defaults = (value for values in self._defaults for value in values or ())
+        return itertools.chain(self._contents, defaults, self._globals.values)
+
+    def are_same(self) -> bool:
+        return (
+            all(map(_is_equal, map(_content, self._cells), self._contents))
+            and all(map(operator.is_, map(_DEFAULTS, self._functions), self._defaults))
+            and not any(map(operator.contains, *self._absent))
+            and self._globals.are_same()
+        )
+
+
+_PLACE, _TRAINED = torch.Tensor.data_ptr, operator.attrgetter("requires_grad")
+_TENSOR_HOOKS, _DEFAULTS = operator.attrgetter("_backward_hooks"), operator.attrgetter("__defaults__")
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return _UNSEEN
+
+
+def _is_equal(now: Any, before: Any) -> bool:
+    """Whether it is the same object, or an equal plain value."""
+    return now is before or (type(now) is type(before) and isinstance(now, _PLAIN) and bool(now == before))
+
+
+def _are_groups_same(groups: Sequence[Sequence[torch.Tensor]], optimizer: torch.optim.Optimizer) -> bool:
+    now = [group["params"] for group in optimizer.param_groups]
+    return list(map(len, now)) == list(map(len, groups)) and all(
+        map(operator.is_, itertools.chain.from_iterable(now), itertools.chain.from_iterable(groups))
+    )
+
+
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return (
         module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
     )  # fmt: skip
 
 
-def _plain_items(held: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-    return tuple((name, value) for name, value in held.items() if isinstance(value, _PLAIN))
+def _plain_names(held: Mapping[str, Any]) -> list[str]:
+    return [name for name, value in held.items() if isinstance(value, _PLAIN)]
 
 
 def _has_place(tensor: torch.Tensor) -> bool:

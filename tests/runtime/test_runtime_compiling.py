@@ -39,11 +39,17 @@ def request(factor: float = 1.0, *, num_threads: int = 1) -> Request:
     return Request.of(module, LAYOUTS, device=CPU, num_threads=num_threads)
 
 
+class Written(str):
+    """Stands for compiled code."""
+
+    def save(self, path: str) -> None:
+        Path(path).write_text(self)
+
+
 def kept_by_hand(request: Request, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Keeps something without a compiler; what is loaded is the content of the file."""
-    monkeypatch.setattr(compiling, "save_compiled", lambda compiled, path: Path(path).write_text(compiled))
     monkeypatch.setattr(compiling, "load_compiled", lambda path: Path(path).read_text())
-    compiling.keep(request, "compiled code")  # type: ignore[arg-type]
+    compiling.keep(request, Written("compiled code"))  # type: ignore[arg-type]
     return ["compiled code"]
 
 
@@ -75,7 +81,7 @@ def test_a_damaged_file_is_none(length: int, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_broken_artifact_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
     module = make_fx(wave, tracing_mode="fake")(torch.randn(4, 6))
     kept_by_hand(request(), monkeypatch)
-    monkeypatch.setattr(compiling, "compile_graph", lambda *_, **__: "fresh")
+    monkeypatch.setattr(compiling, "compile_graph", lambda *_, **__: Written("fresh"))
 
     def broken(path: str) -> Any:
         raise RuntimeError("no such library")

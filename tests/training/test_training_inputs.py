@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import partita
 from partita import Cluster, Constraints
-from partita.training.inputs import check_structure, take_apart
+from partita.training.inputs import TakenApart, check_structure, take_apart
 
 X, Y = torch.randn(4, 3), torch.randn(4, 1)
 
@@ -218,3 +221,37 @@ def test_what_is_no_graph_of_dense_tensors_trains_as_a_block(make_model: Any, ba
             optimizers[1].step()
             optimizers[1].zero_grad()
             assert step(batch).loss == pytest.approx(float(loss.detach()))
+
+
+def _batch(draw: st.DrawFn) -> Any:
+    leaves = draw(st.lists(st.sampled_from(LEAVES), min_size=1, max_size=3))
+    names = draw(st.permutations(["a", "b", "c"]))[: len(leaves)]
+    kinds: list[Any] = [tuple(leaves), list(leaves), dict(zip(names, leaves, strict=True)), {"x": leaves}, leaves[0]]
+    return draw(st.sampled_from(kinds))
+
+
+LEAVES: list[Any] = [X, X.double(), Y, Y[:2], X.clone(), nn.Parameter(X), torch.tensor(1.0), 3, "text", None, X[:0]]
+batches = st.composite(_batch)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(batches(), min_size=2, max_size=5))
+def test_one_batch_after_the_other_is_taken_apart_as_each_alone(sequence: list[Any]) -> None:
+    in_a_row = TakenApart()
+    for batch in sequence:
+        try:
+            alone = take_apart(batch)
+        except partita.InputError as error:
+            with pytest.raises(partita.InputError, match=re.escape(str(error))):
+                in_a_row(batch)
+            continue
+        found = in_a_row(batch)
+        assert found.key == alone.key and hash(found.key) == hash(alone.key) and found.rows == alone.rows
+        assert found.tensors.keys() == alone.tensors.keys()
+        assert all(found.tensors[index] is leaf for index, leaf in alone.tensors.items())
+
+
+@pytest.mark.parametrize("make_batch", [lambda: (X.clone(), Y), lambda: {"x": X.clone(), "y": Y}])
+def test_the_key_of_equal_batches_is_one_object(make_batch: Any) -> None:
+    in_a_row = TakenApart()
+    assert in_a_row(make_batch()).key is in_a_row(make_batch()).key

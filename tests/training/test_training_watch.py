@@ -227,3 +227,72 @@ def test_the_optimizers_state_is_current_when_asked_for() -> None:
         state = optimizer.state_dict()["state"]
     assert len(state) == len(list(model.parameters()))
     assert all(bool(item["momentum_buffer"].abs().sum() > 0) for item in state.values())
+
+
+def _cells() -> tuple[Callable[[Any, Any], torch.Tensor], Callable[[], None]]:
+    def closed(model: Any, batch: Any) -> torch.Tensor:
+        return loss_fn(model, batch) * factor
+
+    def assign() -> None:
+        nonlocal factor
+        factor = 2.0
+
+    if not callable(closed):
+        factor = 1.0  # never: the closure's cell is empty
+    return closed, assign
+
+
+def _new_default(function: Any) -> None:
+    function.__defaults__ = (3.0,)
+
+
+def _other_groups(optimizer: torch.optim.Optimizer) -> None:
+    last = optimizer.param_groups[0]["params"].pop()
+    optimizer.add_param_group({"params": [last]})
+
+
+def _with_tensor_hook(model: Any) -> None:
+    model[0].weight.register_hook(lambda gradient: gradient * 2)
+
+
+TOUCHES: dict[str, Callable[[Any, Any, Any, Callable[[], None]], object]] = {
+    "a hook of a module": lambda model, *_: model[1].register_forward_pre_hook(lambda *__: None),
+    "a hook of a tensor": lambda model, *_: _with_tensor_hook(model),
+    "another place of values": lambda model, *_: setattr(model[1].weight, "data", torch.ones(16)),
+    "another buffer": lambda model, *_: model[1].register_buffer("running_var", torch.ones(16)),
+    "a buffer that was none": lambda model, *_: model[1].register_buffer("more", torch.ones(1)),
+    "a frozen parameter": lambda model, *_: model[4].bias.requires_grad_(False),
+    "a new attribute": lambda model, *_: setattr(model[2], "slope", 0.5),
+    "a mode": lambda model, *_: model[3].eval(),
+    "a default": lambda model, function, *_: _new_default(function),
+    "an empty cell": lambda model, function, optimizer, assign: assign(),
+    "the optimizer's groups": lambda model, function, optimizer, assign: _other_groups(optimizer),
+    "autocast": lambda *_: torch.set_autocast_enabled("cpu", True),
+}
+
+
+@pytest.mark.parametrize("name", TOUCHES)
+def test_nothing_escapes_the_quick_comparison(name: str) -> None:
+    model, (function, assign) = net(), _cells()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    watch = Watch(model, function, optimizer)
+    model[3].p = float("0.5")  # another object that is equal
+    assert watch.changes() is None and watch.changes() is None
+    try:
+        TOUCHES[name](model, function, optimizer, assign)
+        assert watch.changes() is not None
+        watch.renew()
+        assert watch.changes() is None
+    finally:
+        torch.set_autocast_enabled("cpu", False)
+
+
+def test_a_global_that_was_not_there_is_seen() -> None:
+    scope: dict[str, Any] = {"loss_fn": loss_fn}
+    exec("def late(model, batch):\n    return loss_fn(model, batch) * late_factor\n", scope)
+    model = net()
+    watch = Watch(model, scope["late"], torch.optim.SGD(model.parameters(), lr=0.05))
+    assert watch.changes() is None
+    scope["late_factor"] = 2.0
+    change = watch.changes()
+    assert change is not None and change.names == ("late_factor (read by late)",)

@@ -1,0 +1,200 @@
+"""How the compiler forms products of matrices: by oneDNN's library call, or by its inner kernel in place.
+
+The compiler has a lowering of oneDNN's own op, but only for frozen weights, and rewrites what surrounds it; of the ops
+here it knows what is said here. Private parts of torch in this file (`tests/runtime/test_runtime_products.py`):
+
+* `torch._inductor.lowering.lowerings`, `torch._inductor.ir`: how an op is compiled, and the nodes of compiled code.
+* `torch._inductor.mkldnn_ir.LinearUnary`: oneDNN's linear layer.
+* `torch._inductor.virtualized.V.graph.wrapper_code`: the C++ program that is being written.
+* ``at::native::cpublas::brgemm`` and ``at::vec::transpose_mxn``, which that program calls.
+
+In place (`partita.cost.inline` decides where): the kernel wants both factors in rows, in C terms ``a[i * lda + j]``.
+With X (m, k), W (k, n) and Y = X W there are two ways, and the one that has to transpose fewer elements is taken:
+
+* direct: Y = X W, where a factor that lies in columns is transposed before;
+* turned: Y' = W' X', where a factor that lies in columns is one in rows, and the result is transposed after.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from partita.cost.variants import ONEDNN
+from partita.graph.custom_ops import inline_product
+from partita.units import fingerprint
+
+SOURCE = r"""
+#include <ATen/cpu/vec/vec.h>
+#include <vector>
+
+namespace at::native::cpublas {
+void brgemm(int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const bool add, const float* a,
+            const float* b, float* c, bool is_vnni);
+}
+
+namespace partita {
+
+// b[j * ldb + i] = a[i * lda + j] for i < rows, j < columns
+inline void transpose(const float* a, int64_t lda, float* b, int64_t ldb, int64_t rows, int64_t columns) {
+    constexpr int64_t width = at::vec::Vectorized<float>::size();
+    int64_t i = 0;
+    for (; i + width <= rows; i += width) {
+        int64_t j = 0;
+        for (; j + width <= columns; j += width)
+            at::vec::transpose_mxn<float, width, width>(a + i * lda + j, lda, b + j * ldb + i, ldb);
+        for (; j < columns; ++j)
+            for (int64_t x = i; x < i + width; ++x) b[j * ldb + x] = a[x * lda + j];
+    }
+    for (; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) b[j * ldb + i] = a[i * lda + j];
+}
+
+inline float* scratch(int place, int64_t size) {
+    static thread_local std::vector<float> memory[3];
+    if (static_cast<int64_t>(memory[place].size()) < size) memory[place].resize(size);
+    return memory[place].data();
+}
+
+struct Rows { const float* data; int64_t step; };
+
+// The (rows, columns) matrix with elements a[i * row + j * column] in rows; one of its strides is 1.
+inline Rows in_rows(const float* a, int64_t row, int64_t column, int64_t rows, int64_t columns, int place) {
+    if (column == 1) return {a, row};
+    float* copy = scratch(place, rows * columns);
+    transpose(a, column, copy, columns, columns, rows);
+    return {copy, columns};
+}
+
+// out (m, n, in rows) = left (m, k) @ right (k, n)
+inline void direct(const float* left, int64_t left_m, int64_t left_k, const float* right, int64_t right_k,
+                   int64_t right_n, float* out, int64_t m, int64_t n, int64_t k) {
+    const Rows a = in_rows(left, left_m, left_k, m, k, 0), b = in_rows(right, right_k, right_n, k, n, 1);
+    at::native::cpublas::brgemm(m, n, k, a.step, b.step, n, false, a.data, b.data, out, false);
+}
+
+inline void turned(const float* left, int64_t left_m, int64_t left_k, const float* right, int64_t right_k,
+                   int64_t right_n, float* out, int64_t m, int64_t n, int64_t k) {
+    float* result = scratch(2, m * n);
+    direct(right, right_n, right_k, left, left_k, left_m, result, n, m, k);
+    transpose(result, m, out, n, n, m);
+}
+
+}  // namespace partita
+"""
+CODE = fingerprint([SOURCE])
+
+
+@torch.library.custom_op("partita::product", mutates_args=())
+def product(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """``left @ right.T + bias`` by oneDNN, with factors of any strides."""
+    result: Tensor = ONEDNN(left, right, bias, "none", [], "")
+    return result
+
+
+@product.register_fake
+def _(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[0])
+
+
+def prepare(node: fx.Node) -> None:
+    """Have a node of a graph that is to be compiled call the op that has a lowering here."""
+    if node.target is ONEDNN:
+        node.target, node.args = torch.ops.partita.product.default, node.args[:3]
+    elif node.target is inline_product._opoverload:
+        node.args = (*node.args[:2], CODE)  # the compiler keeps what it compiled by the graph
+
+
+@functools.cache
+def register_lowerings() -> None:
+    """Has the compiler call the kernels directly, without Python and without the interpreter's lock."""
+    from torch._inductor import lowering
+
+    lowering.lowerings[torch.ops.partita.product.default] = _lower_product
+    lowering.lowerings[inline_product._opoverload] = _lower_inline
+
+
+def _lower_product(left: Any, right: Any, bias: Any) -> Any:
+    from torch._inductor import ir, mkldnn_ir
+
+    tensors = [ir.ExternKernel.realize_input(item) for item in (left, right, bias) if item is not None]
+    constants = ([] if bias is not None else [None]) + ["none", [-1], ""]
+    shape = [left.get_size()[0], right.get_size()[0]]
+    layout = ir.FixedLayout(device=left.get_device(), dtype=left.get_dtype(), size=shape)
+    return ir.TensorBox.create(mkldnn_ir._create_output_node(mkldnn_ir.LinearUnary(layout, tensors, constants)))
+
+
+def _lower_inline(left: Any, right: Any, code: str) -> Any:
+    from torch._inductor import ir
+
+    factors = [_laid_out(left), _laid_out(right)]
+    size = [*left.get_size()[:-1], right.get_size()[-1]]
+    layout = ir.FixedLayout(device=left.get_device(), dtype=left.get_dtype(), size=size)
+    return ir.TensorBox.create(_inline_kernel()(layout, factors))
+
+
+def _laid_out(value: Any) -> Any:
+    """The factor in memory, with rows or columns one after the other."""
+    from torch._inductor import ir
+
+    value = ir.ExternKernel.realize_input(value)
+    value.freeze_layout()
+    if _strides(value) is None:
+        value = ir.ExternKernel.require_contiguous(value)
+    return value
+
+
+def _strides(value: Any) -> tuple[int, int] | None:
+    """Strides of the last two dims, one of which is 1 and the other one no less than the extent that it spans; None if
+    they are others."""
+    rows, columns = (int(extent) for extent in value.get_size()[-2:])
+    row, column = (int(stride) for stride in value.get_stride()[-2:])
+    if (column == 1 or columns == 1) and (rows == 1 or row >= columns):  # along an extent of 1 nothing is read
+        return max(row, columns), 1
+    if (row == 1 or rows == 1) and (columns == 1 or column >= rows):
+        return 1, max(column, rows)
+    return None
+
+
+@functools.cache
+def _inline_kernel() -> type:
+    """The node of compiled code that forms a product in place; its base class is there once the compiler is."""
+    from torch._inductor import ir
+    from torch._inductor.virtualized import V
+
+    class InlineProduct(ir.ExternKernelOut):  # type: ignore[misc]
+        def codegen(self, wrapper: Any) -> None:
+            if not getattr(wrapper, "has_partita_products", False):
+                wrapper.has_partita_products = wrapper.needs_vec_isa = True
+                V.graph.wrapper_code.header.splice(SOURCE)
+            for line in _call(self.inputs, self.get_name(), self.get_size()):
+                wrapper.writeline(line)
+
+    return InlineProduct
+
+
+def _call(factors: Sequence[Any], result: str, size: Sequence[int]) -> list[str]:
+    """The lines of C++ that write the product of two factors to `result`."""
+    left, right = factors
+    m, n, k = int(size[-2]), int(size[-1]), int(left.get_size()[-1])
+    (left_m, left_k), (right_k, right_n) = _strides(left) or (k, 1), _strides(right) or (n, 1)
+    num_direct = (0 if left_k == 1 else m * k) + (0 if right_n == 1 else k * n)
+    num_turned = (0 if left_m == 1 else m * k) + (0 if right_k == 1 else k * n) + m * n
+    way = "direct" if num_direct <= num_turned else "turned"
+    number, steps = 1, (0, 0, 0)
+    if len(size) == 3:
+        number, steps = int(size[0]), (int(left.get_stride()[0]), int(right.get_stride()[0]), m * n)
+    places = [f"{_data(item)} + i * {step}L" for item, step in zip(factors, steps[:2], strict=True)]
+    call = (
+        f"partita::{way}({places[0]}, {left_m}L, {left_k}L, {places[1]}, {right_k}L, {right_n}L, "
+        f"(float*)({result}.data_ptr()) + i * {steps[2]}L, {m}L, {n}L, {k}L);"
+    )
+    return [f"for (int64_t i = 0; i < {number}L; ++i) {call}"]
+
+
+def _data(value: Any) -> str:
+    return f"(const float*)({value.get_name()}.data_ptr()) + {int(value.get_layout().offset)}L"
