@@ -19,7 +19,7 @@ from partita.cost.variants import CLEARLY_FASTER, product_of, times_s
 from partita.graph.custom_ops import inline_product
 
 TRANSPOSE_S = 0.2e-9  # an element of a factor that fits a core's cache: measured 0.1 to 0.4 ns on a Zen 5
-MOST_ELEMENTS = 2**22  # of factors and result together: no larger product has been seen to be faster
+MOST_ELEMENTS = 2**20  # of factors and result together (4 MiB): what is far from fitting a cache, libraries cut first
 _BMM = torch.ops.aten.bmm.default
 
 

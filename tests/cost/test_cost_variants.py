@@ -46,7 +46,7 @@ def chosen(monkeypatch):
     """Has every product, or none, taken as faster."""
 
     def set_to(faster: bool) -> None:
-        monkeypatch.setattr(variants, "choose", lambda nodes, num_threads: list(nodes) if faster else [])
+        monkeypatch.setattr(variants.CHOICES, "of", lambda nodes, num_threads: list(nodes) if faster else [])
 
     return set_to
 
@@ -55,9 +55,9 @@ def chosen(monkeypatch):
 def no_choices(monkeypatch, tmp_path):
     """Nothing is chosen yet, and what will be stays out of the user's cache."""
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
-    variants._choices.cache_clear()
+    variants.CHOICES.forget()
     yield
-    variants._choices.cache_clear()
+    variants.CHOICES.forget()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -117,32 +117,32 @@ def test_the_choice_is_measured_once_and_kept_on_disk(monkeypatch, no_choices):
         measured.append(node.name)
         return (1.0, 0.5) if node.target is torch.ops.aten.addmm.default else (1.0, 0.99)
 
-    monkeypatch.setattr(variants, "_times_s", times)
-    assert [node.target for node in variants.choose(nodes, 1)] == [torch.ops.aten.addmm.default]
+    monkeypatch.setattr(variants, "times_s", times)
+    assert [node.target for node in variants.CHOICES.of(nodes, 1)] == [torch.ops.aten.addmm.default]
     assert len(measured) == 4
-    assert len(variants.choose(nodes, 1)) == 1 and len(measured) == 4  # known
-    variants.choose(nodes, 2)
+    assert len(variants.CHOICES.of(nodes, 1)) == 1 and len(measured) == 4  # known
+    variants.CHOICES.of(nodes, 2)
     assert len(measured) == 8  # other threads, other times
-    variants._choices.cache_clear()
-    assert len(variants.choose(nodes, 1)) == 1 and len(measured) == 8  # read
+    variants.CHOICES.forget()
+    assert len(variants.CHOICES.of(nodes, 1)) == 1 and len(measured) == 8  # read
 
 
 def test_measuring_leaves_torchs_random_state_alone(no_choices):
     before = torch.get_rng_state()
     variants.with_variants(traced(step, *EXAMPLES), 1)
-    assert len(variants._choices()) == 4
+    assert len(variants.CHOICES) == 4
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_products_time_is_that_of_the_library_that_will_run(monkeypatch, no_choices):
     nodes = products(traced(step, *EXAMPLES))
-    monkeypatch.setattr(variants, "_times_s", lambda node: (4.0, 3.0))
+    monkeypatch.setattr(variants, "times_s", lambda node: (4.0, 3.0))
     assert measure_nodes(nodes[:1], (0,), budget_s=1.0) == [3.0]
-    monkeypatch.setattr(variants, "_times_s", lambda node: (4.0, 3.9))
+    monkeypatch.setattr(variants, "times_s", lambda node: (4.0, 3.9))
     assert measure_nodes(nodes[1:2], (0,), budget_s=1.0) == [4.0]
-    variants._choices.cache_clear()
-    monkeypatch.setattr(variants, "_times_s", lambda node: pytest.fail("it was measured with the op, and kept"))
-    assert variants.choose(nodes[:2], 1) == nodes[:1]
+    variants.CHOICES.forget()
+    monkeypatch.setattr(variants, "times_s", lambda node: pytest.fail("it was measured with the op, and kept"))
+    assert variants.CHOICES.of(nodes[:2], 1) == nodes[:1]
 
 
 def test_calls_are_timed_in_turns():
