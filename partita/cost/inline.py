@@ -101,11 +101,11 @@ def _is_faster(node: fx.Node) -> bool:
     left, right = (value.meta["val"] for value in _factors(node))
     (m, k), n = left.shape[-2:], right.shape[-1]
     num_products = left.shape[0] if left.dim() == 3 else 1
-    inline_s = num_products * (_kernel_s(m, k, n) + num_transposed(left, right) * TRANSPOSE_S)
+    inline_s = num_products * (kernel_s(m, k, n) + num_transposed(left, right) * TRANSPOSE_S)
     return inline_s < CLEARLY_FASTER * _library_s(node)
 
 
-def _kernel_s(m: int, k: int, n: int) -> float:
+def kernel_s(m: int, k: int, n: int) -> float:
     """Seconds of one product of matrices in rows, without those of a call from Python."""
     kernel = small_product()
     assert kernel is not None

@@ -41,15 +41,20 @@ def _(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor | None) -> 
 
 
 @torch.library.custom_op("partita::inline_product", mutates_args=())
-def inline_product(left: torch.Tensor, right: torch.Tensor, code: str = "") -> torch.Tensor:
-    """``left @ right`` of float32 matrices (M, K) and (K, N), or of (B, M, K) and (B, K, N); compiled code forms it in
-    place. `code` tells apart what the compiler has made of it by different versions of partita."""
-    return left @ right
+def inline_product(left: torch.Tensor, right: torch.Tensor, by_rows: bool = False, code: str = "") -> torch.Tensor:
+    """``left @ right`` of float32 matrices (..., M, K) and (..., K, N), same dims before them; compiled code forms it
+    in place. The result is contiguous, or with `by_rows` lies in memory as (B, M, H, N) if its shape is (B, H, M, N).
+    `code` tells apart what the compiler has made of it by different versions of partita."""
+    result = left @ right
+    return result.transpose(1, 2).contiguous().transpose(1, 2) if by_rows else result.contiguous()
 
 
 @inline_product.register_fake
-def _(left: torch.Tensor, right: torch.Tensor, code: str = "") -> torch.Tensor:
-    return left.new_empty(*left.shape[:-1], right.shape[-1])
+def _(left: torch.Tensor, right: torch.Tensor, by_rows: bool = False, code: str = "") -> torch.Tensor:
+    shape = [*left.shape[:-1], right.shape[-1]]
+    if not by_rows:
+        return left.new_empty(shape)
+    return left.new_empty(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
 
 
 @torch.library.custom_op("partita::lstm_layer", mutates_args=())

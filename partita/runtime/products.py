@@ -18,6 +18,7 @@ With X (m, k), W (k, n) and Y = X W there are two ways, and the one that has to 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,18 +71,18 @@ inline Rows in_rows(const float* a, int64_t row, int64_t column, int64_t rows, i
     return {copy, columns};
 }
 
-// out (m, n, in rows) = left (m, k) @ right (k, n)
+// out (m, n, in rows of that step) = left (m, k) @ right (k, n)
 inline void direct(const float* left, int64_t left_m, int64_t left_k, const float* right, int64_t right_k,
-                   int64_t right_n, float* out, int64_t m, int64_t n, int64_t k) {
+                   int64_t right_n, float* out, int64_t step, int64_t m, int64_t n, int64_t k) {
     const Rows a = in_rows(left, left_m, left_k, m, k, 0), b = in_rows(right, right_k, right_n, k, n, 1);
-    at::native::cpublas::brgemm(m, n, k, a.step, b.step, n, false, a.data, b.data, out, false);
+    at::native::cpublas::brgemm(m, n, k, a.step, b.step, step, false, a.data, b.data, out, false);
 }
 
 inline void turned(const float* left, int64_t left_m, int64_t left_k, const float* right, int64_t right_k,
-                   int64_t right_n, float* out, int64_t m, int64_t n, int64_t k) {
+                   int64_t right_n, float* out, int64_t step, int64_t m, int64_t n, int64_t k) {
     float* result = scratch(2, m * n);
-    direct(right, right_n, right_k, left, left_k, left_m, result, n, m, k);
-    transpose(result, m, out, n, n, m);
+    direct(right, right_n, right_k, left, left_k, left_m, result, m, n, m, k);
+    transpose(result, m, out, step, n, m);
 }
 
 }  // namespace partita
@@ -106,7 +107,8 @@ def prepare(node: fx.Node) -> None:
     if node.target is ONEDNN:
         node.target, node.args = torch.ops.partita.product.default, node.args[:3]
     elif node.target is inline_product._opoverload:
-        node.args = (*node.args[:2], CODE)  # the compiler keeps what it compiled by the graph
+        left, right, *by_rows = node.args  # the compiler keeps what it compiled by the graph: so with the code's hash
+        node.args = (left, right, *(by_rows[:1] or [False]), CODE)
 
 
 @functools.cache
@@ -128,12 +130,16 @@ def _lower_product(left: Any, right: Any, bias: Any) -> Any:
     return ir.TensorBox.create(mkldnn_ir._create_output_node(mkldnn_ir.LinearUnary(layout, tensors, constants)))
 
 
-def _lower_inline(left: Any, right: Any, code: str) -> Any:
+def _lower_inline(left: Any, right: Any, by_rows: bool, code: str) -> Any:
     from torch._inductor import ir
 
     factors = [_laid_out(left), _laid_out(right)]
-    size = [*left.get_size()[:-1], right.get_size()[-1]]
-    layout = ir.FixedLayout(device=left.get_device(), dtype=left.get_dtype(), size=size)
+    size = [int(extent) for extent in (*left.get_size()[:-1], right.get_size()[-1])]
+    strides = [math.prod(size[dim + 1 :]) for dim in range(len(size))]
+    if by_rows:
+        heads, rows, columns = size[1:]
+        strides = [rows * heads * columns, columns, heads * columns, 1]
+    layout = ir.FixedLayout(device=left.get_device(), dtype=left.get_dtype(), size=size, stride=strides)
     return ir.TensorBox.create(_inline_kernel()(layout, factors))
 
 
@@ -171,29 +177,32 @@ def _inline_kernel() -> type:
             if not getattr(wrapper, "has_partita_products", False):
                 wrapper.has_partita_products = wrapper.needs_vec_isa = True
                 V.graph.wrapper_code.header.splice(SOURCE)
-            for line in _call(self.inputs, self.get_name(), self.get_size()):
+            for line in _call(self.inputs, self.get_name(), self.get_layout()):
                 wrapper.writeline(line)
 
     return InlineProduct
 
 
-def _call(factors: Sequence[Any], result: str, size: Sequence[int]) -> list[str]:
-    """The lines of C++ that write the product of two factors to `result`."""
+def _call(factors: Sequence[Any], result: str, layout: Any) -> list[str]:
+    """The lines of C++ that write the product of two factors to `result`, one after the other for all batch dims."""
     left, right = factors
-    m, n, k = int(size[-2]), int(size[-1]), int(left.get_size()[-1])
+    size, strides = [int(extent) for extent in layout.size], [int(stride) for stride in layout.stride]
+    m, n, k = size[-2], size[-1], int(left.get_size()[-1])
     (left_m, left_k), (right_k, right_n) = _strides(left) or (k, 1), _strides(right) or (n, 1)
     num_direct = (0 if left_k == 1 else m * k) + (0 if right_n == 1 else k * n)
     num_turned = (0 if left_m == 1 else m * k) + (0 if right_k == 1 else k * n) + m * n
     way = "direct" if num_direct <= num_turned else "turned"
-    number, steps = 1, (0, 0, 0)
-    if len(size) == 3:
-        number, steps = int(size[0]), (int(left.get_stride()[0]), int(right.get_stride()[0]), m * n)
-    places = [f"{_data(item)} + i * {step}L" for item, step in zip(factors, steps[:2], strict=True)]
+    batch = range(len(size) - 2)
+    at = [
+        "".join(f" + i{dim} * {int(steps[dim])}L" for dim in batch)
+        for steps in (left.get_stride(), right.get_stride(), strides)
+    ]
+    loops = [f"for (int64_t i{dim} = 0; i{dim} < {size[dim]}L; ++i{dim})" for dim in batch]
     call = (
-        f"partita::{way}({places[0]}, {left_m}L, {left_k}L, {places[1]}, {right_k}L, {right_n}L, "
-        f"(float*)({result}.data_ptr()) + i * {steps[2]}L, {m}L, {n}L, {k}L);"
+        f"partita::{way}({_data(left)}{at[0]}, {left_m}L, {left_k}L, {_data(right)}{at[1]}, {right_k}L, {right_n}L, "
+        f"(float*)({result}.data_ptr()){at[2]}, {strides[-2]}L, {m}L, {n}L, {k}L);"
     )
-    return [f"for (int64_t i = 0; i < {number}L; ++i) {call}"]
+    return [" ".join([*loops, call])]
 
 
 def _data(value: Any) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, fx
 
+from partita.cost.attention import with_attention
 from partita.cost.inline import with_inline
 from partita.cost.variants import with_variants
 from partita.graph.randomness import is_random, with_generator
@@ -105,7 +106,10 @@ def compile_ahead(
 def _module(segment: Segment, device: torch.device, num_threads: int, *, compiled: bool) -> fx.GraphModule:
     if device.type != "cpu":
         return segment.module
-    return with_variants(with_inline(segment.module, num_threads) if compiled else segment.module, num_threads)
+    module = segment.module
+    if compiled:
+        module = with_inline(with_attention(module, num_threads), num_threads)
+    return with_variants(module, num_threads)
 
 
 def _layouts(segment: Segment) -> list[Layout]:

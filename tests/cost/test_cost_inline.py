@@ -169,7 +169,7 @@ def test_a_choice_is_by_the_times_of_both(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("PARTITA_CACHE", str(tmp_path))
     inline.CHOICES.forget()
     module = traced(layer, *EXAMPLES)
-    monkeypatch.setattr(inline, "_kernel_s", lambda m, k, n: 1.0 if (m, k, n) == (48, 40, 24) else 3.0)
+    monkeypatch.setattr(inline, "kernel_s", lambda m, k, n: 1.0 if (m, k, n) == (48, 40, 24) else 3.0)
     monkeypatch.setattr(inline, "_library_s", lambda node: 2.0)
     changed = inline.with_inline(module, 1)
     assert targets(changed).count(INLINE) == 2  # x w' with and without bias
