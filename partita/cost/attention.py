@@ -14,7 +14,7 @@ The backward pass forms P again from L, as the kernel does.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,20 +82,7 @@ def with_attention(module: fx.GraphModule, num_threads: int) -> fx.GraphModule:
     if num_threads != 1 or small_product() is None:
         return module
     nodes = [node for node in module.graph.nodes if node.op == "call_function" and _can_be_replaced(node)]
-    chosen = {node.name for node in CHOICES.of(nodes, num_threads)}
-    if not chosen:
-        return module
-    graph = fx.Graph()
-    copies: dict[fx.Node, Any] = {}
-    for node in module.graph.nodes:
-        source = node.args[0] if node.target is operator.getitem else None
-        if node.name in chosen:
-            copies[node] = _replaced(graph, node, copies)
-        elif isinstance(source, fx.Node) and source.name in chosen:
-            copies[node] = copies[source][node.args[1]]
-        else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(module, graph)
+    return CHOICES.applied(module, nodes, num_threads, _replaced)
 
 
 def _can_be_replaced(node: fx.Node) -> bool:
@@ -105,13 +92,13 @@ def _can_be_replaced(node: fx.Node) -> bool:
     if any(user.target is not operator.getitem for user in node.users):
         return False
     inputs, (dropout, _) = _parted(node)
-    values = [item.meta.get("val") for item in inputs]
-    if dropout or any(not isinstance(value, Tensor) or value.dtype is not torch.float32 for value in values):
+    values: list[Any] = [item.meta.get("val") for item in inputs]
+    if dropout or not all(isinstance(value, Tensor) and value.dtype is torch.float32 for value in values):
         return False
     q, k, v = values[:3] if node.target is FORWARD else values[1:4]
     if q.shape[1] != k.shape[1] or q.shape[-1] != v.shape[-1] or q.device.type != "cpu" or q.numel() == 0:
         return False
-    results = node.meta["val"][:1] if node.target is FORWARD else node.meta["val"]
+    results: Sequence[Tensor] = node.meta["val"][:1] if node.target is FORWARD else node.meta["val"]
     return q.shape[:3].numel() * k.shape[2] <= MOST_SCORES and all(map(_is_by_rows, results))
 
 
@@ -122,8 +109,8 @@ def _is_by_rows(value: Tensor) -> bool:
 def _parted(node: fx.Node) -> tuple[list[fx.Node], tuple[float, bool]]:
     """The tensors that an attention is called with; dropout and whether it is causal."""
     inputs = [item for item in node.args if isinstance(item, fx.Node)]
-    dropout, causal, *_ = (*node.args[len(inputs) :], *(0.0, False)[len(node.args) - len(inputs) :])
-    return inputs, (float(dropout), bool(causal))  # type: ignore[arg-type]
+    given: list[Any] = list(node.args[len(inputs) :])
+    return inputs, (float(given[0]) if given else 0.0, len(given) > 1 and bool(given[1]))
 
 
 def _function(node: fx.Node) -> Callable[..., tuple[Tensor, ...]]:
@@ -135,7 +122,7 @@ def _function(node: fx.Node) -> Callable[..., tuple[Tensor, ...]]:
     return lambda *tensors: function(*tensors, **options)
 
 
-def _replaced(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, Any]) -> list[fx.Node]:
+def _replaced(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, Any]) -> list[fx.Node]:
     """The function's ops in the graph; the nodes of its results."""
     inputs, _ = _parted(node)
     examples = [torch.empty_like(item.meta["val"]) for item in inputs]  # nodes may share their values: these do not

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,6 +15,8 @@ from partita.cache import read_json, write_json
 from partita.cluster.hardware import cpu_name
 from partita.cost.measure_ops import on_pinned_threads, op_key
 from partita.units import fingerprint
+
+Make = Callable[[fx.Graph, fx.Node, Mapping[fx.Node, Any]], Any]
 
 
 class Choices:
@@ -43,6 +47,30 @@ class Choices:
                 known.update(self._measured(missing, num_threads))
                 self._store(known)
             return [node for node, key in keyed if known[key]]
+
+    def applied(self, module: fx.GraphModule, nodes: Iterable[fx.Node], num_threads: int, make: Make) -> fx.GraphModule:
+        """The module with the other kernel in the place of those of `nodes` for which it is taken; the module itself if
+        there are none.
+
+        Args:
+            make: adds the other kernel for a node to a new graph, given the copies of all nodes before it; returns what
+                stands for the node, a sequence of nodes where the node has several results.
+        """
+        chosen = {node.name for node in self.of(nodes, num_threads)}
+        if not chosen:
+            return module
+        graph = fx.Graph()
+        copies: dict[fx.Node, Any] = {}
+        for node in module.graph.nodes:
+            source = node.args[0] if node.target is operator.getitem else None
+            if node.name in chosen:
+                copies[node] = make(graph, node, copies)
+            elif isinstance(source, fx.Node) and source.name in chosen:
+                copies[node] = copies[source][node.args[1]]
+            else:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.eliminate_dead_code()  # views that nobody reads any more
+        return fx.GraphModule(module, graph)
 
     def settle(self, node: fx.Node, num_threads: int, found: Callable[[], bool]) -> bool:
         """The choice for a node: `found` by the caller, if it is not known. It is kept by the next `keep`."""

@@ -9,6 +9,9 @@ products stay with the libraries. Which is faster is measured (`partita.cost.cho
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -32,29 +35,20 @@ def with_inline(module: fx.GraphModule, num_threads: int) -> fx.GraphModule:
     if num_threads != 1 or small_product() is None:  # the kernel works in one thread
         return module
     products = [node for node in module.graph.nodes if node.op == "call_function" and _can_be_inline(node)]
-    chosen = {node.name for node in CHOICES.of(products, num_threads)}
-    if not chosen:
-        return module
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        if node.name in chosen:
-            copies[node] = _as_inline(graph, node, copies)
-        else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    return fx.GraphModule(module, graph)
+    return CHOICES.applied(module, products, num_threads, _as_inline)
 
 
 def _can_be_inline(node: fx.Node) -> bool:
     product = product_of(node)
     if product is None and node.target is not _BMM:
         return False
-    factors = [value.meta.get("val") for value in _factors(node)]
-    if any(not isinstance(value, torch.Tensor) or value.dtype is not torch.float32 for value in factors):
-        return False
-    if any(value.device.type != "cpu" or value.numel() == 0 for value in factors):
-        return False
-    return sum(value.numel() for value in factors) + node.meta["val"].numel() <= MOST_ELEMENTS
+    values = [value.meta.get("val") for value in (*_factors(node), node)]
+    return all(map(_is_plain, values)) and sum(value.numel() for value in values if value is not None) <= MOST_ELEMENTS
+
+
+def _is_plain(value: Any) -> bool:
+    is_float = isinstance(value, torch.Tensor) and value.dtype is torch.float32
+    return is_float and value.device.type == "cpu" and value.numel() > 0
 
 
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -66,7 +60,7 @@ def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     return left, right
 
 
-def _as_inline(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+def _as_inline(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, Any]) -> fx.Node:
     left, right = _factors(node)
     result = graph.call_function(inline_product._opoverload, (copies[left], copies[right]))
     result.meta = dict(node.meta)

@@ -10,7 +10,7 @@ Both sum in float32, in another order: results differ by rounding, as they do be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,18 +64,7 @@ def with_variants(module: fx.GraphModule, num_threads: int) -> fx.GraphModule:
     The module itself if there is none. What is not known yet is measured: some milliseconds for each kind of op.
     """
     products = [node for node in module.graph.nodes if node.op == "call_function" and product_of(node)]
-    chosen = {node.name for node in CHOICES.of(products, num_threads)}
-    if not chosen:
-        return module
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        if node.name in chosen:
-            copies[node] = _as_onednn(graph, node, copies)
-        else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.eliminate_dead_code()  # transposed views that nobody reads any more
-    return fx.GraphModule(module, graph)
+    return CHOICES.applied(module, products, num_threads, _as_onednn)
 
 
 def time_of_chosen(node: fx.Node, num_threads: int) -> float:
@@ -100,7 +89,7 @@ def _is_plain(value: torch.Tensor) -> bool:
     return value.dtype is torch.float32 and value.device.type == "cpu" and value.numel() > 0
 
 
-def _as_onednn(graph: fx.Graph, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+def _as_onednn(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, Any]) -> fx.Node:
     product = product_of(node)
     assert product is not None
     right = product.right

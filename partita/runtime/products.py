@@ -172,7 +172,7 @@ def _inline_kernel() -> type:
     from torch._inductor import ir
     from torch._inductor.virtualized import V
 
-    class InlineProduct(ir.ExternKernelOut):  # type: ignore[misc]
+    class InlineProduct(ir.ExternKernelOut):
         def codegen(self, wrapper: Any) -> None:
             if not getattr(wrapper, "has_partita_products", False):
                 wrapper.has_partita_products = wrapper.needs_vec_isa = True

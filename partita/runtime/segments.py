@@ -27,7 +27,7 @@ from partita.graph.storages import last_uses
 from partita.program.instructions import Segment
 from partita.runtime.compiling import Background, Request, compile_or_load
 from partita.runtime.portable import NotPortableError
-from partita.runtime.torch_adapter import Layout, direct
+from partita.runtime.torch_adapter import Compiled, Layout, direct
 
 Call = Callable[..., Sequence[Tensor]]
 
@@ -91,7 +91,7 @@ def compile_ahead(
         return None
     kept: Future[Call] = Future()
 
-    def arrived(done: Future[Call]) -> None:
+    def arrived(done: Future[Compiled]) -> None:
         if not done.cancelled():
             error = done.exception()
             if error is not None:

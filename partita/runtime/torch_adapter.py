@@ -96,7 +96,9 @@ def _code_inside(artifact: Any) -> Any:
     them."""
     from torch._inductor.output_code import CompiledFxGraph
 
-    waiting, known, found = [artifact._compiled_fn], set(), []
+    waiting: list[Any] = [artifact._compiled_fn]
+    known: set[int] = set()
+    found = []
     while waiting and len(known) < _MOST_FUNCTIONS:
         value = waiting.pop()
         if id(value) in known:
