@@ -11,8 +11,9 @@ slices of the parameters, one per worker. Three kinds of optimizers are told apa
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -89,6 +90,26 @@ def fused_agrees(optimizer: torch.optim.Optimizer) -> bool:
         and _experiment(optimizer, group)[1]
         for group in optimizer.param_groups
     )
+
+
+@contextlib.contextmanager
+def by_fused_kernels(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Meanwhile the optimizer (of which `fused_agrees`) steps by its fused kernels, which make no values on the way.
+
+    They take dense floating-point values, and want all parameters to have a state or none to; what else there is, steps
+    as it always did.
+    """
+    stepped = [item for group in optimizer.param_groups for item in group["params"] if item.grad is not None]
+    plain = all(_fusible(item) and item.grad.layout is torch.strided for item in stepped)
+    is_uniform = len({bool(optimizer.state.get(item)) for item in stepped}) < 2
+    groups = optimizer.param_groups if plain and is_uniform else []
+    for group in groups:
+        group["fused"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["fused"] = None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from partita.runtime.engine import Engine, State
 from partita.runtime.transport import Transport
 from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
-from partita.training.optimizers import Kind, OptimizerShards, kind_of
+from partita.training.optimizers import Kind, OptimizerShards, by_fused_kernels, fused_agrees, kind_of
 from partita.units import fingerprint
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -260,7 +260,8 @@ def owners_of(programs: ProgramSet) -> Mapping[str, tuple[int, ...]]:
 
 
 class BlockRunner:
-    """Plain PyTorch: forward, backward and the user's own optimizer on the whole batch, as one block.
+    """Plain PyTorch: forward, backward and the user's own optimizer on the whole batch, as one block. The optimizer
+    steps by fused kernels if it has some that agree.
 
     In a job of several processes rank 0 computes; the others wait for the loss and receive the weights on demand.
     """
@@ -280,6 +281,7 @@ class BlockRunner:
         self.num_threads = num_threads
         self.process, self.transport = process, transport
         self._loss = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
+        self._is_fused = fused_agrees(optimizer)
 
     def step(
         self,
@@ -321,7 +323,8 @@ class BlockRunner:
             )
         loss.backward()
         if update and not (finite_only and not math.isfinite(loss.item())):
-            self.optimizer.step()
+            with by_fused_kernels(self.optimizer) if self._is_fused else contextlib.nullcontext():
+                self.optimizer.step()
         else:
             self.optimizer.zero_grad(set_to_none=True)
         if saved is not None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -13,6 +14,7 @@ from partita.program.instructions import Slice
 from partita.training.optimizers import (
     OptimizerFacts,
     OptimizerShards,
+    by_fused_kernels,
     check_optimizer,
     fused_agrees,
     kind_of,
@@ -248,3 +250,35 @@ def test_unusable_optimizers_are_refused() -> None:
     both = torch.optim.SGD([*model.parameters(), *make_model().parameters()])
     with pytest.raises(InputError, match="would never be updated"):
         check_optimizer(both, named)
+
+
+def _stepped(optimizer_of: Any, *, fused: bool, sparse: bool) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+    """Parameters after three steps, the second one with a parameter more; the optimizer."""
+    torch.manual_seed(0)
+    table, weight = torch.nn.Embedding(10, 4, sparse=sparse), torch.nn.Parameter(torch.randn(4, 3))
+    optimizer = optimizer_of([table.weight, weight])
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = table(torch.tensor([1, step, 7])).pow(2).sum()
+        (loss + (weight.pow(3).sum() if step else 0.0)).backward()
+        with by_fused_kernels(optimizer) if fused else contextlib.nullcontext():
+            optimizer.step()
+    return [table.weight.detach(), weight.detach()], optimizer
+
+
+@pytest.mark.parametrize(
+    ("optimizer_of", "sparse"),
+    [
+        (lambda items: torch.optim.SGD(items, lr=0.1, momentum=0.9), False),
+        (lambda items: torch.optim.AdamW(items, lr=0.1), False),
+        (lambda items: torch.optim.Adagrad(items, lr=0.1), False),
+        (lambda items: torch.optim.SGD(items, lr=0.1), True),
+    ],
+    ids=["sgd", "adamw", "adagrad", "sgd, sparse"],
+)
+def test_a_block_may_step_by_fused_kernels(optimizer_of: Any, sparse: bool) -> None:
+    expected, _ = _stepped(optimizer_of, fused=False, sparse=sparse)
+    found, optimizer = _stepped(optimizer_of, fused=True, sparse=sparse)
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+    assert all(group["fused"] is None for group in optimizer.param_groups)
