@@ -81,11 +81,11 @@ def with_attention(module: fx.GraphModule, num_threads: int) -> fx.GraphModule:
     they compute faster; the module itself if there is none."""
     if num_threads != 1 or small_product() is None:
         return module
-    nodes = [node for node in module.graph.nodes if node.op == "call_function" and _can_be_replaced(node)]
+    nodes = [node for node in module.graph.nodes if node.op == "call_function" and can_be_replaced(node)]
     return CHOICES.applied(module, nodes, num_threads, _replaced)
 
 
-def _can_be_replaced(node: fx.Node) -> bool:
+def can_be_replaced(node: fx.Node) -> bool:
     """An attention without dropout and mask, whose values lie in memory as those of the functions above."""
     if node.target not in (FORWARD, BACKWARD) or node.kwargs.get("attn_mask") is not None:
         return False
@@ -142,20 +142,25 @@ def _replaced(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, Any]) -> 
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
-def _is_faster(node: fx.Node) -> bool:
+def in_place_s(node: fx.Node) -> float:
+    """Seconds of the node's attention in place, in this thread."""
     inputs, _ = _parted(node)
-    values = [make_tensor(item.meta["val"]) for item in inputs]
+    values = [item.meta["val"] for item in inputs]
     q, k = values[:2] if node.target is FORWARD else values[1:3]
     (*batch, t, e), s = q.shape, k.shape[2]
-    number = torch.Size(batch).numel()
     if node.target is FORWARD:
-        inline_s = kernel_s(t, e, s) + kernel_s(t, s, e) + FORWARD_S * t * s
+        head_s = kernel_s(t, e, s) + kernel_s(t, s, e) + FORWARD_S * t * s
     else:
-        inline_s = 2 * kernel_s(t, e, s) + kernel_s(t, s, e) + 2 * kernel_s(s, t, e) + BACKWARD_S * t * s
-    rest = node.args[len(inputs) :]
+        head_s = 2 * kernel_s(t, e, s) + kernel_s(t, s, e) + 2 * kernel_s(s, t, e) + BACKWARD_S * t * s
+    return float(torch.Size(batch).numel() * head_s)
+
+
+def _library_s(node: fx.Node) -> float:
+    inputs, _ = _parted(node)
+    values, rest = [make_tensor(item.meta["val"]) for item in inputs], node.args[len(inputs) :]
     with torch.no_grad():
-        (own_s,) = time_in_turns([lambda: node.target(*values, *rest, **node.kwargs)])  # type: ignore[operator]
-    return number * inline_s < CLEARLY_FASTER * own_s
+        (time_s,) = time_in_turns([lambda: node.target(*values, *rest, **node.kwargs)])  # type: ignore[operator]
+    return time_s
 
 
-CHOICES = Choices("attention", _is_faster)
+CHOICES = Choices("attention", lambda node: in_place_s(node) < CLEARLY_FASTER * _library_s(node))

@@ -34,11 +34,11 @@ def with_inline(module: fx.GraphModule, num_threads: int) -> fx.GraphModule:
     """
     if num_threads != 1 or small_product() is None:  # the kernel works in one thread
         return module
-    products = [node for node in module.graph.nodes if node.op == "call_function" and _can_be_inline(node)]
+    products = [node for node in module.graph.nodes if node.op == "call_function" and can_be_inline(node)]
     return CHOICES.applied(module, products, num_threads, _as_inline)
 
 
-def _can_be_inline(node: fx.Node) -> bool:
+def can_be_inline(node: fx.Node) -> bool:
     product = product_of(node)
     if product is None and node.target is not _BMM:
         return False
@@ -91,12 +91,12 @@ def num_transposed(left: torch.Tensor, right: torch.Tensor) -> int:
     return min(direct, turned)
 
 
-def _is_faster(node: fx.Node) -> bool:
+def in_place_s(node: fx.Node) -> float:
+    """Seconds of the node's product in place, in this thread."""
     left, right = (value.meta["val"] for value in _factors(node))
     (m, k), n = left.shape[-2:], right.shape[-1]
     num_products = left.shape[0] if left.dim() == 3 else 1
-    inline_s = num_products * (kernel_s(m, k, n) + num_transposed(left, right) * TRANSPOSE_S)
-    return inline_s < CLEARLY_FASTER * _library_s(node)
+    return float(num_products * (kernel_s(m, k, n) + num_transposed(left, right) * TRANSPOSE_S))
 
 
 def kernel_s(m: int, k: int, n: int) -> float:
@@ -110,6 +110,7 @@ def kernel_s(m: int, k: int, n: int) -> float:
 
 
 def _library_s(node: fx.Node) -> float:
+    """Seconds of the node's product by the faster library."""
     if product_of(node) is not None:
         return min(times_s(node))
     left, right = (make_tensor(value.meta["val"]) for value in _factors(node))
@@ -118,4 +119,4 @@ def _library_s(node: fx.Node) -> float:
     return time_s
 
 
-CHOICES = Choices("inline", _is_faster)
+CHOICES = Choices("inline", lambda node: in_place_s(node) < CLEARLY_FASTER * _library_s(node))

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import fx
 
+from partita.cost import attention, inline
 from partita.cost.measure_ops import make_arguments, on_pinned_threads, time_call
+from partita.cost.torch_adapter import small_product
 from partita.cost.variants import CHOICES, product_of, time_of_chosen
 from partita.graph.randomness import is_random, with_generator
 
@@ -29,6 +31,31 @@ def measure_nodes(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s:
     if any(map(product_of, nodes)):
         CHOICES.keep()
     return results
+
+
+def measure_in_place(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s: float) -> list[float | None]:
+    """Seconds of each op as compiled code forms it in place on a thread pinned to `cores`; None where it does not, or
+    where the budget had run out."""
+    results: list[float | None] = []
+
+    def body() -> None:
+        end = time.perf_counter() + budget_s
+        for node in nodes:
+            results.append(_in_place_s(node) if time.perf_counter() < end else None)
+
+    if len(cores) != 1 or small_product() is None:
+        return [None] * len(nodes)
+    on_pinned_threads([cores], [body])
+    return results
+
+
+def _in_place_s(node: fx.Node) -> float | None:
+    """None also where a library is chosen."""
+    if inline.can_be_inline(node) and inline.CHOICES.of([node], 1):
+        return inline.in_place_s(node)
+    if attention.can_be_replaced(node) and attention.CHOICES.of([node], 1):
+        return attention.in_place_s(node)
+    return None
 
 
 def _measure_node(node: fx.Node, num_threads: int) -> float | None:

@@ -24,7 +24,7 @@ from torch import fx
 from partita.cache import read_json, write_json
 from partita.cluster.model import Cluster
 from partita.cost.collectives import collective_time_s, link_between
-from partita.cost.measure_nodes import measure_nodes
+from partita.cost.measure_nodes import measure_in_place, measure_nodes
 from partita.cost.measure_ops import measure_dispatch_s, op_key
 from partita.cost.memory import update_traffic_bytes
 from partita.cost.model import CollectiveKind, Place
@@ -34,7 +34,8 @@ from partita.graph.graph import OpInfo
 from partita.sharding.communication import COMMUNICATION_OPS
 from partita.units import fingerprint
 
-FORMAT = "generators"  # of the kept times: those of other kernels mean nothing now
+FORMAT = "in place"  # of the kept times: those of other kernels mean nothing now
+IN_PLACE = "|in place"  # after the key of an op: its time where compiled code forms it in place
 FUSED_SHARE = 0.4
 UPDATE_TENSOR_S = 12e-6  # what an optimizer takes for each tensor, whatever its size
 DISPATCH_S = 4e-6  # of a CPU op, where not measured
@@ -123,12 +124,23 @@ class CostTable:
         for node in module.graph.nodes:
             if is_free(node):
                 continue
+            in_place_s = self._in_place_s(node, place, num_active) if compiled else None
+            if in_place_s is not None:
+                total += in_place_s
+                continue
             time_s = self.op_time_s(node, place, num_active=num_active)
             if compiled:
                 floor = GPU_LAUNCH_S if place.gpu is not None else self._dispatch_s * max(num_active, 1)
                 time_s = max(time_s - floor, 0.0) * (1.0 if _is_contraction(node) else FUSED_SHARE)
             total += time_s
         return total + (self._dispatch_s if compiled else 0.0)
+
+    def _in_place_s(self, node: fx.Node, place: Place, num_active: float) -> float | None:
+        """Seconds of an op that compiled code forms in place; None of others."""
+        if place.gpu is not None or len(place.cores) != 1:
+            return None
+        measured = self._ops.get(self._key(node, 1) + IN_PLACE)
+        return measured and max(measured, num_active * _num_bytes(node) / self._rates(place).machine_bytes_per_s)
 
     def update_time_s(self, sizes: tuple[int, ...], optimizer: str, place: Place, *, num_active: float = 1) -> float:
         if not sizes:
@@ -175,9 +187,9 @@ class CostTable:
         budget_s: float,
         measurer: MeasureNodes = measure_nodes,
     ) -> int:
-        """Measure what `missing` names on `cores`, the ops that move most first, for about `budget_s` seconds, and
-        keep the results.
-        Returns the number of ops measured. Does nothing for a cluster that is only described."""
+        """Measure what `missing` names on `cores`, the ops that move most first, for about `budget_s` seconds, and keep
+        the results; for half as long, what compiled code takes for those that it forms in place. Returns the number of
+        ops measured. Does nothing for a cluster that is only described."""
         if not self._cluster.is_here:
             return 0
         if not self._dispatch_measured and measurer is measure_nodes:
@@ -188,10 +200,13 @@ class CostTable:
         known = {
             self._key(node, len(cores)): time_s for node, time_s in zip(nodes, times, strict=True) if time_s is not None
         }
+        if measurer is measure_nodes:
+            in_place = zip(nodes, measure_in_place(nodes, cores, budget_s=budget_s / 2), strict=True)
+            known |= {self._key(node, 1) + IN_PLACE: time_s for node, time_s in in_place if time_s is not None}
         self._ops.update(known)
         if known:
             self._store()
-        return len(known)
+        return sum(time_s is not None for time_s in times)
 
     def measure_overheads(self, measurer: Callable[[Sequence[int]], Overheads]) -> None:
         """Have `measurer` find the runtime's overheads on the cores of process 0, unless they are known. Does nothing

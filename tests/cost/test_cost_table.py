@@ -17,6 +17,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from partita.cluster.model import Cluster, Gpu, Link, Machine, Process
+from partita.cost import table as cost_table
 from partita.cost.collectives import collective_time_s, link_time_s
 from partita.cost.measure_nodes import measure_nodes
 from partita.cost.measure_ops import make_arguments, make_tensor, measure_together, op_key, placeholder_bound
@@ -135,6 +136,24 @@ def test_contention_and_compilation_order_times() -> None:
     one = table.segment_time_s(module, "k", Place(), compiled=False)
     assert table.segment_time_s(module, "k", Place(), compiled=False, num_active=4) > one
     assert table.segment_time_s(module, "k", Place(), compiled=True) < one
+
+
+def test_compiled_code_takes_the_time_of_ops_that_it_forms_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = make_module()
+    (product,) = [node for node in module.graph.nodes if node.target is torch.ops.aten.mm.default]
+
+    def segment_s(in_place_s: float | None, *, compiled: bool, cores: tuple[int, ...] = (0,)) -> float:
+        monkeypatch.setattr(
+            cost_table,
+            "measure_in_place",
+            lambda nodes, cores, budget_s: [in_place_s if node is product else None for node in nodes],
+        )
+        table = CostTable(make_cluster(), read_cache=False)
+        table.measure([module], cores, budget_s=5.0)
+        return table.segment_time_s(module, "k", Place(cores=cores), compiled=compiled)
+
+    assert segment_s(3.0, compiled=True) - segment_s(1.0, compiled=True) == pytest.approx(2.0, rel=0.05)
+    assert max(segment_s(None, compiled=True), segment_s(3.0, compiled=False)) < 0.5
 
 
 def test_measured_segments_replace_the_sum_and_are_joined_by_lines() -> None:
