@@ -22,10 +22,9 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from partita.cost.choices import Choices
-from partita.cost.inline import kernel_s
+from partita.cost.inline import is_possible, kernel_s
 from partita.cost.measure_ops import make_tensor, time_in_turns
-from partita.cost.torch_adapter import small_product
-from partita.cost.variants import CLEARLY_FASTER
+from partita.cost.variants import is_clear
 from partita.graph.custom_ops import inline_product
 
 MOST_SCORES = 2**21  # of all heads together (8 MiB)
@@ -79,7 +78,7 @@ def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
 def with_attention(module: fx.GraphModule, num_threads: int) -> fx.GraphModule:
     """The module, to be compiled for `num_threads` threads, with the ops above in the place of every attention that
     they compute faster; the module itself if there is none."""
-    if num_threads != 1 or small_product() is None:
+    if not is_possible(num_threads):
         return module
     nodes = [node for node in module.graph.nodes if node.op == "call_function" and can_be_replaced(node)]
     return CHOICES.applied(module, nodes, num_threads, _replaced)
@@ -163,4 +162,4 @@ def _library_s(node: fx.Node) -> float:
     return time_s
 
 
-CHOICES = Choices("attention", lambda node: in_place_s(node) < CLEARLY_FASTER * _library_s(node))
+CHOICES = Choices("attention", lambda node: is_clear(_library_s(node), in_place_s(node)))

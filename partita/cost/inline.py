@@ -9,6 +9,7 @@ products stay with the libraries. Which is faster is measured (`partita.cost.cho
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import fx
 from partita.cost.choices import Choices
 from partita.cost.measure_ops import make_tensor, time_in_turns
 from partita.cost.torch_adapter import small_product
-from partita.cost.variants import CLEARLY_FASTER, product_of, times_s
+from partita.cost.variants import is_clear, is_plain, product_of, time_of_chosen
 from partita.graph.custom_ops import inline_product
 
 TRANSPOSE_S = 0.2e-9  # an element of a factor that fits a core's cache: measured 0.1 to 0.4 ns on a Zen 5
@@ -32,10 +33,15 @@ def with_inline(module: fx.GraphModule, num_threads: int) -> fx.GraphModule:
 
     The module itself if there is none. What is not known yet is measured: some milliseconds for each kind of op.
     """
-    if num_threads != 1 or small_product() is None:  # the kernel works in one thread
+    if not is_possible(num_threads):
         return module
     products = [node for node in module.graph.nodes if node.op == "call_function" and can_be_inline(node)]
     return CHOICES.applied(module, products, num_threads, _as_inline)
+
+
+def is_possible(num_threads: int) -> bool:
+    """Whether code for so many threads can form products in place: the kernel works in one."""
+    return num_threads == 1 and small_product() is not None
 
 
 def can_be_inline(node: fx.Node) -> bool:
@@ -43,12 +49,7 @@ def can_be_inline(node: fx.Node) -> bool:
     if product is None and node.target is not _BMM:
         return False
     values = [value.meta.get("val") for value in (*_factors(node), node)]
-    return all(map(_is_plain, values)) and sum(value.numel() for value in values if value is not None) <= MOST_ELEMENTS
-
-
-def _is_plain(value: Any) -> bool:
-    is_float = isinstance(value, torch.Tensor) and value.dtype is torch.float32
-    return is_float and value.device.type == "cpu" and value.numel() > 0
+    return all(map(is_plain, values)) and sum(value.numel() for value in values if value is not None) <= MOST_ELEMENTS
 
 
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -85,10 +86,14 @@ def num_transposed(left: torch.Tensor, right: torch.Tensor) -> int:
         (0, 160)
     """
     (m, k), n = left.shape[-2:], right.shape[-1]
-    in_rows = left.stride(-1) == 1, right.stride(-1) == 1
-    direct = (0 if in_rows[0] else m * k) + (0 if in_rows[1] else k * n)
-    turned = (m * k if in_rows[0] else 0) + (k * n if in_rows[1] else 0) + m * n
-    return min(direct, turned)
+    return min(ways(m, k, n, left.stride(-1) == 1, right.stride(-1) == 1))
+
+
+def ways(m: int, k: int, n: int, left_in_rows: bool, right_in_rows: bool) -> tuple[int, int]:
+    """Elements that each of the two ways transposes: (all in rows, the transposed product)."""
+    direct = (0 if left_in_rows else m * k) + (0 if right_in_rows else k * n)
+    turned = (m * k if left_in_rows else 0) + (k * n if right_in_rows else 0) + m * n
+    return direct, turned
 
 
 def in_place_s(node: fx.Node) -> float:
@@ -99,6 +104,7 @@ def in_place_s(node: fx.Node) -> float:
     return float(num_products * (kernel_s(m, k, n) + num_transposed(left, right) * TRANSPOSE_S))
 
 
+@functools.cache  # wanted for the choice and for the cost of what was chosen
 def kernel_s(m: int, k: int, n: int) -> float:
     """Seconds of one product of matrices in rows, without those of a call from Python."""
     kernel = small_product()
@@ -110,13 +116,13 @@ def kernel_s(m: int, k: int, n: int) -> float:
 
 
 def _library_s(node: fx.Node) -> float:
-    """Seconds of the node's product by the faster library."""
+    """Seconds of the node's product by the library that forms it otherwise."""
     if product_of(node) is not None:
-        return min(times_s(node))
+        return time_of_chosen(node, 1)
     left, right = (make_tensor(value.meta["val"]) for value in _factors(node))
     with torch.no_grad():
         (time_s,) = time_in_turns([lambda: _BMM(left, right)])
     return time_s
 
 
-CHOICES = Choices("inline", lambda node: in_place_s(node) < CLEARLY_FASTER * _library_s(node))
+CHOICES = Choices("inline", lambda node: is_clear(_library_s(node), in_place_s(node)))

@@ -12,7 +12,6 @@ from torch import fx
 
 from partita.cost import attention, inline
 from partita.cost.measure_ops import make_arguments, on_pinned_threads, time_call
-from partita.cost.torch_adapter import small_product
 from partita.cost.variants import CHOICES, product_of, time_of_chosen
 from partita.graph.randomness import is_random, with_generator
 
@@ -20,14 +19,7 @@ from partita.graph.randomness import is_random, with_generator
 def measure_nodes(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s: float) -> list[float | None]:
     """Seconds of each op on a thread pinned to `cores` with that many torch threads; None where the budget had run
     out or the op cannot be run alone (the caller then uses the roofline)."""
-    results: list[float | None] = []
-
-    def body() -> None:
-        end = time.perf_counter() + budget_s
-        for node in nodes:
-            results.append(_measure_node(node, max(len(cores), 1)) if time.perf_counter() < end else None)
-
-    on_pinned_threads([cores], [body])
+    results = _each(nodes, cores, budget_s, lambda node: _measure_node(node, max(len(cores), 1)))
     if any(map(product_of, nodes)):
         CHOICES.keep()
     return results
@@ -36,15 +28,22 @@ def measure_nodes(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s:
 def measure_in_place(nodes: Sequence[fx.Node], cores: tuple[int, ...], *, budget_s: float) -> list[float | None]:
     """Seconds of each op as compiled code forms it in place on a thread pinned to `cores`; None where it does not, or
     where the budget had run out."""
+    if not inline.is_possible(len(cores)):
+        return [None] * len(nodes)
+    return _each(nodes, cores, budget_s, _in_place_s)
+
+
+def _each(
+    nodes: Sequence[fx.Node], cores: tuple[int, ...], budget_s: float, measure: Callable[[fx.Node], float | None]
+) -> list[float | None]:
+    """What `measure` finds for each node on a thread pinned to `cores`; None once the budget has run out."""
     results: list[float | None] = []
 
     def body() -> None:
         end = time.perf_counter() + budget_s
         for node in nodes:
-            results.append(_in_place_s(node) if time.perf_counter() < end else None)
+            results.append(measure(node) if time.perf_counter() < end else None)
 
-    if len(cores) != 1 or small_product() is None:
-        return [None] * len(nodes)
     on_pinned_threads([cores], [body])
     return results
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -47,11 +47,11 @@ def product_of(node: fx.Node) -> Product | None:
     else:
         return None
     factors = [_tensor(found.left), _tensor(found.right)]
-    if any(value is None or not _is_plain(value) or value.dim() != 2 for value in factors):
+    if not all(is_plain(value) and value.dim() == 2 for value in factors):
         return None
     if found.bias is not None:
         bias_value = _tensor(found.bias)
-        if bias_value is None or not _is_plain(bias_value) or bias_value.dim() != 1:
+        if not is_plain(bias_value) or bias_value.dim() != 1:
             return None
         if bias_value.shape[0] != factors[1].shape[1]:  # type: ignore[union-attr]
             return None  # one value for all columns
@@ -85,8 +85,11 @@ def _tensor(node: fx.Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _is_plain(value: torch.Tensor) -> bool:
-    return value.dtype is torch.float32 and value.device.type == "cpu" and value.numel() > 0
+def is_plain(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether it is a float32 tensor on the CPU that holds something."""
+    if not isinstance(value, torch.Tensor) or value.dtype is not torch.float32:
+        return False
+    return value.device.type == "cpu" and value.numel() > 0
 
 
 def _as_onednn(graph: fx.Graph, node: fx.Node, copies: Mapping[fx.Node, Any]) -> fx.Node:
@@ -120,6 +123,7 @@ def times_s(node: fx.Node) -> tuple[float, float]:
 
 
 def is_clear(own_s: float, other_s: float) -> bool:
+    """Whether the other kernel is to be taken."""
     return other_s < CLEARLY_FASTER * own_s
 
 

@@ -1,7 +1,8 @@
 """How the compiler forms products of matrices: by oneDNN's library call, or by its inner kernel in place.
 
 The compiler has a lowering of oneDNN's own op, but only for frozen weights, and rewrites what surrounds it; of the ops
-here it knows what is said here. Private parts of torch in this file (`tests/runtime/test_runtime_products.py`):
+here it knows what is said here. Private parts of torch in this file (`tests/runtime/test_runtime_torch_adapter.py` and
+`tests/cost/test_cost_inline.py` hold them):
 
 * `torch._inductor.lowering.lowerings`, `torch._inductor.ir`: how an op is compiled, and the nodes of compiled code.
 * `torch._inductor.mkldnn_ir.LinearUnary`: oneDNN's linear layer.
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from partita.cost.inline import ways
 from partita.cost.variants import ONEDNN
 from partita.graph.custom_ops import inline_product
 from partita.units import fingerprint
@@ -177,20 +179,20 @@ def _inline_kernel() -> type:
             if not getattr(wrapper, "has_partita_products", False):
                 wrapper.has_partita_products = wrapper.needs_vec_isa = True
                 V.graph.wrapper_code.header.splice(SOURCE)
-            for line in _call(self.inputs, self.get_name(), self.get_layout()):
-                wrapper.writeline(line)
+            wrapper.writeline(_call(self.inputs, self.get_name(), self.get_layout()))
 
     return InlineProduct
 
 
-def _call(factors: Sequence[Any], result: str, layout: Any) -> list[str]:
-    """The lines of C++ that write the product of two factors to `result`, one after the other for all batch dims."""
+def _call(factors: Sequence[Any], result: str, layout: Any) -> str:
+    """The C++ that writes the product of two factors to `result`, one after the other for all batch dims."""
     left, right = factors
     size, strides = [int(extent) for extent in layout.size], [int(stride) for stride in layout.stride]
     m, n, k = size[-2], size[-1], int(left.get_size()[-1])
-    (left_m, left_k), (right_k, right_n) = _strides(left) or (k, 1), _strides(right) or (n, 1)
-    num_direct = (0 if left_k == 1 else m * k) + (0 if right_n == 1 else k * n)
-    num_turned = (0 if left_m == 1 else m * k) + (0 if right_k == 1 else k * n) + m * n
+    strides_of = [_strides(left), _strides(right)]
+    assert None not in strides_of, "the factors must be laid out, but their strides have changed since"
+    (left_m, left_k), (right_k, right_n) = strides_of  # type: ignore[misc]
+    num_direct, num_turned = ways(m, k, n, left_k == 1, right_n == 1)
     way = "direct" if num_direct <= num_turned else "turned"
     batch = range(len(size) - 2)
     at = [
@@ -202,7 +204,7 @@ def _call(factors: Sequence[Any], result: str, layout: Any) -> list[str]:
         f"partita::{way}({_data(left)}{at[0]}, {left_m}L, {left_k}L, {_data(right)}{at[1]}, {right_k}L, {right_n}L, "
         f"(float*)({result}.data_ptr()){at[2]}, {strides[-2]}L, {m}L, {n}L, {k}L);"
     )
-    return [" ".join([*loops, call])]
+    return " ".join([*loops, call])
 
 
 def _data(value: Any) -> str:

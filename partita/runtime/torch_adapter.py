@@ -32,7 +32,6 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from partita.graph.torch_adapter import without_compiler_warnings
 from partita.runtime import products
 
-_MOST_FUNCTIONS = 1000  # in which compiled code is looked for
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
 
 
@@ -99,7 +98,7 @@ def _code_inside(artifact: Any) -> Any:
     waiting: list[Any] = [artifact._compiled_fn]
     known: set[int] = set()
     found = []
-    while waiting and len(known) < _MOST_FUNCTIONS:
+    while waiting:
         value = waiting.pop()
         if id(value) in known:
             continue
@@ -112,7 +111,7 @@ def _code_inside(artifact: Any) -> Any:
                     waiting.append(cell.cell_contents)
         elif hasattr(value, "compiled_fn"):  # of what was compiled just now
             waiting.append(value.compiled_fn)
-    return found[0] if len(found) == 1 and len(waiting) == 0 else None
+    return found[0] if len(found) == 1 else None
 
 
 def compile_graph(

@@ -92,6 +92,10 @@ def fused_agrees(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [item for group in optimizer.param_groups for item in group["params"]]
+
+
 @contextlib.contextmanager
 def by_fused_kernels(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Meanwhile the optimizer (of which `fused_agrees`) steps by its fused kernels, which make no values on the way.
@@ -99,10 +103,9 @@ def by_fused_kernels(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     They take dense floating-point values, and want all parameters to have a state or none to; what else there is, steps
     as it always did.
     """
-    stepped = [item for group in optimizer.param_groups for item in group["params"] if item.grad is not None]
-    plain = all(_fusible(item) and item.grad.layout is torch.strided for item in stepped)
-    is_uniform = len({bool(optimizer.state.get(item)) for item in stepped}) < 2
-    groups = optimizer.param_groups if plain and is_uniform else []
+    stepped = [(item, item.grad) for item in _parameters_of(optimizer) if item.grad is not None]
+    are_dense = all(_fusible(item) and gradient.layout is torch.strided for item, gradient in stepped)
+    groups = optimizer.param_groups if are_dense and _is_uniform(optimizer, [item for item, _ in stepped]) else []
     for group in groups:
         group["fused"] = True
     try:
@@ -231,8 +234,9 @@ class _Piece:
     group: int
 
 
-def _is_uniform(shard: torch.optim.Optimizer) -> bool:
-    held = [bool(shard.state.get(item)) for group in shard.param_groups for item in group["params"]]
+def _is_uniform(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether all of the parameters have a state, or none has."""
+    held = [bool(optimizer.state.get(item)) for item in parameters]
     return all(held) or not any(held)
 
 
@@ -293,7 +297,7 @@ class OptimizerShards:
         """Copy the options (learning rates, ...) of the user's groups; call it before each step."""
         # Fused kernels want all parameters to have a state or none to: a layer that was thawed has none yet.
         settled = self._num_uniform > 1
-        uniform = settled or all(_is_uniform(shard) for shard, _ in self._shards.values())
+        uniform = settled or all(_is_uniform(shard, _parameters_of(shard)) for shard, _ in self._shards.values())
         self._num_uniform = self._num_uniform + 1 if uniform else 0
         for shard, numbers in self._shards.values():
             for own, number in zip(shard.param_groups, numbers, strict=True):

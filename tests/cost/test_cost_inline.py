@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,32 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import partita
 from partita.cost import inline
 from partita.cost.torch_adapter import small_product
 from partita.graph.custom_ops import inline_product
 from partita.runtime.segments import python_code
-from partita.runtime.torch_adapter import compile_graph
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kernel_cases import assert_trains_alike, compiled, encoder, traced
 
 pytestmark = pytest.mark.skipif(small_product() is None, reason="this torch does not export its kernel")
 INLINE = inline_product._opoverload
-
-
-def traced(function: Any, *examples: Tensor) -> fx.GraphModule:
-    """The graph of a function, with FakeTensors in meta["val"] as captured graphs have them."""
-    with FakeTensorMode() as mode:
-        return make_fx(function)(*[mode.from_tensor(item) for item in examples])
-
-
-def compiled(module: fx.GraphModule, examples: Any) -> list[Tensor]:
-    layouts = [(tuple(item.shape), item.stride(), item.dtype) for item in examples]
-    call = compile_graph(module, layouts, device=torch.device("cpu"), num_threads=1)
-    with torch.no_grad():
-        call(*examples)
-        return list(call(*examples))
 
 
 def targets(module: fx.GraphModule) -> list[Any]:
@@ -182,27 +169,5 @@ def test_a_choice_is_by_the_times_of_both(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_a_whole_model_trains_alike_with_products_in_place(chosen: Any) -> None:
     chosen(True)
-    torch.manual_seed(0)
-    layers = [nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True) for _ in range(2)]
-    model = nn.Sequential(*layers, nn.Linear(32, 3))
-    batches = [(torch.randn(6, 10, 32), torch.randn(6, 10, 3)) for _ in range(4)]
-
-    def loss_fn(module: Any, pair: Any) -> Tensor:
-        return nn.functional.mse_loss(module(pair[0]), pair[1])
-
-    plain = copy.deepcopy(model)
-    expected, optimizer = [], torch.optim.SGD(plain.parameters(), lr=0.1)
-    for batch in batches:
-        optimizer.zero_grad()
-        loss = loss_fn(plain, batch)
-        loss.backward()
-        optimizer.step()
-        expected.append(loss.item())
-    asked = partita.Constraints(data=2, pipeline=1, num_workers=2, threads_per_worker=1, compiled=True)
-    with partita.parallelize(
-        model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, batches[0], plan=asked
-    ) as step:
-        found = [step(batch).loss for batch in batches]
-    assert found == pytest.approx(expected, rel=1e-4)
-    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    plan = partita.Constraints(data=2, pipeline=1, num_workers=2, threads_per_worker=1, compiled=True)
+    assert_trains_alike(*encoder(), plan, rtol=1e-4, atol=1e-5)

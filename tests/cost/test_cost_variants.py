@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import fx, nn
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import partita
 from partita.cost import variants
@@ -18,14 +17,10 @@ from partita.cost.measure_ops import time_in_turns
 from partita.runtime.segments import python_code
 from partita.runtime.torch_adapter import compile_graph
 
+sys.path.insert(0, str(Path(__file__).parent))
+from kernel_cases import assert_trains_alike, traced
+
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-
-
-def traced(function, *examples):
-    """The graph of a function, with FakeTensors in meta["val"] as captured graphs have them."""
-    with FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(item) for item in examples]
-        return make_fx(function)(*fakes)
 
 
 def products(module: fx.GraphModule) -> list[fx.Node]:
@@ -157,24 +152,6 @@ def test_a_whole_model_trains_alike_with_variants_everywhere(chosen):
     chosen(True)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(20, 64), nn.GELU(), nn.Linear(64, 8))
-    plain = copy.deepcopy(model)
     batches = [(torch.randn(32, 20), torch.randn(32, 8)) for _ in range(4)]
-
-    def loss_fn(module, pair):
-        return nn.functional.mse_loss(module(pair[0]), pair[1])
-
-    expected, optimizer = [], torch.optim.SGD(plain.parameters(), lr=0.1)
-    for batch in batches:
-        optimizer.zero_grad()
-        loss = loss_fn(plain, batch)
-        loss.backward()
-        optimizer.step()
-        expected.append(float(loss.detach()))
-    constraints = partita.Constraints(data=2, pipeline=1, num_microbatches=1, threads_per_worker=1, compiled=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with partita.parallelize(model, optimizer, loss_fn, batches[0], plan=constraints) as step:
-        losses = [step(batch).loss for batch in batches]
-        step.sync_to(model)
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-    for one, two in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+    plan = partita.Constraints(data=2, pipeline=1, num_microbatches=1, threads_per_worker=1, compiled=False)
+    assert_trains_alike(model, batches, plan, rtol=1e-5, atol=1e-6)
