@@ -374,7 +374,7 @@ def _is_doubtful(plan: Plan, plans: Sequence[Plan]) -> bool:
     return any(
         _is_like(other, plan)
         and other.num_microbatches < plan.num_microbatches
-        and (_latest_s(other) if _is_surer(other, plan) else _time_s(other)) <= _latest_s(plan)
+        and (_latest_s(other) if _is_surer(other, plan) else _earliest_s(other)) <= _latest_s(plan)
         for other in plans
     )
 
@@ -399,6 +399,12 @@ def _latest_s(plan: Plan) -> float:
     """The step time if it is as long as the prediction's uncertainty allows."""
     assert plan.prediction is not None
     return _time_s(plan) * (1 + plan.prediction.uncertainty)
+
+
+def _earliest_s(plan: Plan) -> float:
+    """The step time if it is as short as the prediction's uncertainty allows."""
+    assert plan.prediction is not None
+    return _time_s(plan) / (1 + plan.prediction.uncertainty)
 
 
 def _with_uncertainty(plan: Plan, uncertainty: float) -> Plan:

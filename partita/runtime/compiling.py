@@ -4,8 +4,10 @@ What was compiled is kept in a folder of Inductor's own cache, in a file named b
 the graph op by op, the layouts of its inputs, device, number of threads, torch, the processor and the compiler. The
 file begins with the whole of that text, which must be equal when it is read.
 
-In the background, segments are compiled by processes of low priority (`os.nice`): compiling is mostly Python, and a
-thread of this process would hold the interpreter's lock against the steps. This process only loads the results.
+In the background, segments are compiled by processes of slightly lower priority (`os.nice`): compiling is mostly
+Python, and a thread of this process would hold the interpreter's lock against the steps. This process only loads the
+results. What compiling takes from the steps is its processor time, soon or late; what it gains depends on how soon it
+ends.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from partita.runtime.torch_adapter import (
 from partita.units import fingerprint
 
 FORMAT = 1  # of the files; another number leaves old ones alone
-NICENESS = 10  # a tenth of a processor that a step wants as well; all of one that nobody wants
+NICENESS = 2  # two fifths of a core that a step wants as well
 MAX_HELPERS = 4
 END_TIME_S = 2.0
 _LENGTH = struct.Struct("<Q")

@@ -48,9 +48,9 @@ from partita.training.step import Step, StepSetup, make_runner
 from partita.training.trial import fits
 
 NUM_MEASURED = 4  # graph plans that are run before one is adopted
-# A candidate that needs this many times another one's memory must be predicted to be faster by this share: the peak of
-# a job is that of the hungriest plan it has tried.
-HUNGRY_RATIO, HUNGRY_GAIN = 1.25, 0.05
+# A candidate that needs this many times another one's memory, and so many bytes more (a process without any plan takes
+# as much), must be predicted to be faster by this share: the peak of a job is that of the hungriest plan it has tried.
+HUNGRY_RATIO, HUNGRY_BYTES, HUNGRY_GAIN = 1.25, 256 * 2**20, 0.05
 MAX_COMPILED_OPS = 3000  # compiling larger graphs takes minutes
 
 
@@ -403,4 +403,5 @@ def _is_hungry(plan: Plan, other: Plan) -> bool:
         return False
     needs, others_needs = (max(p.prediction.memory_bytes.values(), default=0) for p in (plan, other) if p.prediction)
     gain = 1 - plan.prediction.step_time_s / other.prediction.step_time_s
-    return needs > HUNGRY_RATIO * others_needs and gain < HUNGRY_GAIN
+    is_more = needs > HUNGRY_RATIO * others_needs and needs > others_needs + HUNGRY_BYTES
+    return is_more and gain < HUNGRY_GAIN

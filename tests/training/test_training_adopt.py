@@ -309,24 +309,31 @@ def test_a_compiler_that_fails_in_the_background_is_a_warning(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("memory_bytes", "step_time_s", "compiled", "stays"),
-    [(130, 0.99, False, False), (130, 0.9, False, True), (120, 0.99, False, True), (130, 0.99, True, True)],
+    ("memory_mib", "step_time_s", "compiled", "stays"),
+    [
+        (2600, 0.99, False, False),
+        (2600, 0.9, False, True),
+        (2400, 0.99, False, True),
+        (2600, 0.99, True, True),
+    ],
 )
 def test_a_plan_that_takes_much_memory_for_little_speed_is_not_tried(
-    memory_bytes: int, step_time_s: float, compiled: bool, stays: bool
+    memory_mib: int, step_time_s: float, compiled: bool, stays: bool
 ) -> None:
     """A job's peak is that of the hungriest plan that it has tried; compiled plans are not held against others."""
 
-    def plan(num_bytes: int, time_s: float, compiled: bool) -> partita.Plan:
+    def plan(num_mib: int, time_s: float, compiled: bool) -> partita.Plan:
         worker = Worker(index=0, process=0, machine=0, cores=(0,), stage=0, data=0)
         prediction = Prediction(
-            step_time_s=time_s, lower_bound_s=time_s, uncertainty=0.1, memory_bytes={"0": num_bytes}, bytes_sent=0
+            step_time_s=time_s, lower_bound_s=time_s, uncertainty=0.1, memory_bytes={"0": num_mib * 2**20}, bytes_sent=0
         )
         return partita.Plan(
             mode="graph", graph_fingerprint="", cluster_fingerprint="", axes={"data": 1}, workers=(worker,),
             threads_per_worker=1, compiled=compiled, prediction=prediction,
         )  # fmt: skip
 
-    lean, hungry = plan(100, 1.0, False), plan(memory_bytes, step_time_s, compiled)
+    lean, hungry = plan(2000, 1.0, False), plan(memory_mib, step_time_s, compiled)
     assert (hungry in parallelize._finalists((lean, hungry))) is stays
     assert lean in parallelize._finalists((lean, hungry))
+    tiny = plan(100, 1.0, False)  # a quarter more of little is little
+    assert len(parallelize._finalists((tiny, plan(300, 0.99, False)))) == 2
