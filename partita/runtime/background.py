@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from partita.program.instructions import AllReduce
 from partita.runtime.failure import Failure
 from partita.runtime.local import Party
 from partita.runtime.transport import Line
+
+SumFn = Callable[[Sequence[Tensor], Line], list[Tensor]]  # forms sums over processes of a worker's gradients
 
 
 class Courier:
@@ -67,10 +69,12 @@ class BackgroundSum:
     """One sum of one worker: `start` takes the values, `finish` waits for their sums, step after step.
 
     The values are put together in a buffer a dtype before they are sent: whoever gave them may change them again.
+    `formed` forms the sums, if they are not to be exact.
     """
 
-    def __init__(self, collective: AllReduce, courier: Courier, party: Party) -> None:
+    def __init__(self, collective: AllReduce, courier: Courier, party: Party, formed: SumFn | None = None) -> None:
         self.key = collective.key
+        self._formed = formed
         self._specs = collective.specs
         self._courier, self._party = courier, party
         self._by_dtype: dict[torch.dtype, list[int]] = {}
@@ -90,7 +94,11 @@ class BackgroundSum:
         for buffer in self._buffers:
             if buffer.device.type == "cuda":
                 torch.cuda.synchronize(buffer.device)  # the worker's stream may still fill it
-            line.all_reduce(buffer)
+            if self._formed is None:
+                line.all_reduce(buffer)
+        if self._formed is not None:
+            sums = self._formed(self._split(), line)
+            self._buffers = [torch.cat([sums[i].reshape(-1) for i in places]) for places in self._by_dtype.values()]
         self._is_over = True
         self._party.waiter.wake()
 
@@ -101,12 +109,17 @@ class BackgroundSum:
             Stopped: the engine has failed, or the worker's limit passed (recorded, with what was waited for).
         """
         self._party.waiter.until(lambda: self._is_over, self._party.timeout_s, self._late)
-        sums: dict[int, Tensor] = {}
+        sums = self._split()
+        self._buffers = []
+        return sums
+
+    def _split(self) -> list[Tensor]:
+        """What the buffers hold, in the order of the values."""
+        found: dict[int, Tensor] = {}
         for buffer, places in zip(self._buffers, self._by_dtype.values(), strict=True):
             pieces = torch.split(buffer, [self._specs[i].num_elements for i in places])
-            sums |= {i: piece.view(self._specs[i].shape) for i, piece in zip(places, pieces, strict=True)}
-        self._buffers = []
-        return [sums[i] for i in range(len(self._specs))]
+            found |= {i: piece.view(self._specs[i].shape) for i, piece in zip(places, pieces, strict=True)}
+        return [found[i] for i in range(len(self._specs))]
 
     def _late(self) -> str:
         return (

@@ -33,7 +33,7 @@ from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
 from partita.training.measuring import StepValues
 from partita.training.observing import observed_plan
-from partita.training.optimizers import OptimizerFacts, check_optimizer, kind_of
+from partita.training.optimizers import check_optimizer
 from partita.training.overrides import current_override
 from partita.training.planning import (
     best_plan,
@@ -45,6 +45,9 @@ from partita.training.planning import (
 from partita.training.remembered import Memory
 from partita.training.runners import LossFn, named_state
 from partita.training.step import Step, StepSetup, make_runner
+from partita.training.sync import method_of
+from partita.training.sync.exact import Exact
+from partita.training.sync.method import GradientMethod
 from partita.training.trial import fits
 
 NUM_MEASURED = 4  # graph plans that are run before one is adopted
@@ -139,7 +142,7 @@ def parallelize(
     batch: Any,
     *,
     plan: Plan | Constraints | Literal["auto"] = "auto",
-    sync: Literal["exact"] = "exact",
+    sync: str | GradientMethod = "exact",
     compile: bool | Literal["auto"] = "auto",
     cluster: Cluster | None = None,
     timeout_s: float = 120.0,
@@ -155,7 +158,8 @@ def parallelize(
         plan: "auto" runs the best few plans and plain PyTorch in turns during the first steps and adopts the fastest
             (`Step.is_settled`); what is adopted is remembered for the next run. `Constraints` fix corners and take the
             best predicted plan; a `Plan` is used as it is.
-        sync: "exact": the mathematics is that of plain PyTorch.
+        sync: how gradients are added between processes: "exact", so that the mathematics is that of plain PyTorch, or a
+            method of `partita.sync` or its name, which sends fewer bytes. Inside a process sums are always exact.
         compile: True or False fixes whether segments are compiled; "auto" leaves it to the plan.
         cluster: default: detected.
         timeout_s: limit of every wait for another process or worker, seconds; when the job starts as well.
@@ -172,8 +176,7 @@ def parallelize(
         ...     result = step(batch)
     """
     start_s = time.perf_counter()
-    if sync != "exact":
-        raise InputError(f'sync must be "exact" in this version, but got {sync!r}')
+    method = method_of(sync)
     if check_finite not in ("step", "op", "off"):
         raise InputError(f'check_finite must be "step", "op" or "off", but got {check_finite!r}')
     if not isinstance(plan, (Plan, Constraints)) and plan != "auto":
@@ -183,6 +186,7 @@ def parallelize(
     check_running(compile, timeout_s)
     leaves = take_apart(batch)
     check_optimizer(optimizer, dict(model.named_parameters()))
+    method.check(optimizer)
     override = current_override()
     if override.plan is not None:
         plan = override.plan
@@ -205,6 +209,7 @@ def parallelize(
         transport=transport,
         timeout_s=timeout_s,
         check_finite=check_finite,
+        sync=None if isinstance(method, Exact) else method,
     )
     _equalise(setup)
     with _old_objects_left_alone():
@@ -246,6 +251,7 @@ def _equalise(setup: StepSetup) -> None:
     )
     groups = [sum(value.numel() for value in group["params"]) for group in setup.optimizer.param_groups]
     setup.team.require_equal(f"{type(setup.optimizer).__name__} with groups of {groups} elements", "optimizer")
+    setup.team.require_equal(repr(setup.sync), "synchronisation method")
     setup.team.spread([*parameters.values(), *buffers.values()])
     setup.team.spread_random_state()
 
@@ -289,7 +295,7 @@ def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request
     if plan != "auto":
         best = _candidates(setup, graph, constraints, values)[0]
         return _Decision(plan=best, graph=graph if best.mode == "graph" else None)
-    memory = Memory(graph, setup.cluster, constraints, OptimizerFacts.of(setup.optimizer))
+    memory = Memory(graph, setup.cluster, constraints, setup.facts, repr(setup.sync))
     recalled = [text.to_json() for text in memory.recall()] if setup.team.rank == 0 else []
     known = [Plan.from_json(text) for text in setup.team.from_first(recalled)]
     finalists = known or _finalists(_candidates(setup, graph, constraints, values, refines=False))
@@ -325,11 +331,11 @@ def _make_step(setup: StepSetup, decision: _Decision, leaves: BatchLeaves, start
         graph=graph,
         make=lambda plan: make_runner(setup, plan, graph, setup.model, setup.optimizer),
         team=setup.team,
-        whole_parameters=kind_of(setup.optimizer) != "element",
+        whole_parameters=setup.facts.whole_parameters,
         started_s=start_s,
         can_undo=lambda: fits(setup.model, setup.optimizer),
         reprice=lambda plan, programs, timelines: observed_plan(
-            plan, programs, timelines, setup.cluster, OptimizerFacts.of(setup.optimizer), setup.team
+            plan, programs, timelines, setup.cluster, setup.facts, setup.team
         ),
     )
 
@@ -377,7 +383,7 @@ def _candidates(
     error: Exception | None = None
     if setup.team.rank == 0:
         try:
-            facts = OptimizerFacts.of(setup.optimizer)
+            facts = setup.facts
             cost = CostTable(setup.cluster)
             plans = ranked_plans(graph, setup.cluster, cost, constraints, facts, values=values, refines=refines)
         except PlanError as found:

@@ -27,6 +27,8 @@ from partita.runtime.transport import Transport
 from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
 from partita.training.optimizers import Kind, OptimizerShards, by_fused_kernels, fused_agrees, kind_of
+from partita.training.sync.method import GradientMethod
+from partita.training.sync.sums import GradientSums
 from partita.units import fingerprint
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -90,6 +92,7 @@ class GraphRunner:
         transport: connection to the other processes of the job; None if there are none.
         timeout_s: limit of every wait.
         compiled: overrides the plan's choice.
+        sync: how gradients are summed over processes; None: exactly.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class GraphRunner:
         transport: Transport | None = None,
         timeout_s: float = 120.0,
         compiled: bool | None = None,
+        sync: GradientMethod | None = None,
     ) -> None:
         self.graph, self.plan, self.process = graph, plan, process
         self.parameters, self.buffers = named_state(model)
@@ -112,7 +116,8 @@ class GraphRunner:
         self.optimizer = optimizer
         self._settled = False  # whether there was an update
         self.kind: Kind = kind_of(optimizer)
-        self.programs: ProgramSet = lower(graph, plan, whole_parameters=self.kind != "element")
+        needs_whole = self.kind != "element" or (sync is not None and sync.needs_whole_parameters)
+        self.programs: ProgramSet = lower(graph, plan, whole_parameters=needs_whole)
         check(self.programs)
         self.held = dict(self.programs.held.get(process, {}))
         self._stored = {
@@ -138,6 +143,8 @@ class GraphRunner:
         )
         constants = {item.name: graph.constants[item.name] for item in graph.inputs_of(InputKind.CONSTANT)}
         values = {name: value.detach() for name, value in self._stored.items()}
+        shapes = {name: tuple(value.shape) for name, value in values.items()}
+        self.sums = GradientSums(sync, shapes, process) if sync is not None else None
         self._engine = Engine(
             self.programs,
             plan,
@@ -147,6 +154,7 @@ class GraphRunner:
             transport=transport,
             timeout_s=timeout_s,
             compiled=compiled,
+            sum_gradients=self.sums.make if self.sums is not None else None,
         )
 
     def step(

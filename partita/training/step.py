@@ -41,9 +41,10 @@ from partita.training.events import Checkpointed, StepFinished, WarningRaised, e
 from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure
 from partita.training.job import Team
 from partita.training.loading import ShardedBatch, whole_shape
-from partita.training.optimizers import check_optimizer
+from partita.training.optimizers import OptimizerFacts, check_optimizer
 from partita.training.planning import TooFewRowsError, adapted_plan, block_plan
 from partita.training.runners import BlockRunner, GraphRunner, LossFn, Outcome, owners_differ
+from partita.training.sync.method import GradientMethod
 from partita.training.torch_adapter import mark_stepped
 from partita.training.trial import Snapshot
 from partita.training.watch import Watch
@@ -81,6 +82,14 @@ class StepSetup:
     transport: Transport | None
     timeout_s: float
     check_finite: Literal["step", "op", "off"]
+    sync: GradientMethod | None = None  # how gradients are summed over processes; None: exactly
+
+    @property
+    def facts(self) -> OptimizerFacts:
+        """What planning needs to know of the optimizer."""
+        return OptimizerFacts.of(
+            self.optimizer, whole_parameters=self.sync is not None and self.sync.needs_whole_parameters
+        )
 
 
 class Step:
@@ -585,4 +594,5 @@ def _runner_of(
         process=setup.team.rank,
         transport=setup.transport,
         timeout_s=setup.timeout_s,
+        sync=setup.sync,
     )

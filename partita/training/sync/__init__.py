@@ -1,0 +1,38 @@
+"""Synchronisation methods: how what processes learn apart is brought together, exactly or for fewer bytes."""
+
+from __future__ import annotations
+
+from partita.errors import InputError
+from partita.training.sync.demo import DeMo
+from partita.training.sync.exact import Exact
+from partita.training.sync.method import GradientMethod
+from partita.training.sync.powersgd import PowerSGD
+from partita.training.sync.rounded import Rounded
+from partita.training.sync.sparse import Masked
+from partita.training.sync.topk import DGC, TopK
+
+BY_NAME: dict[str, GradientMethod] = {
+    "exact": Exact(),
+    "bf16": Rounded(to="bf16"),
+    "fp16": Rounded(to="fp16"),
+    "int8": Rounded(to="int8"),
+    "powersgd": PowerSGD(),
+    "topk": TopK(),
+    "dgc": DGC(),
+    "demo": DeMo(),
+}
+
+__all__ = ["BY_NAME", "DGC", "DeMo", "Exact", "GradientMethod", "Masked", "PowerSGD", "Rounded", "TopK", "method_of"]
+
+
+def method_of(sync: object) -> GradientMethod:
+    """A method by its name with its default settings, or the method itself.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if isinstance(sync, GradientMethod):
+        return sync
+    if isinstance(sync, str) and sync in BY_NAME:
+        return BY_NAME[sync]
+    raise InputError(f"sync must be a method of partita.sync or one of the names {sorted(BY_NAME)}, but got {sync!r}")
