@@ -35,6 +35,7 @@ from partita.program.timeline import Timeline
 from partita.runtime.background import BackgroundSum, Courier, SumFn
 from partita.runtime.binding import Binder, Mode, Registers, UpdateFn
 from partita.runtime.collectives import Seat
+from partita.runtime.cores import Crew
 from partita.runtime.ending import END_TIME_S, Order, close_at_end, tell_unended
 from partita.runtime.failure import Failure, Stopped, Waiter
 from partita.runtime.local import Channel, Meeting, Party
@@ -134,6 +135,7 @@ class Engine:
         self._connections = Connections(programs, process, self._session, timeout_s, self.failure)
         self._codes = self._build_codes()
         self._draws = [(draw.name, python_code(draw.module.graph, draw.module)) for draw in programs.draws]
+        self._crew = Crew([self.plan.workers[program.worker].cores for program in self.local])
         self.workers = [self._make_worker(program) for program in self.local]
         self._connections.meet({worker.party.worker: worker.party for worker in self.workers})
         close_at_end(self, Order.WORKERS)
@@ -211,6 +213,7 @@ class Engine:
         return WorkerThread(
             program,
             cores=self.plan.workers[program.worker].cores,
+            crew=self._crew,
             num_threads=self.plan.threads_per_worker,
             device=self.device,
             failure=self.failure,
@@ -362,7 +365,8 @@ class Engine:
                 self._num_running = len(self.workers)
                 for worker, registers in zip(self.workers, feeds, strict=True):
                     worker.begin(registers, start_s, record=record)
-                self._main.until(lambda: self._num_running <= 0, None, lambda: "")
+                meanwhile = self._crew.meanwhile()
+                self._main.until(lambda: self._num_running <= 0, None, lambda: "", meanwhile)
         except Stopped:
             pass
         except BaseException as error:  # the caller's thread was interrupted

@@ -7,19 +7,31 @@ cause; everything that fails afterwards is a consequence of it and is dropped.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from partita.errors import WaitTimeoutError
 
 # A condition that is nearly there is polled this long before the thread parks: waking a parked thread costs about
 # as much.
 SPIN_TIME_S = 50e-6
+LEAST_PARK_S = 50e-6
 
 
 class Stopped(BaseException):
     """Ends a worker whose engine has failed elsewhere. Never reaches the user."""
+
+
+@dataclass(frozen=True)
+class Meanwhile:
+    """What is done while a thread waits: `call` after `after_s` seconds, and again after as many as it returns (None:
+    not again)."""
+
+    after_s: float
+    call: Callable[[], float | None]
 
 
 class Failure:
@@ -77,13 +89,21 @@ class Waiter:
         except RuntimeError:  # a wake-up is pending already
             return
 
-    def until(self, ready: Callable[[], bool], limit_s: float | None, describe: Callable[[], str]) -> None:
-        """Return when `ready()`; `describe()` names, for the time-out, who waits for whom.
+    def until(
+        self,
+        ready: Callable[[], bool],
+        limit_s: float | None,
+        describe: Callable[[], str],
+        meanwhile: Meanwhile | None = None,
+    ) -> None:
+        """Return when `ready()`; `describe()` names, for the time-out, who waits for whom; `meanwhile` is done while
+        waiting.
 
         Raises:
             Stopped: the engine has failed, or `limit_s` passed (recorded as the root cause, a `WaitTimeoutError`).
         """
         start_s = time.perf_counter()
+        due_s = math.inf if meanwhile is None else meanwhile.after_s
         while not ready():
             if self._failure.error is not None:
                 raise Stopped
@@ -94,4 +114,9 @@ class Waiter:
             if limit_s is not None and waited_s >= limit_s:
                 self._failure.record(WaitTimeoutError(describe()))
                 raise Stopped
-            self._permit.acquire(timeout=-1 if limit_s is None else max(limit_s - waited_s, 1e-3))
+            if meanwhile is not None and waited_s >= due_s:
+                again_s = meanwhile.call()
+                due_s = math.inf if again_s is None else waited_s + again_s
+                continue
+            left_s = min(due_s, math.inf if limit_s is None else limit_s) - waited_s
+            self._permit.acquire(timeout=-1 if left_s == math.inf else max(left_s, LEAST_PARK_S))

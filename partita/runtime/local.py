@@ -14,16 +14,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from partita.runtime.failure import Waiter
+from partita.runtime.cores import HELP_AFTER_S, Crew
+from partita.runtime.failure import Meanwhile, Waiter
 
 
 class Party:
     """One worker as others see it: how it waits, and what it is doing (for messages)."""
 
-    def __init__(self, worker: int, waiter: Waiter, timeout_s: float | None) -> None:
+    def __init__(self, worker: int, waiter: Waiter, timeout_s: float | None, crew: Crew | None = None) -> None:
         self.worker = worker
         self.waiter = waiter
         self.timeout_s = timeout_s
+        self._crew = crew if crew is not None and crew.can_help else None
         self.labels: tuple[str, ...] = ()  # of the program's instructions
         self.position = -1  # index of the instruction that it executes; -1 between steps
 
@@ -46,7 +48,15 @@ class Party:
                 f"Raise timeout_s if that instruction takes long on purpose."
             )
 
-        self.waiter.until(ready, self.timeout_s, describe)
+        crew = self._crew
+        if crew is None:
+            self.waiter.until(ready, self.timeout_s, describe)
+            return
+
+        def help() -> None:
+            crew.help([party.worker for party in for_whom()])
+
+        self.waiter.until(ready, self.timeout_s, describe, Meanwhile(HELP_AFTER_S, help))
 
 
 class _Round:

@@ -16,6 +16,7 @@ from partita.errors import StepError, WorkerError
 from partita.program.instructions import Program
 from partita.program.timeline import Event
 from partita.runtime.binding import Op, Registers, label
+from partita.runtime.cores import Crew
 from partita.runtime.failure import Failure, Stopped, Waiter
 from partita.runtime.local import Party
 
@@ -35,6 +36,7 @@ class WorkerThread:
         program: Program,
         *,
         cores: tuple[int, ...],
+        crew: Crew,
         num_threads: int,
         device: torch.device,
         failure: Failure,
@@ -44,14 +46,14 @@ class WorkerThread:
         self.program = program
         self.device = device
         self.generator = Generator(device)
-        self.party = Party(program.worker, Waiter(failure), timeout_s)
+        self.party = Party(program.worker, Waiter(failure), timeout_s, crew)
         self._rest = Waiter(failure)  # of this thread between steps; the party's is of whoever runs the step
         self.party.labels = tuple(label(instruction) for instruction in program.instructions)
         self.registers: Registers = {}
         self.events: tuple[Event, ...] = ()
         self.ops: list[Op] = []
         self.pending: list[Callable[[], None]] = []
-        self._cores = cores
+        self._cores, self._crew = cores, crew
         self._num_threads = num_threads
         self._failure = failure
         self._finished = finished
@@ -139,6 +141,8 @@ class WorkerThread:
                         PinningWarning,
                         stacklevel=1,
                     )
+            else:
+                self._crew.join(self.party.worker, self._cores)
         torch.set_num_threads(self._num_threads)
         torch.set_grad_enabled(False)  # of this thread only
         if self.device.type == "cuda":
