@@ -1,5 +1,35 @@
-"""Synchronisation methods, for ``partita.parallelize(..., sync=...)``: how gradients are added between processes."""
+"""Synchronisation methods, for ``partita.parallelize(..., sync=...)``: how processes are brought together."""
 
-from partita.training.sync import DGC, DeMo, Exact, GradientMethod, Masked, PowerSGD, Rounded, TopK
+from partita.training.sync import (
+    DGC,
+    DeMo,
+    DiLoCo,
+    Exact,
+    Gossip,
+    GradientMethod,
+    LocalSGD,
+    Masked,
+    PowerSGD,
+    ReplicaMethod,
+    Rounded,
+    Stale,
+    StreamingDiLoCo,
+    TopK,
+)
 
-__all__ = ["DGC", "DeMo", "Exact", "GradientMethod", "Masked", "PowerSGD", "Rounded", "TopK"]
+__all__ = [
+    "DGC",
+    "DeMo",
+    "DiLoCo",
+    "Exact",
+    "Gossip",
+    "GradientMethod",
+    "LocalSGD",
+    "Masked",
+    "PowerSGD",
+    "ReplicaMethod",
+    "Rounded",
+    "Stale",
+    "StreamingDiLoCo",
+    "TopK",
+]

@@ -9,14 +9,25 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from partita.program.instructions import AllReduce
-from partita.runtime.failure import Failure
+from partita.runtime.failure import Failure, Stopped, Waiter
 from partita.runtime.local import Party
 from partita.runtime.transport import Line
+
+
+class Task(Protocol):
+    """What a courier carries out over its line."""
+
+    @property
+    def key(self) -> str: ...
+
+    def carry_out(self, line: Line) -> None: ...
+
 
 SumFn = Callable[[Sequence[Tensor], Line], list[Tensor]]  # forms sums over processes of a worker's gradients
 
@@ -27,12 +38,12 @@ class Courier:
     def __init__(self, line: Line, failure: Failure, name: str) -> None:
         self.line = line
         self._failure = failure
-        self._tasks: queue.SimpleQueue[BackgroundSum | None] = queue.SimpleQueue()
-        self._doing: BackgroundSum | None = None
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._doing: Task | None = None
         self._thread = threading.Thread(target=self._live, name=f"partita-courier-{name}", daemon=True)
         self._thread.start()
 
-    def submit(self, task: BackgroundSum) -> None:
+    def submit(self, task: Task) -> None:
         self._tasks.put(task)
 
     def close(self) -> None:
@@ -48,7 +59,7 @@ class Courier:
     def doing(self) -> str:
         """What the thread is in, for messages."""
         task = self._doing
-        return f"the background sum {task.key}" if task is not None else "no background sum"
+        return f"the background exchange {task.key}" if task is not None else "no background exchange"
 
     def _live(self) -> None:
         torch.set_grad_enabled(False)  # of this thread only
@@ -126,4 +137,49 @@ class BackgroundSum:
             f"Worker {self._party.worker} must not wait longer than timeout_s={self._party.timeout_s:g} for the sum "
             f"{self.key} over processes, but it is not over; its thread is in {self._courier.doing()}. Raise timeout_s "
             "if the network needs that long."
+        )
+
+
+class Errand:
+    """Any exchange over a courier's line, begun by one thread that may wait for it later.
+
+    Args:
+        key: what it is, for messages.
+        call: does it, in the courier's thread.
+        courier: who does it, in the order of the errands.
+        failure: where the courier's failure is recorded.
+        timeout_s: limit of `wait`.
+    """
+
+    def __init__(
+        self, key: str, call: Callable[[Line], None], courier: Courier, failure: Failure, timeout_s: float
+    ) -> None:
+        self.key = key
+        self.is_over = False
+        self._call, self._courier, self._failure, self._timeout_s = call, courier, failure, timeout_s
+        self._waiter = Waiter(failure)
+        courier.submit(self)
+
+    def carry_out(self, line: Line) -> None:
+        self._call(line)
+        self.is_over = True
+        self._waiter.wake()
+
+    def wait(self) -> None:
+        """Return when it is over.
+
+        Raises:
+            WaitTimeoutError: it was not within the limit.
+            Exception: what failed it, or an errand before it.
+        """
+        try:
+            self._waiter.until(lambda: self.is_over, self._timeout_s, self._late)
+        except Stopped:
+            assert self._failure.error is not None
+            raise self._failure.error from None
+
+    def _late(self) -> str:
+        return (
+            f"an exchange in the background must not take longer than timeout_s={self._timeout_s:g}, but {self.key} is "
+            f"not over; its thread is in {self._courier.doing()}. Raise timeout_s if the network needs that long."
         )

@@ -43,11 +43,10 @@ from partita.training.planning import (
     ranked_plans,
 )
 from partita.training.remembered import Memory
+from partita.training.replicated import ReplicatedStep
 from partita.training.runners import LossFn, named_state
 from partita.training.step import Step, StepSetup, make_runner
-from partita.training.sync import method_of
-from partita.training.sync.exact import Exact
-from partita.training.sync.method import GradientMethod
+from partita.training.sync import Exact, GradientMethod, Method, ReplicaMethod, method_of
 from partita.training.trial import fits
 
 NUM_MEASURED = 4  # graph plans that are run before one is adopted
@@ -142,7 +141,7 @@ def parallelize(
     batch: Any,
     *,
     plan: Plan | Constraints | Literal["auto"] = "auto",
-    sync: str | GradientMethod = "exact",
+    sync: str | Method = "exact",
     compile: bool | Literal["auto"] = "auto",
     cluster: Cluster | None = None,
     timeout_s: float = 120.0,
@@ -158,8 +157,9 @@ def parallelize(
         plan: "auto" runs the best few plans and plain PyTorch in turns during the first steps and adopts the fastest
             (`Step.is_settled`); what is adopted is remembered for the next run. `Constraints` fix corners and take the
             best predicted plan; a `Plan` is used as it is.
-        sync: how gradients are added between processes: "exact", so that the mathematics is that of plain PyTorch, or a
-            method of `partita.sync` or its name, which sends fewer bytes. Inside a process sums are always exact.
+        sync: how processes are brought together: "exact", so that the mathematics is that of plain PyTorch, or a method
+        of
+            `partita.sync` or its name, which sends fewer bytes. Inside a process training is always exact.
         compile: True or False fixes whether segments are compiled; "auto" leaves it to the plan.
         cluster: default: detected.
         timeout_s: limit of every wait for another process or worker, seconds; when the job starts as well.
@@ -184,7 +184,7 @@ def parallelize(
     _check_runs(plan)
     check_task(model, loss_fn, cluster)
     check_running(compile, timeout_s)
-    leaves = take_apart(batch)
+    take_apart(batch)  # raises if it is none
     check_optimizer(optimizer, dict(model.named_parameters()))
     method.check(optimizer)
     override = current_override()
@@ -209,14 +209,29 @@ def parallelize(
         transport=transport,
         timeout_s=timeout_s,
         check_finite=check_finite,
-        sync=None if isinstance(method, Exact) else method,
+        sync=method if isinstance(method, GradientMethod) and not isinstance(method, Exact) else None,
     )
-    _equalise(setup)
+    _equalise(setup, method)
+    request = _Request(plan=plan, compile=compile)
+
+    def make(setup: StepSetup, batch: Any) -> Step:
+        return _made(setup, batch, request, start_s)
+
+    if isinstance(method, ReplicaMethod) and not team.is_alone:
+        step: Step = ReplicatedStep(setup, method, batch, make)
+    else:
+        step = make(setup, batch)
+    emit(PlanChosen(plan=step.plan, time_s=time.perf_counter() - start_s))
+    return step
+
+
+def _made(setup: StepSetup, batch: Any, request: _Request, start_s: float) -> Step:
+    """The step of processes that train as one."""
+    leaves = take_apart(batch)
     with _old_objects_left_alone():
-        decision = _decide(setup, batch, leaves, _Request(plan=plan, compile=compile))
+        decision = _decide(setup, batch, leaves, request)
         step = _make_step(setup, decision, leaves, start_s)
     let_go_of_garbage()  # of planning and measuring
-    emit(PlanChosen(plan=step.plan, time_s=time.perf_counter() - start_s))
     return step
 
 
@@ -242,7 +257,7 @@ def _join(timeout_s: float) -> tuple[Team, Transport | None]:
     return Team(transport), transport
 
 
-def _equalise(setup: StepSetup) -> None:
+def _equalise(setup: StepSetup, method: Method) -> None:
     """All processes start from the weights, buffers and random state of rank 0."""
     parameters, buffers = named_state(setup.model)
     values = {**parameters, **buffers}
@@ -251,7 +266,7 @@ def _equalise(setup: StepSetup) -> None:
     )
     groups = [sum(value.numel() for value in group["params"]) for group in setup.optimizer.param_groups]
     setup.team.require_equal(f"{type(setup.optimizer).__name__} with groups of {groups} elements", "optimizer")
-    setup.team.require_equal(repr(setup.sync), "synchronisation method")
+    setup.team.require_equal(repr(method), "synchronisation method")
     setup.team.spread([*parameters.values(), *buffers.values()])
     setup.team.spread_random_state()
 
