@@ -16,7 +16,7 @@ if "torch" not in _sys.modules:
     _os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-from partita import data, errors
+from partita import data, errors, sync
 from partita.api import FallbackWarning, Step, StepResult, parallelize, plan
 from partita.cluster import Cluster
 from partita.errors import (
@@ -66,4 +66,5 @@ __all__ = [
     "parallelize",
     "plan",
     "subscribe",
+    "sync",
 ]

@@ -241,16 +241,17 @@ class Reduction:
         for process in group:
             first = self.first.get(self.members[process][owner].index, 0)
             summed = [  # by their places among the worker's own slices, which may differ from process to process
-                (f"g:{first + i}", TensorSpec((part.num_elements,), kinds[part.parameter].spec.dtype))
+                (f"g:{first + i}", TensorSpec((part.num_elements,), kinds[part.parameter].spec.dtype), part)
                 for i, part in enumerate(self._slices[process][owner])
                 if part.parameter in kinds
             ]
-            for dtype in dict.fromkeys(spec.dtype for _, spec in summed):
-                same = [(register, spec) for register, spec in summed if spec.dtype == dtype]
+            for dtype in dict.fromkeys(spec.dtype for _, spec, _ in summed):
+                same = [item for item in summed if item[1].dtype == dtype]
                 instruction = AllReduce(
-                    tuple(register for register, _ in same),
-                    tuple(spec for _, spec in same),
+                    tuple(register for register, _, _ in same),
+                    tuple(spec for _, spec, _ in same),
                     tuple(self.members[other][owner].index for other in group),
                     f"{key}:{'-'.join(map(str, group))}:{dtype}",
+                    gradients=tuple(part for _, _, part in same),
                 )
                 found[self.members[process][owner].index].append(instruction)

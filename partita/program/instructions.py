@@ -167,13 +167,18 @@ class Recv:
 
 @dataclass(frozen=True)
 class AllReduce:
-    """Sum every register over the group, into `outputs` (empty: in place). Without registers it is a barrier."""
+    """Sum every register over the group, into `outputs` (empty: in place). Without registers it is a barrier.
+
+    `gradients` names the slices that registers are the gradients of, if that is what they are: such a sum runs over
+    processes, one worker of each, and need not be exact where the user permits it.
+    """
 
     registers: tuple[str, ...]
     specs: tuple[TensorSpec, ...]
     group: tuple[int, ...]
     key: str
     outputs: tuple[str, ...] = ()
+    gradients: tuple[Slice, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from partita.program.instructions import (
     Update,
 )
 from partita.program.uses import reads, writes
-from partita.runtime.background import BackgroundSum
+from partita.runtime.background import BackgroundSum, SumFn
 from partita.runtime.collectives import (
     AllGatherOp,
     AllReduceOp,
@@ -80,6 +80,7 @@ class Surroundings(Protocol):
     def channel(self, sender: int, receiver: int, key: str) -> Channel: ...
     def remote(self, sender: int, receiver: int, key: str) -> tuple[Mail, int] | None: ...
     def background(self, worker: int, collective: AllReduce) -> BackgroundSum: ...
+    def gradient_sum(self, worker: int, collective: AllReduce) -> SumFn | None: ...
     def process_of(self, worker: int) -> int: ...
 
 
@@ -266,6 +267,15 @@ class Binder:
         outputs = instruction.outputs or instruction.registers
         self._owned.difference_update(instruction.registers)
         self._written(outputs)
+        formed, line = self.around.gradient_sum(self.worker, instruction), seat.line
+        if formed is not None and line is not None:
+
+            def form(registers: Registers) -> None:
+                registers.update(
+                    zip(outputs, formed([registers[name] for name in instruction.registers], line), strict=True)
+                )
+
+            return form
         parts: list[tuple[AllReduceOp, list[str], list[str]]] = []
         for dtype in dict.fromkeys(spec.dtype for spec in instruction.specs):
             chosen = [i for i, spec in enumerate(instruction.specs) if spec.dtype == dtype]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +32,7 @@ from partita.program.instructions import (
     Start,
 )
 from partita.program.timeline import Timeline
-from partita.runtime.background import BackgroundSum, Courier
+from partita.runtime.background import BackgroundSum, Courier, SumFn
 from partita.runtime.binding import Binder, Mode, Registers, UpdateFn
 from partita.runtime.collectives import Seat
 from partita.runtime.cores import Crew
@@ -85,6 +85,8 @@ class Engine:
         transport: connection to the other processes; needed where programs cross processes.
         timeout_s: limit of every single wait of a worker.
         compiled: whether segments are compiled (default: as the plan says).
+        sum_gradients: makes what forms a sum of gradients over processes, for each such instruction of each local
+            worker and the processes of its group; None: they are summed exactly.
 
     Raises (from `step`):
         WorkerError: a worker raised; `__cause__` is the original exception.
@@ -108,12 +110,14 @@ class Engine:
         transport: Transport | None = None,
         timeout_s: float = 120.0,
         compiled: bool | None = None,
+        sum_gradients: Callable[[AllReduce, tuple[int, ...]], SumFn] | None = None,
     ) -> None:
         self.programs = programs
         self.plan = plan
         self.process = process
         self.state = state
         self.update = update
+        self._sum_gradients = sum_gradients
         self.mode = Mode()
         self.timeout_s = timeout_s
         self.failure = Failure()
@@ -236,7 +240,14 @@ class Engine:
         return self._connections.remote(sender, receiver, key)
 
     def background(self, worker: int, collective: AllReduce) -> BackgroundSum:
-        return self._connections.background(worker, collective)
+        return self._connections.background(worker, collective, self.gradient_sum(worker, collective))
+
+    def gradient_sum(self, worker: int, collective: AllReduce) -> SumFn | None:
+        """What forms the sum, None if it is an ordinary one."""
+        processes = tuple(sorted(self.process_of(member) for member in collective.group))
+        if self._sum_gradients is None or not collective.gradients or len(processes) < 2:
+            return None
+        return self._sum_gradients(collective, processes)
 
     def process_of(self, worker: int) -> int:
         return self._connections.process_of[worker]
@@ -503,8 +514,8 @@ class Connections:
             line=self._lines.get(group),
         )
 
-    def background(self, worker: int, collective: AllReduce) -> BackgroundSum:
-        return BackgroundSum(collective, self._couriers[collective.group], self._parties[worker])
+    def background(self, worker: int, collective: AllReduce, formed: SumFn | None) -> BackgroundSum:
+        return BackgroundSum(collective, self._couriers[collective.group], self._parties[worker], formed)
 
     @property
     def couriers(self) -> tuple[Courier, ...]:

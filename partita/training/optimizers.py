@@ -120,25 +120,28 @@ class OptimizerFacts:
     """What planning needs to know of an optimizer; `optimizer` itself where there is one.
 
     `update_values`: how many values of a slice's size an update makes on the way. Fused variants make none, most others
-    one at a time.
+    one at a time. `whole_parameters`: each is updated, and its gradient summed over processes, by one worker.
     """
 
     name: str = "SGD"
     state_bytes_per_element: float = 0.0
     kind: Kind = "element"
     update_values: int = 0
+    whole_parameters: bool = False
     optimizer: torch.optim.Optimizer | None = None
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer | None) -> OptimizerFacts:
+    def of(cls, optimizer: torch.optim.Optimizer | None, *, whole_parameters: bool = False) -> OptimizerFacts:
+        """`whole_parameters`: they must be whole for another reason than the optimizer."""
         if optimizer is None:
-            return cls()
+            return cls(whole_parameters=whole_parameters)
         kind = kind_of(optimizer)
         return cls(
             name=type(optimizer).__name__,
             state_bytes_per_element=4.0 * state_elements(optimizer),
             kind=kind,
             update_values=0 if kind == "element" and fused_agrees(optimizer) else 1,
+            whole_parameters=whole_parameters or kind != "element",
             optimizer=optimizer,
         )
 

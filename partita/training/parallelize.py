@@ -33,7 +33,7 @@ from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
 from partita.training.measuring import StepValues
 from partita.training.observing import observed_plan
-from partita.training.optimizers import OptimizerFacts, check_optimizer, kind_of
+from partita.training.optimizers import check_optimizer
 from partita.training.overrides import current_override
 from partita.training.planning import (
     best_plan,
@@ -43,8 +43,10 @@ from partita.training.planning import (
     ranked_plans,
 )
 from partita.training.remembered import Memory
+from partita.training.replicated import ReplicatedStep
 from partita.training.runners import LossFn, named_state
 from partita.training.step import Step, StepSetup, make_runner
+from partita.training.sync import Exact, GradientMethod, Method, ReplicaMethod, method_of
 from partita.training.trial import fits
 
 NUM_MEASURED = 4  # graph plans that are run before one is adopted
@@ -139,7 +141,7 @@ def parallelize(
     batch: Any,
     *,
     plan: Plan | Constraints | Literal["auto"] = "auto",
-    sync: Literal["exact"] = "exact",
+    sync: str | Method = "exact",
     compile: bool | Literal["auto"] = "auto",
     cluster: Cluster | None = None,
     timeout_s: float = 120.0,
@@ -155,7 +157,9 @@ def parallelize(
         plan: "auto" runs the best few plans and plain PyTorch in turns during the first steps and adopts the fastest
             (`Step.is_settled`); what is adopted is remembered for the next run. `Constraints` fix corners and take the
             best predicted plan; a `Plan` is used as it is.
-        sync: "exact": the mathematics is that of plain PyTorch.
+        sync: how processes are brought together: "exact", so that the mathematics is that of plain PyTorch, or a method
+        of
+            `partita.sync` or its name, which sends fewer bytes. Inside a process training is always exact.
         compile: True or False fixes whether segments are compiled; "auto" leaves it to the plan.
         cluster: default: detected.
         timeout_s: limit of every wait for another process or worker, seconds; when the job starts as well.
@@ -172,8 +176,7 @@ def parallelize(
         ...     result = step(batch)
     """
     start_s = time.perf_counter()
-    if sync != "exact":
-        raise InputError(f'sync must be "exact" in this version, but got {sync!r}')
+    method = method_of(sync)
     if check_finite not in ("step", "op", "off"):
         raise InputError(f'check_finite must be "step", "op" or "off", but got {check_finite!r}')
     if not isinstance(plan, (Plan, Constraints)) and plan != "auto":
@@ -181,8 +184,9 @@ def parallelize(
     _check_runs(plan)
     check_task(model, loss_fn, cluster)
     check_running(compile, timeout_s)
-    leaves = take_apart(batch)
+    take_apart(batch)  # raises if it is none
     check_optimizer(optimizer, dict(model.named_parameters()))
+    method.check(optimizer)
     override = current_override()
     if override.plan is not None:
         plan = override.plan
@@ -205,13 +209,29 @@ def parallelize(
         transport=transport,
         timeout_s=timeout_s,
         check_finite=check_finite,
+        sync=method if isinstance(method, GradientMethod) and not isinstance(method, Exact) else None,
     )
-    _equalise(setup)
+    _equalise(setup, method)
+    request = _Request(plan=plan, compile=compile)
+
+    def make(setup: StepSetup, batch: Any) -> Step:
+        return _made(setup, batch, request, start_s)
+
+    if isinstance(method, ReplicaMethod) and not team.is_alone:
+        step: Step = ReplicatedStep(setup, method, batch, make)
+    else:
+        step = make(setup, batch)
+    emit(PlanChosen(plan=step.plan, time_s=time.perf_counter() - start_s))
+    return step
+
+
+def _made(setup: StepSetup, batch: Any, request: _Request, start_s: float) -> Step:
+    """The step of processes that train as one."""
+    leaves = take_apart(batch)
     with _old_objects_left_alone():
-        decision = _decide(setup, batch, leaves, _Request(plan=plan, compile=compile))
+        decision = _decide(setup, batch, leaves, request)
         step = _make_step(setup, decision, leaves, start_s)
     let_go_of_garbage()  # of planning and measuring
-    emit(PlanChosen(plan=step.plan, time_s=time.perf_counter() - start_s))
     return step
 
 
@@ -237,7 +257,7 @@ def _join(timeout_s: float) -> tuple[Team, Transport | None]:
     return Team(transport), transport
 
 
-def _equalise(setup: StepSetup) -> None:
+def _equalise(setup: StepSetup, method: Method) -> None:
     """All processes start from the weights, buffers and random state of rank 0."""
     parameters, buffers = named_state(setup.model)
     values = {**parameters, **buffers}
@@ -246,6 +266,7 @@ def _equalise(setup: StepSetup) -> None:
     )
     groups = [sum(value.numel() for value in group["params"]) for group in setup.optimizer.param_groups]
     setup.team.require_equal(f"{type(setup.optimizer).__name__} with groups of {groups} elements", "optimizer")
+    setup.team.require_equal(repr(method), "synchronisation method")
     setup.team.spread([*parameters.values(), *buffers.values()])
     setup.team.spread_random_state()
 
@@ -289,7 +310,7 @@ def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request
     if plan != "auto":
         best = _candidates(setup, graph, constraints, values)[0]
         return _Decision(plan=best, graph=graph if best.mode == "graph" else None)
-    memory = Memory(graph, setup.cluster, constraints, OptimizerFacts.of(setup.optimizer))
+    memory = Memory(graph, setup.cluster, constraints, setup.facts, repr(setup.sync))
     recalled = [text.to_json() for text in memory.recall()] if setup.team.rank == 0 else []
     known = [Plan.from_json(text) for text in setup.team.from_first(recalled)]
     finalists = known or _finalists(_candidates(setup, graph, constraints, values, refines=False))
@@ -325,11 +346,11 @@ def _make_step(setup: StepSetup, decision: _Decision, leaves: BatchLeaves, start
         graph=graph,
         make=lambda plan: make_runner(setup, plan, graph, setup.model, setup.optimizer),
         team=setup.team,
-        whole_parameters=kind_of(setup.optimizer) != "element",
+        whole_parameters=setup.facts.whole_parameters,
         started_s=start_s,
         can_undo=lambda: fits(setup.model, setup.optimizer),
         reprice=lambda plan, programs, timelines: observed_plan(
-            plan, programs, timelines, setup.cluster, OptimizerFacts.of(setup.optimizer), setup.team
+            plan, programs, timelines, setup.cluster, setup.facts, setup.team
         ),
     )
 
@@ -377,7 +398,7 @@ def _candidates(
     error: Exception | None = None
     if setup.team.rank == 0:
         try:
-            facts = OptimizerFacts.of(setup.optimizer)
+            facts = setup.facts
             cost = CostTable(setup.cluster)
             plans = ranked_plans(graph, setup.cluster, cost, constraints, facts, values=values, refines=refines)
         except PlanError as found:

@@ -69,7 +69,7 @@ class Evaluator:
         return self._simulated(programs, plan)
 
     def _lowered(self, plan: Plan) -> ProgramSet:
-        programs = lower(self.graph, plan, whole_parameters=self.facts.kind != "element")
+        programs = lower(self.graph, plan, whole_parameters=self.facts.whole_parameters)
         check(programs)
         return programs
 

@@ -37,9 +37,11 @@ class _File(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Memory:
-    """The plans of one step: of a graph, a cluster, constraints and an optimizer."""
+    """The plans of one step: of a graph, a cluster, constraints, an optimizer and a synchronisation method."""
 
-    def __init__(self, graph: Graph, cluster: Cluster, constraints: Constraints, facts: OptimizerFacts) -> None:
+    def __init__(
+        self, graph: Graph, cluster: Cluster, constraints: Constraints, facts: OptimizerFacts, sync: str
+    ) -> None:
         self._graph, self._cluster = graph, cluster
         # Part of the name and of the content, where it must be equal: a name is only a hash.
         self._question = " | ".join(
@@ -50,6 +52,7 @@ class Memory:
                 f"machines {[(m.cpu, m.cores, m.cache_bytes, [g.name for g in m.gpus]) for m in cluster.machines]}",
                 f"constraints {msgspec.json.encode(constraints, order='sorted').decode()}",
                 f"optimizer {facts.name} {facts.kind} {facts.state_bytes_per_element} {facts.update_values}",
+                f"sync {sync}",
                 f"threads {torch.get_num_threads()}",
             ]
         )

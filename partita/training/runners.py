@@ -27,9 +27,12 @@ from partita.runtime.transport import Transport
 from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
 from partita.training.optimizers import Kind, OptimizerShards, by_fused_kernels, fused_agrees, kind_of
+from partita.training.sync.method import GradientMethod
+from partita.training.sync.sums import GradientSums
 from partita.units import fingerprint
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
+Due = Callable[[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class GraphRunner:
         transport: connection to the other processes of the job; None if there are none.
         timeout_s: limit of every wait.
         compiled: overrides the plan's choice.
+        sync: how gradients are summed over processes; None: exactly.
+        due: what the optimizer is to apply instead of a step's gradients, one after the other, by parameter's name.
     """
 
     def __init__(
@@ -103,6 +108,8 @@ class GraphRunner:
         transport: Transport | None = None,
         timeout_s: float = 120.0,
         compiled: bool | None = None,
+        sync: GradientMethod | None = None,
+        due: Due | None = None,
     ) -> None:
         self.graph, self.plan, self.process = graph, plan, process
         self.parameters, self.buffers = named_state(model)
@@ -111,8 +118,10 @@ class GraphRunner:
                 self.buffers[item.name] = self.parameters[item.name].detach()
         self.optimizer = optimizer
         self._settled = False  # whether there was an update
-        self.kind: Kind = kind_of(optimizer)
-        self.programs: ProgramSet = lower(graph, plan, whole_parameters=self.kind != "element")
+        self._due = due
+        self.kind: Kind = kind_of(optimizer) if due is None else "coupled"
+        needs_whole = self.kind != "element" or (sync is not None and sync.needs_whole_parameters)
+        self.programs: ProgramSet = lower(graph, plan, whole_parameters=needs_whole)
         check(self.programs)
         self.held = dict(self.programs.held.get(process, {}))
         self._stored = {
@@ -138,6 +147,8 @@ class GraphRunner:
         )
         constants = {item.name: graph.constants[item.name] for item in graph.inputs_of(InputKind.CONSTANT)}
         values = {name: value.detach() for name, value in self._stored.items()}
+        shapes = {name: tuple(value.shape) for name, value in values.items()}
+        self.sums = GradientSums(sync, shapes, process) if sync is not None else None
         self._engine = Engine(
             self.programs,
             plan,
@@ -147,6 +158,7 @@ class GraphRunner:
             transport=transport,
             timeout_s=timeout_s,
             compiled=compiled,
+            sum_gradients=self.sums.make if self.sums is not None else None,
         )
 
     def step(
@@ -173,8 +185,11 @@ class GraphRunner:
             give_back_freed_memory()
             self._settled = True
         if update and self.kind == "coupled" and not (finite_only and not math.isfinite(float(done.loss))):
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            if self._due is None:
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+            else:
+                apply_due(self._due, self.optimizer, self.parameters)
         return Outcome(float(done.loss), done.bytes_sent, done.timeline)
 
     def rows_needed(self) -> tuple[int, int]:
@@ -238,6 +253,27 @@ class GraphRunner:
             )
 
 
+def apply_due(due: Due, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Takes the gradients that the parameters have, and applies those that are due instead."""
+    made = {name: item.grad for name, item in parameters.items() if item.grad is not None}
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        found = due(made)
+    for gradients in found:
+        apply_gradients(optimizer, parameters, gradients)
+
+
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, torch.Tensor]
+) -> None:
+    """One step of the optimizer, by its fused kernels if it has some that agree, with these gradients."""
+    for name, gradient in gradients.items():
+        parameters[name].grad = gradient.to(parameters[name].dtype)
+    with by_fused_kernels(optimizer) if fused_agrees(optimizer) else contextlib.nullcontext():
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def digest(programs: ProgramSet) -> str:
     """A hash of all instructions and segments, equal on two processes if their programs are."""
     return fingerprint([programs.programs, sorted(programs.segments)])
@@ -276,8 +312,9 @@ class BlockRunner:
         num_threads: int,
         process: int = 0,
         transport: Transport | None = None,
+        due: Due | None = None,
     ) -> None:
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self._due = model, optimizer, due
         self.num_threads = num_threads
         self.process, self.transport = process, transport
         self._loss = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
@@ -323,8 +360,11 @@ class BlockRunner:
             )
         loss.backward()
         if update and not (finite_only and not math.isfinite(loss.item())):
-            with by_fused_kernels(self.optimizer) if self._is_fused else contextlib.nullcontext():
-                self.optimizer.step()
+            if self._due is not None:
+                apply_due(self._due, self.optimizer, dict(self.model.named_parameters()))
+            else:
+                with by_fused_kernels(self.optimizer) if self._is_fused else contextlib.nullcontext():
+                    self.optimizer.step()
         else:
             self.optimizer.zero_grad(set_to_none=True)
         if saved is not None:

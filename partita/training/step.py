@@ -7,8 +7,9 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -41,9 +42,10 @@ from partita.training.events import Checkpointed, StepFinished, WarningRaised, e
 from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure
 from partita.training.job import Team
 from partita.training.loading import ShardedBatch, whole_shape
-from partita.training.optimizers import check_optimizer
+from partita.training.optimizers import OptimizerFacts, check_optimizer
 from partita.training.planning import TooFewRowsError, adapted_plan, block_plan
-from partita.training.runners import BlockRunner, GraphRunner, LossFn, Outcome, owners_differ
+from partita.training.runners import BlockRunner, Due, GraphRunner, LossFn, Outcome, owners_differ
+from partita.training.sync.method import GradientMethod
 from partita.training.torch_adapter import mark_stepped
 from partita.training.trial import Snapshot
 from partita.training.watch import Watch
@@ -81,6 +83,14 @@ class StepSetup:
     transport: Transport | None
     timeout_s: float
     check_finite: Literal["step", "op", "off"]
+    sync: GradientMethod | None = None  # how gradients are summed over processes; None: exactly
+    due: Due | None = None  # what the optimizer applies instead of a step's gradients
+
+    @property
+    def facts(self) -> OptimizerFacts:
+        """What planning needs to know of the optimizer."""
+        whole = self.due is not None or (self.sync is not None and self.sync.needs_whole_parameters)
+        return OptimizerFacts.of(self.optimizer, whole_parameters=whole)
 
 
 class Step:
@@ -242,30 +252,7 @@ class Step:
         """
         folder = path_of(folder, "the folder of step.save")
         self._collect()
-        team, start_s = self._setup.team, time.perf_counter()
-        path = ""
-        if team.rank == 0:
-            written = write_checkpoint(
-                folder,
-                step=self._num_steps,
-                weights=self._setup.model.state_dict(),
-                optimizer_state=self._setup.optimizer.state_dict(),
-                extra={"random_state": torch.get_rng_state()},
-                optimizer=type(self._setup.optimizer).__name__,
-            )
-            path = str(written)
-        path = str(team.from_first(path))
-        num_bytes = sum(t.numel() * t.element_size() for t in self._setup.model.state_dict().values())
-        emit(
-            Checkpointed(
-                action="saved",
-                path=path,
-                step=self._num_steps,
-                num_bytes=num_bytes,
-                time_s=time.perf_counter() - start_s,
-            )
-        )
-        return path
+        return save_state(self._setup, folder, self._num_steps)
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Continues from the latest complete checkpoint in `folder`, whatever plan wrote it.
@@ -555,6 +542,26 @@ class Step:
         collect_all(team, self._setup.model, self._setup.optimizer, self._current)
 
 
+def save_state(setup: StepSetup, folder: Path, step: int, *, extra: Mapping[str, Any] | None = None) -> str:
+    """Has rank 0 write model, optimizer and random state, which are current there, with whatever else; the path."""
+    start_s = time.perf_counter()
+    path = ""
+    if setup.team.rank == 0:
+        written = write_checkpoint(
+            folder,
+            step=step,
+            weights=setup.model.state_dict(),
+            optimizer_state=setup.optimizer.state_dict(),
+            extra={"random_state": torch.get_rng_state(), **(extra or {})},
+            optimizer=type(setup.optimizer).__name__,
+        )
+        path = str(written)
+    path = str(setup.team.from_first(path))
+    num_bytes = sum(t.numel() * t.element_size() for t in setup.model.state_dict().values())
+    emit(Checkpointed(action="saved", path=path, step=step, num_bytes=num_bytes, time_s=time.perf_counter() - start_s))
+    return path
+
+
 def make_runner(
     setup: StepSetup, plan: Plan, graph: Graph | None, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> GraphRunner | BlockRunner:
@@ -575,6 +582,7 @@ def _runner_of(
             num_threads=plan.threads_per_worker,
             process=setup.team.rank,
             transport=setup.transport,
+            due=setup.due,
         )
     assert graph is not None
     return GraphRunner(
@@ -585,4 +593,6 @@ def _runner_of(
         process=setup.team.rank,
         transport=setup.transport,
         timeout_s=setup.timeout_s,
+        sync=setup.sync,
+        due=setup.due,
     )

@@ -1,0 +1,272 @@
+"""Synchronisation methods on equal samples: loss reached, bytes sent, and time by bandwidth, beside DDP and its hooks.
+
+    python -m benchmarks.methods --json benchmarks/results/methods.json --check
+
+Every row is a method on a task (`benchmarks.method_tasks`): `--processes` real processes train on the same global
+batches from the same weights, three seeds. Judged is what comes out (`step.sync_to`) on data that was not learnt from.
+Bytes are those that the processes sent, in the mean of a step and process, beside the method's own formula; for peers,
+which do not count, those of the formula of what their hook sends.
+
+`--check` fails where bytes differ from their formula by more than 0.1 %, where a method that is switched off differs
+from the exact one, or where a known outcome does not reproduce (`KNOWN`).
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import partita  # before torch: it makes waiting threads sleep instead of spin
+from benchmarks.common import Report, Row, first_line, option_parser, show
+from benchmarks.method_tasks import TASKS, Task, loss_of
+from benchmarks.processes import ChildError, Group, Message, serve
+
+LARGEST_BYTES_ERROR = 0.001
+SEEDS = (0, 1, 2)
+COLUMNS = (
+    "task", "method", "loss", "accuracy", "deviation", "bytes_per_step", "fewer", "bytes_error", "step_time_s",
+    "errors",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One way to train. `make` gives the method (None: a peer by its name); DGC and DeMo bring the momentum along."""
+
+    name: str
+    make: Callable[[], Any] | None
+    optimizer: str = ""
+    lr: float = 0.0
+    momentum: float | None = None
+    by_label: bool = False
+
+
+def entries(task: str) -> dict[str, Entry]:
+    from partita import sync
+
+    methods: dict[str, Callable[[], Any]] = {
+        "exact": sync.Exact,
+        "bf16": lambda: sync.Rounded(to="bf16"),
+        "int8": lambda: sync.Rounded(to="int8"),
+        "int4": lambda: sync.Rounded(to="int4"),
+        "powersgd r1": lambda: sync.PowerSGD(rank=1),
+        "powersgd r2": lambda: sync.PowerSGD(rank=2),
+        "powersgd r4": lambda: sync.PowerSGD(rank=4),
+        "powersgd r8": lambda: sync.PowerSGD(rank=8),
+        "powersgd r2 without feedback": lambda: sync.PowerSGD(rank=2, error_feedback=False),
+        "topk 1%": lambda: sync.TopK(density=0.01),
+        "topk 1% without feedback": lambda: sync.TopK(density=0.01, error_feedback=False),
+        "local sgd H=5": lambda: sync.LocalSGD(every=5),
+        "local sgd H=21": lambda: sync.LocalSGD(every=21),
+        "local sgd H=105": lambda: sync.LocalSGD(every=105),
+        "diloco H=10": lambda: sync.DiLoCo(every=10),
+        "diloco H=20": lambda: sync.DiLoCo(every=20),
+        "diloco H=50": lambda: sync.DiLoCo(every=50),
+        "diloco H=50, int4": lambda: sync.DiLoCo(every=50, compress=sync.Rounded(to="int4")),
+        "streaming diloco H=50, int4": lambda: sync.StreamingDiLoCo(every=50, fragments=4, delay=2),
+        "stale 1": lambda: sync.Stale(staleness=1),
+        "stale 4": lambda: sync.Stale(staleness=4),
+        "gossip": sync.Gossip,
+    }
+    found = {name: Entry(name, make) for name, make in methods.items()}
+    plain_lr = TASKS["digits"].lr
+    for density in ("1%", "0.1%"):
+        share = float(density[:-1]) / 100
+        found[f"dgc {density}"] = Entry(
+            f"dgc {density}", lambda share=share: sync.DGC(density=share, warm_up_steps=90), "SGD", plain_lr, 0.0
+        )
+    found["demo"] = Entry("demo", lambda: sync.DeMo(components=8, block=16), "SGD", 3e-3, 0.0)
+    if task == "digits":
+        for every in (5, 21, 105):
+            name = f"local sgd H={every}, sorted"
+            found[name] = Entry(name, lambda every=every: sync.LocalSGD(every=every), by_label=True)
+    found["one process"] = Entry("one process", None)
+    for name in ("ddp", "ddp bf16", "ddp powersgd"):
+        found[name] = Entry(name, None)
+    return found
+
+
+# The children --------------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """One process of a job: trains when it is asked to."""
+
+    def __call__(self, message: Message) -> Message:
+        import torch
+
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        task, entry = TASKS[message["task"]], entries(message["task"])[message["entry"]]
+        if entry.make is None:
+            return self._peer(task, entry, message)
+        return self._partita(task, entry, message)
+
+    def _partita(self, task: Task, entry: Entry, message: Message) -> Message:
+        seed, num = message["seed"], message["processes"]
+        model, merged = task.model(seed), task.model(seed)
+        optimizer = task.optimizer(model, momentum=entry.momentum, name=entry.optimizer, lr=entry.lr)
+        assert entry.make is not None
+        method = entry.make()
+        stream = task.batches(seed, num, by_label=entry.by_label)
+        first = next(task.batches(seed, num))
+        is_gradients = isinstance(method, partita.sync.GradientMethod)
+        plan = partita.Constraints(
+            data=num if is_gradients else 1, pipeline=1, threads_per_worker=1, num_microbatches=1, compiled=False
+        )
+        sent, start_s = [], 0.0
+        with partita.parallelize(model, optimizer, loss_of, first, plan=plan, sync=method) as step:
+            for number in range(message["steps"]):
+                if number == 1:
+                    start_s = time.perf_counter()
+                sent.append(step(next(stream)).bytes_sent)
+            step_time_s = (time.perf_counter() - start_s) / (message["steps"] - 1)
+            step.sync_to(merged)
+        return {
+            **task.judge(merged),
+            "bytes_per_step": sum(sent) / len(sent),
+            "formula": formula(method, model, num, int(os.environ["RANK"]), len(sent)),
+            "step_time_s": step_time_s,
+        }
+
+    def _peer(self, task: Task, entry: Entry, message: Message) -> Message:
+        import torch
+        import torch.distributed as dist
+        from torch.nn.parallel import DistributedDataParallel
+
+        seed, num, rank = message["seed"], message["processes"], int(os.environ["RANK"])
+        model = task.model(seed)
+        wrapped: Any = model
+        own = slice(rank * task.rows // num, (rank + 1) * task.rows // num)
+        if entry.name != "one process":
+            if not dist.is_initialized():
+                dist.init_process_group("gloo")
+            wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=1000)
+            _register(wrapped, entry.name)
+        elif rank:
+            return {}
+        optimizer = task.optimizer(model)
+        stream = task.batches(seed, num)
+        start_s = time.perf_counter()
+        for _ in range(message["steps"]):
+            x, y = next(stream)
+            optimizer.zero_grad()
+            loss_of(wrapped, (x[own], y[own])).backward()
+            optimizer.step()
+        step_time_s = (time.perf_counter() - start_s) / message["steps"]
+        del wrapped
+        with torch.no_grad():
+            return {**task.judge(model), "step_time_s": step_time_s}
+
+
+def _register(wrapped: Any, name: str) -> None:
+    if name == "ddp bf16":
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    elif name == "ddp powersgd":
+        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as power
+
+        state = power.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2)
+        wrapped.register_comm_hook(state, power.powerSGD_hook)
+
+
+def formula(method: Any, model: Any, num: int, rank: int, steps: int) -> float:
+    """The bytes that the method's own formula gives a step, the loss's sum (a float to each other process) included;
+    methods that exchange now and then count their whole turns."""
+    from partita.training.sync.method import Part, Peers
+
+    parts = [Part(name, tuple(value.shape)) for name, value in model.named_parameters()]
+    sent = method.sent_bytes(parts, Peers(tuple(range(num)), rank))
+    if isinstance(method, partita.sync.GradientMethod):
+        return float(sent + 4 * (num - 1))
+    every = getattr(method, "every", 1)
+    return float(sent * (steps // every) * every / steps)
+
+
+# The parent ----------------------------------------------------------------------------------------------------------
+
+
+def measure(group: Group, task: Task, entry: Entry, options: Any) -> Row:
+    """One row: the mean over seeds."""
+    runs: list[list[Row]] = []
+    row: Row = {"task": task.name, "method": entry.name}
+    for seed in range(options.seeds):
+        message = {
+            "task": task.name, "entry": entry.name, "seed": seed, "steps": options.steps or task.steps,
+            "processes": options.processes,
+        }  # fmt: skip
+        replies = group.ask(message, options.timeout)
+        failed = [reply for reply in replies if "error" in reply]
+        if failed:
+            return {**row, "errors": f"{failed[0]['error_type']}: {first_line(failed[0]['error'])}"}
+        runs.append(replies)
+    firsts = [replies[0] for replies in runs]
+    row["loss"] = statistics.fmean(one["loss"] for one in firsts)
+    if "accuracy" in firsts[0]:
+        row["accuracy"] = statistics.fmean(one["accuracy"] for one in firsts)
+    row["deviation"] = statistics.pstdev(one.get("accuracy", one["loss"]) for one in firsts)
+    row["step_time_s"] = statistics.median(one["step_time_s"] for one in firsts)
+    row["seeds"] = [{key: one[key] for key in ("loss", "accuracy") if key in one} for one in firsts]
+    if "bytes_per_step" in firsts[0]:
+        sent = statistics.fmean(reply["bytes_per_step"] for replies in runs for reply in replies)
+        wanted = statistics.fmean(reply["formula"] for replies in runs for reply in replies)
+        row |= {"bytes_per_step": sent, "formula": wanted, "bytes_error": abs(sent / wanted - 1) if wanted else 0.0}
+    return row
+
+
+def summarise(rows: Sequence[Row]) -> tuple[dict[str, Any], list[str]]:
+    misses = [f"{row['task']}, {row['method']}: {row['errors']}" for row in rows if row.get("errors")]
+    exact = {row["task"]: row for row in rows if row["method"] == "exact"}
+    for row in rows:
+        base = exact.get(row["task"], {}).get("bytes_per_step")
+        if base and row.get("bytes_per_step"):
+            row["fewer"] = base / row["bytes_per_step"]
+        if row.get("bytes_error", 0.0) > LARGEST_BYTES_ERROR:
+            misses.append(
+                f"{row['task']}, {row['method']}: bytes must be those of the formula, {row['formula']:.0f} a step, but "
+                f"are {row['bytes_per_step']:.0f}"
+            )
+    errors = [row["bytes_error"] for row in rows if row.get("bytes_error") is not None]
+    return {"num_rows": len(rows), "largest_bytes_error": max(errors, default=0.0)}, misses
+
+
+def main() -> int:
+    parser = option_parser(__doc__ or "")
+    parser.add_argument("--tasks", default=",".join(TASKS), metavar="A,B")
+    parser.add_argument("--methods", default="", metavar="A;B", help="only these, by name")
+    parser.add_argument("--processes", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--steps", type=int, default=0, help="instead of the task's own number")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one training")
+    options = parser.parse_args()
+    if options.child:
+        serve(Worker())
+        return 0
+    settings = {"processes": options.processes, "seeds": options.seeds, "steps": options.steps or "as the tasks say"}
+    report = Report("methods", settings, path=options.json)
+    for name in options.tasks.split(","):
+        task = TASKS[name.strip()]
+        known = entries(task.name)
+        chosen = [known[one.strip()] for one in options.methods.split(";")] if options.methods else known.values()
+        with Group("benchmarks.methods", "train", num_processes=options.processes) as group:
+            for entry in chosen:
+                try:
+                    report.add(measure(group, task, entry, options))
+                except ChildError as error:
+                    report.add({"task": task.name, "method": entry.name, "errors": first_line(error)})
+                    break
+                print(f"{task.name}, {entry.name}: {report.rows[-1]}", file=sys.stderr, flush=True)
+    report.finish(*summarise(report.rows))
+    show(report, COLUMNS)
+    return report.exit_code(options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

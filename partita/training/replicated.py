@@ -1,0 +1,272 @@
+"""A training step of replicas: every process trains by a plan of its own, and a method brings them together."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import nn
+
+from partita.arguments import path_of
+from partita.cluster import Cluster
+from partita.cluster.model import Process
+from partita.errors import InputError
+from partita.plan import Plan
+from partita.program.timeline import Timeline
+from partita.runtime.background import Courier, Errand
+from partita.runtime.ending import Order, close_at_end
+from partita.runtime.failure import Failure
+from partita.runtime.transport import Line, Session
+from partita.training.checkpoint import read_checkpoint
+from partita.training.inputs import take_apart
+from partita.training.loading import ShardedBatch
+from partita.training.runners import apply_gradients
+from partita.training.step import Step, StepResult, StepSetup, save_state
+from partita.training.sync.method import Peers
+from partita.training.sync.replica import Replica, ReplicaMethod, ReplicaSync
+from partita.units import split_evenly
+
+MakeInner = Callable[[StepSetup, Any], Step]  # from the setup and a batch of the inner step
+COURIER_TIME_S = 2.0  # that an exchange in the background gets to end
+
+
+def own_cluster(cluster: Cluster, rank: int) -> Cluster:
+    """The part of a job that one process has, as a cluster of that process alone."""
+    own = next(process for process in cluster.processes if process.rank == rank)
+    alone = Process(rank=0, machine=0, cores=own.cores, gpus=own.gpus, memory_bytes=own.memory_bytes)
+    return Cluster(
+        machines=(cluster.machines[own.machine],),
+        processes=(alone,),
+        network=cluster.network,
+        process_link=cluster.process_link,
+        is_here=cluster.is_here,
+    )
+
+
+class ReplicatedStep(Step):
+    """Trains one replica of the model on its rows of every global batch: ``result = step(batch)``, as any `Step`.
+
+    ``result.loss`` is that of the replica's own rows. Weights differ between replicas until `sync_to` or `save`.
+
+    Args:
+        setup: of the whole job.
+        method: how replicas are brought together.
+        batch: a global batch.
+        make: makes the inner step.
+    """
+
+    def __init__(self, setup: StepSetup, method: ReplicaMethod, batch: Any, make: MakeInner) -> None:
+        assert setup.transport is not None
+        self._setup, self._method, self._make_inner = setup, method, make
+        self._rank, self._num_replicas = setup.team.rank, setup.team.num_processes
+        self._exchanges = Exchanges(setup)
+        self._sync: ReplicaSync | None = None
+        self._inner = make(setup, batch) if method.exact_steps else self._apart(batch)
+        self._num_steps = 0
+
+    # As any step -----------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """That of this replica."""
+        return self._inner.plan
+
+    @property
+    def is_settled(self) -> bool:
+        return self._inner.is_settled
+
+    @property
+    def num_steps(self) -> int:
+        return self._num_steps
+
+    @property
+    def compression_error(self) -> float:
+        """The share of the last exchange that was not sent (0: all of it was)."""
+        return self._sync.error if self._sync is not None else 0.0
+
+    @property
+    def staleness(self) -> int:
+        """By how many steps what was applied last was late."""
+        return self._sync.staleness if self._sync is not None else 0
+
+    def __call__(self, batch: Any) -> StepResult:
+        start_s, sent = time.perf_counter(), self._exchanges.bytes_sent
+        if self._sync is None and self._num_steps >= self._method.exact_steps:
+            self._inner.sync_to(self._setup.model)
+            self._inner.close()
+            self._inner = self._apart(batch)
+        result = self._inner(batch if self._sync is None else self._own_rows(batch))
+        self._num_steps += 1
+        if self._sync is not None:
+            with torch.no_grad():
+                self._sync.after_step(self._num_steps)
+        return dataclasses.replace(
+            result,
+            step=self._num_steps,
+            step_time_s=time.perf_counter() - start_s,
+            bytes_sent=result.bytes_sent + self._exchanges.bytes_sent - sent,
+        )
+
+    def rows_needed(self, num_rows: int) -> tuple[int, int]:
+        """First and last (excluded) row of a global batch that this replica trains on."""
+        if self._sync is None:
+            return self._inner.rows_needed(num_rows)
+        if num_rows < self._num_replicas:
+            raise InputError(
+                f"every batch must have at least a row for each of {self._num_replicas} replicas, but got {num_rows} "
+                "rows; use larger batches, or drop the last one (drop_last=True)"
+            )
+        counts = split_evenly(num_rows, self._num_replicas)
+        start = sum(counts[: self._rank])
+        return start, start + counts[self._rank]
+
+    def timeline(self) -> Timeline | None:
+        return self._inner.timeline()
+
+    def sync_to(self, model: nn.Module) -> None:
+        """Copies what the replicas would agree on now, the mean of their weights, into `model`, on every process.
+        Training goes on from the replicas' own weights, unless `model` is the trained one."""
+        if self._sync is None:
+            self._inner.sync_to(model)
+            return
+        self._settle()
+        own = model is self._setup.model
+        before = None if own else [value.detach().clone() for value in self._setup.model.state_dict().values()]
+        with torch.no_grad():
+            self._sync.equalise()
+            self._inner.sync_to(model)
+            if before is not None:
+                for value, kept in zip(self._setup.model.state_dict().values(), before, strict=True):
+                    value.copy_(kept)
+
+    def save(self, folder: str | os.PathLike[str]) -> str:
+        """Writes a checkpoint of what the replicas agree on now: the mean of their weights, from which all go on, the
+        optimizer's state of rank 0, and the method's."""
+        if self._sync is None:
+            return self._inner.save(folder)
+        self._settle()
+        with torch.no_grad():
+            self._sync.equalise()
+        return save_state(
+            self._setup, path_of(folder, "the folder of step.save"), self._num_steps, extra={"sync": self._sync.state()}
+        )
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Continues from the latest complete checkpoint in `folder`, of whatever plan and method.
+
+        Raises:
+            CheckpointError: none is complete, or it belongs to another model or optimizer. Nothing was changed.
+        """
+        if self._sync is not None:
+            self._settle()
+        self._inner.load(folder)
+        self._num_steps = self._inner.num_steps
+        if self._sync is not None:
+            with torch.no_grad():
+                self._sync.resume(read_checkpoint(path_of(folder, "the folder of step.load")).extra.get("sync"))
+
+    def close(self) -> None:
+        """Ends the workers. The model and optimizer keep what this replica has trained."""
+        self._inner.close()
+        self._exchanges.close()
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _apart(self, batch: Any) -> Step:
+        """The inner step of this replica alone."""
+        setup = self._setup
+        named = {name: value for name, value in setup.model.named_parameters() if value.requires_grad}
+        buffers = {name: value for name, value in setup.model.named_buffers() if value.is_floating_point()}
+        rows = batch.num_rows if isinstance(batch, ShardedBatch) else take_apart(batch).rows
+        self._sync = self._method.sync_of(
+            Replica(
+                parameters={name: value.detach() for name, value in named.items()},
+                buffers=buffers,
+                peers=Peers(tuple(range(self._num_replicas)), self._rank),
+                share=self._share(rows),
+                line=self._exchanges.line,
+                errand=self._exchanges.errand,
+            )
+        )
+        alone = dataclasses.replace(
+            setup,
+            cluster=own_cluster(setup.cluster, self._rank),
+            team=type(setup.team)(),
+            transport=None,
+            sync=None,
+            due=self._sync.due if self._sync.takes_gradients else None,
+        )
+        return self._make_inner(alone, self._own_rows(batch))
+
+    def _share(self, rows: int) -> float:
+        start, end = self._rows_of(rows)
+        return (end - start) / rows
+
+    def _rows_of(self, rows: int) -> tuple[int, int]:
+        counts = split_evenly(max(rows, self._num_replicas), self._num_replicas)
+        start = sum(counts[: self._rank])
+        return start, start + counts[self._rank]
+
+    def _own_rows(self, batch: Any) -> Any:
+        """The rows of a global batch that this replica trains on."""
+        first, num_rows = 0, 0
+        if isinstance(batch, ShardedBatch):
+            batch, first, num_rows = batch.batch, batch.first_row, batch.num_rows
+        here = take_apart(batch).rows
+        start, end = self.rows_needed(num_rows or here)
+
+        def cut(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == here:
+                return leaf[start - first : end - first]
+            return leaf
+
+        return pytree.tree_map(cut, batch)
+
+    def _settle(self) -> None:
+        """Applies what is still on its way."""
+        assert self._sync is not None
+        parameters = dict(self._setup.model.named_parameters())
+        for gradients in self._sync.settle():
+            apply_gradients(self._setup.optimizer, parameters, gradients)
+
+
+class Exchanges:
+    """The lines between replicas, one of them with a thread of its own for exchanges in the background."""
+
+    def __init__(self, setup: StepSetup) -> None:
+        assert setup.transport is not None
+        everyone = tuple(range(setup.team.num_processes))
+        self._session: Session = setup.transport.session()
+        self._timeout_s = setup.timeout_s
+        self._failure = Failure()
+        self.line: Line = self._session.line(everyone, setup.timeout_s)
+        self._courier = Courier(self._session.line(everyone, setup.timeout_s), self._failure, "replicas")
+        self._session.on_failure(self._on_peer_failure)
+        self._closed = False
+        close_at_end(self, Order.WORKERS)
+
+    @property
+    def bytes_sent(self) -> int:
+        return self.line.bytes_sent + self._courier.line.bytes_sent
+
+    def errand(self, key: str, call: Callable[[Line], None]) -> Errand:
+        return Errand(key, call, self._courier, self._failure, self._timeout_s)
+
+    def _on_peer_failure(self, error: BaseException) -> None:
+        self._failure.record(error)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._courier.close()
+        self._courier.join(COURIER_TIME_S)
+        self._session.close(at_rest=not self._courier.is_alive())
+
+    def at_end(self) -> None:
+        self.close()
