@@ -28,6 +28,7 @@ from benchmarks.method_tasks import TASKS, Task, loss_of
 from benchmarks.processes import ChildError, Group, Message, serve
 
 LARGEST_BYTES_ERROR = 0.001
+LOSS_BYTES = 8 + 4  # the number of classes that count, and the loss: each is summed over all processes in every step
 SEEDS = (0, 1, 2)
 COLUMNS = (
     "task", "method", "loss", "accuracy", "deviation", "bytes_per_step", "fewer", "bytes_error", "step_time_s",
@@ -128,10 +129,13 @@ class Worker:
                 sent.append(step(next(stream)).bytes_sent)
             step_time_s = (time.perf_counter() - start_s) / (message["steps"] - 1)
             step.sync_to(merged)
+            total = sent_by_replica(step, merged)
+        warm = sent[getattr(method, "warm_up_steps", 0) :]  # the formula is that of later steps
+        num_bytes = sum(warm) if total is None else total
         return {
             **task.judge(merged),
-            "bytes_per_step": sum(sent) / len(sent),
-            "formula": formula(method, model, num, int(os.environ["RANK"]), len(sent)),
+            "bytes_per_step": num_bytes / len(warm),
+            "formula": formula(method, model, num, int(os.environ["RANK"]), len(warm)),
             "step_time_s": step_time_s,
         }
 
@@ -165,6 +169,16 @@ class Worker:
             return {**task.judge(model), "step_time_s": step_time_s}
 
 
+def sent_by_replica(step: Any, merged: Any) -> int | None:
+    """What a replica has sent in its steps, those exchanges included that were in the background when the last step was
+    over (`sync_to` has waited for them); None for processes that train as one."""
+    before = getattr(step, "bytes_sent", None)
+    if before is None:
+        return None
+    step.sync_to(merged)  # once more, to see what that sends itself
+    return int(2 * before - step.bytes_sent)
+
+
 def _register(wrapped: Any, name: str) -> None:
     if name == "ddp bf16":
         from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -178,14 +192,14 @@ def _register(wrapped: Any, name: str) -> None:
 
 
 def formula(method: Any, model: Any, num: int, rank: int, steps: int) -> float:
-    """The bytes that the method's own formula gives a step, the loss's sum (a float to each other process) included;
-    methods that exchange now and then count their whole turns."""
+    """The bytes that the method's own formula gives a step, the sum of the loss (`LOSS_BYTES` to each other process)
+    included; methods that exchange now and then count their whole turns."""
     from partita.training.sync.method import Part, Peers
 
     parts = [Part(name, tuple(value.shape)) for name, value in model.named_parameters()]
     sent = method.sent_bytes(parts, Peers(tuple(range(num)), rank))
     if isinstance(method, partita.sync.GradientMethod):
-        return float(sent + 4 * (num - 1))
+        return float(sent + LOSS_BYTES * (num - 1))
     every = getattr(method, "every", 1)
     return float(sent * (steps // every) * every / steps)
 

@@ -94,6 +94,11 @@ class ReplicatedStep(Step):
         """By how many steps what was applied last was late."""
         return self._sync.staleness if self._sync is not None else 0
 
+    @property
+    def bytes_sent(self) -> int:
+        """What this process has sent to other replicas so far, between steps as well."""
+        return self._exchanges.bytes_sent
+
     def __call__(self, batch: Any) -> StepResult:
         start_s, sent = time.perf_counter(), self._exchanges.bytes_sent
         if self._sync is None and self._num_steps >= self._method.exact_steps:
