@@ -56,7 +56,7 @@ def test_losses_that_cannot_be_trained_on() -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"sync": "stale"}, "sync"),
+        ({"sync": "sometimes"}, "sync"),
         ({"check_finite": "always"}, "check_finite"),
         ({"plan": "best"}, "plan must be"),
         ({"cluster": Cluster.preset("2x1xcpu-4")}, "described cluster"),

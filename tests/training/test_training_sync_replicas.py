@@ -26,14 +26,13 @@ from partita.training.sync.gossip import Gossip
 from partita.training.sync.method import Part, Peers
 from partita.training.sync.outer import (
     DiLoCo,
-    DivergenceWarning,
     LocalSGD,
     StreamingDiLoCo,
     fragments_of,
     outer_settings,
 )
 from partita.training.sync.powersgd import PowerSGD
-from partita.training.sync.replica import Replica, ReplicaMethod, ReplicaSync
+from partita.training.sync.replica import DivergenceWarning, Replica, ReplicaMethod, ReplicaSync
 from partita.training.sync.rounded import Rounded
 from partita.training.sync.stale import Stale
 from partita.training.sync.topk import TopK
@@ -336,6 +335,17 @@ def test_nesterov_after_few_steps_is_warned_of() -> None:
         warnings.simplefilter("error")
         DiLoCo(every=2)
         DiLoCo(every=50)
+
+
+def test_late_gradients_with_momentum_are_warned_of() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    with pytest.warns(DivergenceWarning, match="up to 4 steps late with momentum 0.9"):
+        Stale(staleness=4).check(torch.optim.SGD(weights, lr=0.1, momentum=0.9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Stale(staleness=1).check(torch.optim.SGD(weights, lr=0.1, momentum=0.9))
+        Stale(staleness=4).check(torch.optim.SGD(weights, lr=0.1))
+        Stale(staleness=4).check(torch.optim.AdamW(weights))
 
 
 @pytest.mark.parametrize(

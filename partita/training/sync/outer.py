@@ -39,15 +39,18 @@ from partita.runtime.background import Errand
 from partita.runtime.transport import Line
 from partita.training.sync.exact import Exact
 from partita.training.sync.method import GradientMethod, Part, Peers, State
-from partita.training.sync.replica import Replica, ReplicaMethod, ReplicaSync, check_every, mean_in_place
+from partita.training.sync.replica import (
+    DivergenceWarning,
+    Replica,
+    ReplicaMethod,
+    ReplicaSync,
+    check_every,
+    mean_in_place,
+)
 from partita.training.sync.rounded import Rounded
 
 LEAST_NESTEROV_STEPS = 10  # between outer steps with momentum, by default
 _LR, _MOMENTUM = 0.7, 0.9  # of DiLoCo
-
-
-class DivergenceWarning(UserWarning):
-    """A setting is known to make training diverge; the message says which and what to change."""
 
 
 @dataclass(frozen=True, kw_only=True)

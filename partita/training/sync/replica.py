@@ -25,6 +25,10 @@ from partita.training.sync.method import Part, Peers, State
 Gradients = dict[str, Tensor]
 
 
+class DivergenceWarning(UserWarning):
+    """A setting is known to make training diverge; the message says which and what to change."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Replica:
     """What a method works with, on one process.

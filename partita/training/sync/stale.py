@@ -16,10 +16,12 @@ bound); without a server, as the sums are formed by the replicas themselves.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from partita.errors import InputError
@@ -27,7 +29,16 @@ from partita.runtime.background import Errand
 from partita.runtime.transport import Line
 from partita.training.sync.exact import Exact
 from partita.training.sync.method import GradientMethod, Part, Peers, State
-from partita.training.sync.replica import Gradients, Replica, ReplicaMethod, ReplicaSync, mean_in_place
+from partita.training.sync.replica import (
+    DivergenceWarning,
+    Gradients,
+    Replica,
+    ReplicaMethod,
+    ReplicaSync,
+    mean_in_place,
+)
+
+LEAST_WARNED = 2  # staleness from which on momentum is warned of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +66,19 @@ class Stale(ReplicaMethod):
     @property
     def name(self) -> str:
         return "stale"
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Warns of late gradients with momentum: a direction is followed for 1 / (1 - momentum) steps before the first
+        gradient that speaks against it is seen."""
+        momentum = max((float(group.get("momentum", 0.0)) for group in optimizer.param_groups), default=0.0)
+        if momentum and self.staleness >= LEAST_WARNED:
+            warnings.warn(
+                f"gradients that are up to {self.staleness} steps late with momentum {momentum:g} are known to diverge "
+                f"at learning rates that are right without delay; use momentum=0, a learning rate that is "
+                f"{1 / (1 - momentum):.0f} times smaller, or staleness=1",
+                DivergenceWarning,
+                stacklevel=3,
+            )
 
     def sync_of(self, replica: Replica) -> ReplicaSync:
         return StaleSync(replica, self)
