@@ -145,28 +145,29 @@ class Errand:
 
     Args:
         key: what it is, for messages.
-        call: does it, in the courier's thread.
+        call: does it, in the courier's thread; what it returns, `wait` gives.
         courier: who does it, in the order of the errands.
         failure: where the courier's failure is recorded.
         timeout_s: limit of `wait`.
     """
 
     def __init__(
-        self, key: str, call: Callable[[Line], None], courier: Courier, failure: Failure, timeout_s: float
+        self, key: str, call: Callable[[Line], list[Tensor]], courier: Courier, failure: Failure, timeout_s: float
     ) -> None:
         self.key = key
         self.is_over = False
+        self._result: list[Tensor] = []
         self._call, self._courier, self._failure, self._timeout_s = call, courier, failure, timeout_s
         self._waiter = Waiter(failure)
         courier.submit(self)
 
     def carry_out(self, line: Line) -> None:
-        self._call(line)
+        self._result = self._call(line)
         self.is_over = True
         self._waiter.wake()
 
-    def wait(self) -> None:
-        """Return when it is over.
+    def wait(self) -> list[Tensor]:
+        """Its result, when it is over.
 
         Raises:
             WaitTimeoutError: it was not within the limit.
@@ -177,6 +178,7 @@ class Errand:
         except Stopped:
             assert self._failure.error is not None
             raise self._failure.error from None
+        return self._result
 
     def _late(self) -> str:
         return (

@@ -24,6 +24,7 @@ from partita.runtime.failure import Failure
 from partita.runtime.transport import Line, Session
 from partita.training.checkpoint import read_checkpoint
 from partita.training.inputs import take_apart
+from partita.training.job import Team
 from partita.training.loading import ShardedBatch
 from partita.training.runners import apply_gradients
 from partita.training.step import Step, StepResult, StepSetup, save_state
@@ -121,14 +122,7 @@ class ReplicatedStep(Step):
         """First and last (excluded) row of a global batch that this replica trains on."""
         if self._sync is None:
             return self._inner.rows_needed(num_rows)
-        if num_rows < self._num_replicas:
-            raise InputError(
-                f"every batch must have at least a row for each of {self._num_replicas} replicas, but got {num_rows} "
-                "rows; use larger batches, or drop the last one (drop_last=True)"
-            )
-        counts = split_evenly(num_rows, self._num_replicas)
-        start = sum(counts[: self._rank])
-        return start, start + counts[self._rank]
+        return self._rows_of(num_rows)
 
     def timeline(self) -> Timeline | None:
         return self._inner.timeline()
@@ -187,13 +181,14 @@ class ReplicatedStep(Step):
         setup = self._setup
         named = {name: value for name, value in setup.model.named_parameters() if value.requires_grad}
         buffers = {name: value for name, value in setup.model.named_buffers() if value.is_floating_point()}
-        rows = batch.num_rows if isinstance(batch, ShardedBatch) else take_apart(batch).rows
+        num_rows = batch.num_rows if isinstance(batch, ShardedBatch) else take_apart(batch).rows
+        start, end = self._rows_of(num_rows)
         self._sync = self._method.sync_of(
             Replica(
                 parameters={name: value.detach() for name, value in named.items()},
                 buffers=buffers,
                 peers=Peers(tuple(range(self._num_replicas)), self._rank),
-                share=self._share(rows),
+                share=(end - start) / num_rows,
                 line=self._exchanges.line,
                 errand=self._exchanges.errand,
             )
@@ -201,19 +196,21 @@ class ReplicatedStep(Step):
         alone = dataclasses.replace(
             setup,
             cluster=own_cluster(setup.cluster, self._rank),
-            team=type(setup.team)(),
+            team=Team(),
             transport=None,
             sync=None,
             due=self._sync.due if self._sync.takes_gradients else None,
         )
         return self._make_inner(alone, self._own_rows(batch))
 
-    def _share(self, rows: int) -> float:
-        start, end = self._rows_of(rows)
-        return (end - start) / rows
-
-    def _rows_of(self, rows: int) -> tuple[int, int]:
-        counts = split_evenly(max(rows, self._num_replicas), self._num_replicas)
+    def _rows_of(self, num_rows: int) -> tuple[int, int]:
+        """First and last (excluded) row of this replica, of so many."""
+        if num_rows < self._num_replicas:
+            raise InputError(
+                f"every batch must have at least a row for each of {self._num_replicas} replicas, but got {num_rows} "
+                "rows; use larger batches, or drop the last one (drop_last=True)"
+            )
+        counts = split_evenly(num_rows, self._num_replicas)
         start = sum(counts[: self._rank])
         return start, start + counts[self._rank]
 
@@ -223,7 +220,7 @@ class ReplicatedStep(Step):
         if isinstance(batch, ShardedBatch):
             batch, first, num_rows = batch.batch, batch.first_row, batch.num_rows
         here = take_apart(batch).rows
-        start, end = self.rows_needed(num_rows or here)
+        start, end = self._rows_of(num_rows or here)
 
         def cut(leaf: Any) -> Any:
             if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == here:
@@ -259,7 +256,7 @@ class Exchanges:
     def bytes_sent(self) -> int:
         return self.line.bytes_sent + self._courier.line.bytes_sent
 
-    def errand(self, key: str, call: Callable[[Line], None]) -> Errand:
+    def errand(self, key: str, call: Callable[[Line], list[torch.Tensor]]) -> Errand:
         return Errand(key, call, self._courier, self._failure, self._timeout_s)
 
     def _on_peer_failure(self, error: BaseException) -> None:

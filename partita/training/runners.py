@@ -7,6 +7,7 @@ cannot be captured and the baseline that every plan must beat.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
 from partita.training.optimizers import Kind, OptimizerShards, by_fused_kernels, fused_agrees, kind_of
 from partita.training.sync.method import GradientMethod
-from partita.training.sync.sums import GradientSums
+from partita.training.sync.sums import form_sum
 from partita.units import fingerprint
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -148,7 +149,6 @@ class GraphRunner:
         constants = {item.name: graph.constants[item.name] for item in graph.inputs_of(InputKind.CONSTANT)}
         values = {name: value.detach() for name, value in self._stored.items()}
         shapes = {name: tuple(value.shape) for name, value in values.items()}
-        self.sums = GradientSums(sync, shapes, process) if sync is not None else None
         self._engine = Engine(
             self.programs,
             plan,
@@ -158,7 +158,7 @@ class GraphRunner:
             transport=transport,
             timeout_s=timeout_s,
             compiled=compiled,
-            sum_gradients=self.sums.make if self.sums is not None else None,
+            sum_gradients=None if sync is None else functools.partial(form_sum, sync, shapes, process),
         )
 
     def step(

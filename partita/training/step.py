@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import time
@@ -86,9 +87,9 @@ class StepSetup:
     sync: GradientMethod | None = None  # how gradients are summed over processes; None: exactly
     due: Due | None = None  # what the optimizer applies instead of a step's gradients
 
-    @property
+    @functools.cached_property
     def facts(self) -> OptimizerFacts:
-        """What planning needs to know of the optimizer."""
+        """What planning needs to know of the optimizer: found by experiments, once."""
         whole = self.due is not None or (self.sync is not None and self.sync.needs_whole_parameters)
         return OptimizerFacts.of(self.optimizer, whole_parameters=whole)
 

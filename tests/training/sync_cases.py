@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from partita.program.instructions import TensorSpec
 from partita.program.wire import sum_bytes
@@ -100,3 +100,16 @@ def run_steps(
         return sums, sent, formed
 
     return on_processes(num, one)
+
+
+def plain_losses(net: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any]) -> list[float]:
+    """The losses of plain PyTorch, which trains the module."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    losses = []
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = loss_fn(net, batch)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

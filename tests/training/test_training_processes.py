@@ -50,8 +50,8 @@ def run_processes(script: Path, corner: str, folder: Path, *, num_started: int =
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def run_job(corner: str, folder: Path) -> list[dict[str, Any]]:
-    for code, output in run_processes(SCRIPT, corner, folder):
+def run_job(corner: str, folder: Path, script: Path = SCRIPT) -> list[dict[str, Any]]:
+    for code, output in run_processes(script, corner, folder):
         assert code == 0, output[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import sync_job
-from test_training_processes import run_processes
+from sync_cases import plain_losses
+from test_training_processes import run_job
 
 from partita.training.sync import method_of
 from partita.training.sync.method import Part, Peers
@@ -23,24 +23,11 @@ SWITCHED_OFF = ("fp32", "full rank", "all elements", "no momentum", "all compone
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("sync")
-    for code, output in run_processes(Path(sync_job.__file__), "2", folder):
-        assert code == 0, output[-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return run_job("2", tmp_path_factory.mktemp("sync"), Path(sync_job.__file__))
 
 
 def plain() -> list[float]:
-    """The losses of plain PyTorch on the same batches."""
-    model = sync_job.build()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for batch in sync_job.batches():
-        optimizer.zero_grad()
-        loss = sync_job.loss_fn(model, batch)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return plain_losses(sync_job.build(), sync_job.loss_fn, sync_job.batches())
 
 
 @pytest.mark.parametrize("name", ["exact", *SWITCHED_OFF])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,30 +11,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import replica_job
-from test_training_processes import run_processes
+from sync_cases import plain_losses
+from test_training_processes import run_job
 
 EXACT = ("local sgd, H=1", "diloco, H=1", "streaming, H=1", "stale 0", "gossip with all")
+BY_CHANCE = ("gossip", "stale 2", "streaming")  # what is on its way, or whose turn it is, differs
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("replicas")
-    for code, output in run_processes(Path(replica_job.__file__), "", folder):
-        assert code == 0, output[-3000:]
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return run_job("", tmp_path_factory.mktemp("replicas"), Path(replica_job.__file__))
 
 
 def plain() -> tuple[list[float], list[list[float]]]:
     model = replica_job.build()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    losses = []
-    for batch in replica_job.loader():
-        optimizer.zero_grad()
-        loss = replica_job.loss_fn(model, batch)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses, replica_job.values_of(model)
+    return plain_losses(model, replica_job.loss_fn, replica_job.loader()), replica_job.values_of(model)
 
 
 @pytest.mark.parametrize("name", ["exact", *EXACT])
@@ -56,12 +46,8 @@ def test_what_comes_out_is_equal_everywhere(found: list[dict[str, Any]], name: s
 @pytest.mark.parametrize("name", replica_job.METHODS)
 def test_training_goes_on_from_a_checkpoint_as_it_went_on_before(found: list[dict[str, Any]], name: str) -> None:
     for one in found:
-        if (
-            name == "gossip" or name == "stale 2" or name == "streaming"
-        ):  # what is on its way differs by chance or phase
-            assert one[name]["again"] == pytest.approx(one[name]["later"], abs=0.2)
-        else:
-            assert one[name]["again"] == pytest.approx(one[name]["later"], abs=1e-5)
+        tolerance = 0.2 if name in BY_CHANCE else 1e-5
+        assert one[name]["again"] == pytest.approx(one[name]["later"], abs=tolerance)
         assert one[name]["num_steps"] == 16
 
 

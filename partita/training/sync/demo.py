@@ -28,7 +28,7 @@ from torch import Tensor
 from partita.errors import InputError
 from partita.program.instructions import TensorSpec
 from partita.runtime.transport import Line
-from partita.training.sync.method import GradientMethod, GradientSum, Part, Peers, State
+from partita.training.sync.method import GradientMethod, GradientSum, Part, Peers, State, check_has_no_momentum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,7 @@ class DeMo(GradientMethod):
         return True
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        if not isinstance(optimizer, torch.optim.SGD) or any(g.get("momentum", 0) for g in optimizer.param_groups):
-            raise InputError(
-                f"DeMo has the momentum itself, so the optimizer must be torch.optim.SGD without one, but got "
-                f"{type(optimizer).__name__}. Use SGD(lr=..., momentum=0, weight_decay=...)."
-            )
+        check_has_no_momentum(optimizer, "DeMo")
 
     def sum_of(self, parts: Sequence[Part], peers: Peers) -> GradientSum:
         return DeMoSum(parts, peers, self)

@@ -21,12 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from partita.program.instructions import TensorSpec
 from partita.training.sync.exact import dense_bytes
-from partita.training.sync.method import Part, Peers, State
-from partita.training.sync.replica import Replica, ReplicaMethod, ReplicaSync, check_every, mean_in_place
+from partita.training.sync.method import Part, Peers, State, flat_of
+from partita.training.sync.replica import Replica, ReplicaMethod, ReplicaSync, check_every, copy_flat, mean_in_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +87,13 @@ class GossipSync(ReplicaSync):
         hop = self._hops[int(self._num_exchanges) % len(self._hops)]
         self._num_exchanges += 1
         to, origin = peers.ranks[(peers.place + hop) % peers.num], peers.ranks[(peers.place - hop) % peers.num]
-        flat = torch.cat([*(value.reshape(-1).float() for value in self._values), torch.ones(1)])
+        flat = flat_of([*self._values, torch.ones(1)])
         flat *= self._weight / 2  # half of x, and half of a at its end
         received = self.replica.line.exchange({to: [flat]}, {origin: [TensorSpec(tuple(flat.shape), flat.dtype)]})
         flat += received[origin][0]
         self._weight.copy_(flat[-1:])
         flat /= float(self._weight)
-        self._spread(flat)
-
-    def _spread(self, flat: Tensor) -> None:
-        pieces = torch.split(flat[:-1], [value.numel() for value in self._values])
-        for value, piece in zip(self._values, pieces, strict=True):
-            value.copy_(piece.view(value.shape))
+        copy_flat(flat[:-1], self._values)
 
     def equalise(self) -> None:
         """The mean of x over all replicas, which exchanges leave as it is."""

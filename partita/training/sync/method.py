@@ -12,9 +12,9 @@ adds to what it brings next time.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,10 +35,7 @@ class Part:
 
     @property
     def num_elements(self) -> int:
-        result = 1
-        for extent in self.shape:
-            result *= extent
-        return result
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -124,18 +121,24 @@ def flat_of(values: Sequence[Tensor]) -> Tensor:
     return torch.cat([value.reshape(-1).float() for value in values])
 
 
-def unflat(flat: Tensor, parts: Sequence[Part]) -> list[Tensor]:
-    """Views of `flat` in the shapes of the parts."""
-    pieces = torch.split(flat, [part.num_elements for part in parts])
-    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+def unflat(flat: Tensor, like: Sequence[Part | Tensor]) -> list[Tensor]:
+    """Views of `flat`, one after the other, in the shapes of parts or of other tensors."""
+    pieces = torch.split(flat, [math.prod(item.shape) for item in like])
+    return [piece.view(item.shape) for piece, item in zip(pieces, like, strict=True)]
+
+
+def check_has_no_momentum(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Raise `InputError` unless the optimizer leaves the momentum to the method called `name`."""
+    momenta = sorted({group.get("momentum", 0) for group in optimizer.param_groups})
+    if not isinstance(optimizer, torch.optim.SGD) or momenta != [0]:
+        raise InputError(
+            f"{name} has the momentum itself, so the optimizer must be torch.optim.SGD without one, but got "
+            f"{type(optimizer).__name__} with momentum {momenta}. Use SGD(lr=..., momentum=0, weight_decay=...), or a "
+            "method that works with any optimizer, such as TopK."
+        )
 
 
 def share_missing(missing: Tensor, wanted: Tensor) -> float:
     """|missing| / |wanted|, 0 of nothing."""
     norm = float(torch.linalg.vector_norm(wanted))
     return float(torch.linalg.vector_norm(missing)) / norm if norm else 0.0
-
-
-def settings_of(method: GradientMethod) -> dict[str, Any]:
-    """Name and settings, as plain data."""
-    return {"method": method.name, **vars(method)}

@@ -27,6 +27,7 @@ al., Streaming DiLoCo with overlapping communication, 2025, algorithms 1 and 2.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,6 @@ from torch import Tensor
 
 from partita.errors import InputError
 from partita.runtime.background import Errand
-from partita.runtime.transport import Line
 from partita.training.sync.exact import Exact
 from partita.training.sync.method import GradientMethod, Part, Peers, State
 from partita.training.sync.replica import (
@@ -57,8 +57,7 @@ _LR, _MOMENTUM = 0.7, 0.9  # of DiLoCo
 class LocalSGD(ReplicaMethod):
     """Every replica trains for itself; every `every` steps all take the mean of their weights.
 
-    State: the weights of the last agreement. Bytes a step: 4 n per agreement and replica, twice with more than two
-    replicas' rings, over `every`.
+    State: the weights of the last agreement. Bytes a step: those of one sum over `every`.
 
     Args:
         every: steps between agreements, H.
@@ -321,7 +320,7 @@ class StreamingSync(ReplicaSync):
             OuterOptimizer(replica, [names[i] for i in own], settings)
             for own in fragments_of(replica.parts, method.fragments)
         ]
-        self._begun: tuple[int, int, Errand, list[list[Tensor]]] | None = None  # fragment, step, errand, its result
+        self._begun: tuple[int, int, Errand] | None = None  # fragment, step, exchange
 
     def after_step(self, step: int) -> None:
         if self._begun is not None and step >= self._begun[1] + self._method.delay:
@@ -339,21 +338,15 @@ class StreamingSync(ReplicaSync):
         if self._begun is not None:
             self._take(step)
         fragment = self._fragments[number]
-        result: list[list[Tensor]] = [[]]
-        gradient = fragment.gradient()
-
-        def exchange(line: Line) -> None:
-            result[0] = fragment.sums(gradient, line)
-
-        self._begun = number, step, self.replica.errand(f"fragment {number} of step {step}", exchange), result
+        exchange = functools.partial(fragment.sums, fragment.gradient())
+        self._begun = number, step, self.replica.errand(f"fragment {number} of step {step}", exchange)
 
     def _take(self, step: int) -> None:
         assert self._begun is not None
-        number, begun, errand, result = self._begun
+        number, begun, errand = self._begun
         self._begun = None
-        errand.wait()
         fragment = self._fragments[number]
-        fragment.move(result[0])
+        fragment.move(errand.wait())
         fragment.take(self._method.mixing if self._method.delay else 0.0)
         self.error, self.staleness = fragment.sums.error, step - begun
         if number == 0:  # once a round

@@ -165,10 +165,10 @@ class PowerSum(GradientSum):
     def _summed(self, values: dict[int, Tensor], line: Line) -> dict[int, Tensor]:
         if not values:
             return {}
-        flat = flat_of(list(values.values()))
+        held = list(values.values())
+        flat = flat_of(held)
         line.all_reduce(flat)
-        pieces = torch.split(flat, [value.numel() for value in values.values()])
-        return {i: piece.view(value.shape) for (i, value), piece in zip(values.items(), pieces, strict=True)}
+        return dict(zip(values, unflat(flat, held), strict=True))
 
     def state(self) -> State:
         missing = {f"missing.{self.parts[i].name}": value for i, value in self._missing.items()}

@@ -20,7 +20,7 @@ from torch import Tensor
 from partita.errors import InputError
 from partita.runtime.background import Errand
 from partita.runtime.transport import Line
-from partita.training.sync.method import Part, Peers, State
+from partita.training.sync.method import Part, Peers, State, flat_of, unflat
 
 Gradients = dict[str, Tensor]
 
@@ -42,7 +42,7 @@ class Replica:
     peers: Peers
     share: float
     line: Line
-    errand: Callable[[str, Callable[[Line], None]], Errand]
+    errand: Callable[[str, Callable[[Line], list[Tensor]]], Errand]
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -127,10 +127,13 @@ def check_every(every: int) -> None:
 def mean_in_place(values: Sequence[Tensor], share: float, line: Line) -> None:
     """Replaces values by their means over replicas, weighted by their shares."""
     held = [value for value in values if value.numel()]
-    if not held:
-        return
-    flat = torch.cat([value.reshape(-1).float() for value in held]).mul_(share)
-    line.all_reduce(flat)
-    pieces = torch.split(flat, [value.numel() for value in held])
-    for value, piece in zip(held, pieces, strict=True):
-        value.copy_(piece.view(value.shape))
+    if held:
+        flat = flat_of(held).mul_(share)
+        line.all_reduce(flat)
+        copy_flat(flat, held)
+
+
+def copy_flat(flat: Tensor, values: Sequence[Tensor]) -> None:
+    """Overwrites values by the elements of `flat`, one after the other."""
+    for value, piece in zip(values, unflat(flat, values), strict=True):
+        value.copy_(piece)

@@ -16,17 +16,16 @@ bound); without a server, as the sums are formed by the replicas themselves.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from partita.errors import InputError
 from partita.runtime.background import Errand
-from partita.runtime.transport import Line
 from partita.training.sync.exact import Exact
 from partita.training.sync.method import GradientMethod, Part, Peers, State
 from partita.training.sync.replica import (
@@ -91,7 +90,6 @@ class Stale(ReplicaMethod):
 class _OnItsWay:
     step: int
     errand: Errand
-    sums: list[Tensor]
 
 
 class StaleSync(ReplicaSync):
@@ -111,13 +109,8 @@ class StaleSync(ReplicaSync):
             for name, value in self.replica.parameters.items()
         ]
         self._num_begun += 1
-        item = _OnItsWay(self._num_begun, None, [])  # type: ignore[arg-type]  # it exists once the exchange is known
-
-        def exchange(line: Line) -> None:
-            item.sums = self._sums(brought, line)
-
-        item.errand = self.replica.errand(f"gradients of step {self._num_begun}", exchange)
-        self._waiting.append(item)
+        errand = self.replica.errand(f"gradients of step {self._num_begun}", functools.partial(self._sums, brought))
+        self._waiting.append(_OnItsWay(self._num_begun, errand))
         found = []
         while self._waiting and (len(self._waiting) > self._method.staleness or self._waiting[0].errand.is_over):
             found.append(self._next())
@@ -125,10 +118,10 @@ class StaleSync(ReplicaSync):
 
     def _next(self) -> Gradients:
         item = self._waiting.popleft()
-        item.errand.wait()
+        sums = item.errand.wait()
         self.staleness = self._num_begun - item.step
         self.error = self._sums.error
-        return dict(zip(self._names, item.sums, strict=True))
+        return dict(zip(self._names, sums, strict=True))
 
     def after_step(self, step: int) -> None:
         """All is done by `due`."""

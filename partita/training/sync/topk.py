@@ -35,6 +35,7 @@ from partita.training.sync.method import (
     Part,
     Peers,
     State,
+    check_has_no_momentum,
     flat_of,
     share_missing,
     unflat,
@@ -107,13 +108,7 @@ class DGC(GradientMethod):
         return "dgc"
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        held = {group.get("momentum", 0) for group in optimizer.param_groups}
-        if not isinstance(optimizer, torch.optim.SGD) or held != {0}:
-            raise InputError(
-                f"DGC has the momentum itself, so the optimizer must be torch.optim.SGD without one, but got "
-                f"{type(optimizer).__name__} with momentum {sorted(held)}. Use SGD(momentum=0), or TopK with an "
-                "optimizer of your choice."
-            )
+        check_has_no_momentum(optimizer, "DGC")
 
     def sum_of(self, parts: Sequence[Part], peers: Peers) -> GradientSum:
         return DGCSum(parts, peers, self)
@@ -220,7 +215,6 @@ class DGCSum(GradientSum):
             return unflat(self._sum_of_all(line), self.parts)
         places = largest_places(self._sum, self.parts, counts_of(self.parts, density))
         sent = self._sum[places.long()]
-        self.error = 0.0
         wanted = float(torch.linalg.vector_norm(self._sum))
         for kept in (self._sum, self._velocity):
             kept.index_fill_(0, places.long(), 0.0)
