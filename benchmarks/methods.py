@@ -7,7 +7,11 @@ batches from the same weights, three seeds. Judged is what comes out (`step.sync
 Bytes are those that the processes sent, in the mean of a step and process, beside the method's own formula; for peers,
 which do not count, those of the formula of what their hook sends.
 
-`--check` fails where bytes differ from their formula by more than 0.1 %, or where a method does not train.
+`steps_factor` says how many times as many steps a method needs for the loss that it has reached as exact training does,
+whose loss is judged on the way: the loss in steps by which time-to-loss is to be reckoned.
+
+`--check` fails where bytes differ from their formula by more than 0.1 %, where a method does not train, or where an
+outcome that is known of such tasks (`benchmarks.method_outcomes`) does not come out.
 """
 
 from __future__ import annotations
@@ -23,15 +27,17 @@ from typing import Any
 
 import partita  # before torch: it makes waiting threads sleep instead of spin
 from benchmarks.common import Report, Row, first_line, option_parser, show
+from benchmarks.method_outcomes import OUTCOMES, steps_factor
 from benchmarks.method_tasks import TASKS, Task, loss_of
 from benchmarks.processes import ChildError, Group, Message, serve
 
 LARGEST_BYTES_ERROR = 0.001
 LOSS_BYTES = 8 + 4  # the number of classes that count, and the loss: each is summed over all processes in every step
 SEEDS = (0, 1, 2)
+MARKS = 20  # of exact training, where its loss is judged on the way
 COLUMNS = (
-    "task", "method", "loss", "accuracy", "deviation", "bytes_per_step", "fewer", "bytes_error", "step_time_s",
-    "errors",
+    "task", "method", "loss", "accuracy", "deviation", "steps_factor", "bytes_per_step", "fewer", "bytes_error",
+    "step_time_s", "errors",
 )  # fmt: skip
 
 
@@ -121,11 +127,16 @@ class Worker:
             data=num if is_gradients else 1, pipeline=1, threads_per_worker=1, num_microbatches=1, compiled=False
         )
         sent, start_s = [], 0.0
+        curve: list[tuple[int, float]] = []
         with partita.parallelize(model, optimizer, loss_of, first, plan=plan, sync=method) as step:
             for number in range(message["steps"]):
                 if number == 1:
                     start_s = time.perf_counter()
                 sent.append(step(next(stream)).bytes_sent)
+                if number + 1 in message["marks"]:
+                    step.sync_to(merged)
+                    curve.append((number + 1, task.judge(merged)["loss"]))
+                    merged.train()
             step_time_s = (time.perf_counter() - start_s) / (message["steps"] - 1)
             step.sync_to(merged)
             total = sent_by_replica(step, merged)
@@ -136,6 +147,7 @@ class Worker:
             "bytes_per_step": num_bytes / len(warm),
             "formula": formula(method, model, num, int(os.environ["RANK"]), len(warm)),
             "step_time_s": step_time_s,
+            "curve": curve,
         }
 
     def _peer(self, task: Task, entry: Entry, message: Message) -> Message:
@@ -207,10 +219,12 @@ def measure(group: Group, task: Task, entry: Entry, options: Any) -> Row:
     """One row: the mean over seeds."""
     runs: list[list[Row]] = []
     row: Row = {"task": task.name, "method": entry.name}
+    steps = options.steps or task.steps
+    marks = [steps * share // MARKS for share in range(1, MARKS + 1)] if entry.name == "exact" else []
     for seed in range(options.seeds):
         message = {
-            "task": task.name, "entry": entry.name, "seed": seed, "steps": options.steps or task.steps,
-            "processes": options.processes,
+            "task": task.name, "entry": entry.name, "seed": seed, "steps": steps, "processes": options.processes,
+            "marks": marks,
         }  # fmt: skip
         replies = group.ask(message, options.timeout)
         failed = [reply for reply in replies if "error" in reply]
@@ -223,6 +237,11 @@ def measure(group: Group, task: Task, entry: Entry, options: Any) -> Row:
         row["accuracy"] = statistics.fmean(one["accuracy"] for one in firsts)
     row["deviation"] = statistics.pstdev(one.get("accuracy", one["loss"]) for one in firsts)
     row["step_time_s"] = statistics.median(one["step_time_s"] for one in firsts)
+    if marks:
+        losses = [[loss for _, loss in one["curve"]] for one in firsts]
+        row["curve"] = [
+            [mark, statistics.fmean(column)] for mark, column in zip(marks, zip(*losses, strict=True), strict=True)
+        ]
     row["seeds"] = [{key: one[key] for key in ("loss", "accuracy") if key in one} for one in firsts]
     if "bytes_per_step" in firsts[0]:
         sent = statistics.fmean(reply["bytes_per_step"] for replies in runs for reply in replies)
@@ -238,13 +257,18 @@ def summarise(rows: Sequence[Row]) -> tuple[dict[str, Any], list[str]]:
         base = exact.get(row["task"], {}).get("bytes_per_step")
         if base and row.get("bytes_per_step"):
             row["fewer"] = base / row["bytes_per_step"]
+        curve = exact.get(row["task"], {}).get("curve")
+        if curve and row.get("loss") is not None:
+            row["steps_factor"] = steps_factor(curve, row["loss"])
         if row.get("bytes_error", 0.0) > LARGEST_BYTES_ERROR:
             misses.append(
                 f"{row['task']}, {row['method']}: bytes must be those of the formula, {row['formula']:.0f} a step, but "
                 f"are {row['bytes_per_step']:.0f}"
             )
+    outcomes = {outcome.text: outcome.holds(rows) for outcome in OUTCOMES}
+    misses += [f"known, but not seen: {text}" for text, holds in outcomes.items() if holds is False]
     errors = [row["bytes_error"] for row in rows if row.get("bytes_error") is not None]
-    return {"num_rows": len(rows), "largest_bytes_error": max(errors, default=0.0)}, misses
+    return {"num_rows": len(rows), "largest_bytes_error": max(errors, default=0.0), "outcomes": outcomes}, misses
 
 
 def main() -> int:

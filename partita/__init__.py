@@ -16,8 +16,8 @@ if "torch" not in _sys.modules:
     _os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-from partita import data, errors, sync
-from partita.api import FallbackWarning, Step, StepResult, parallelize, plan
+from partita import checkpoint, data, errors, sync
+from partita.api import Checkpoints, FallbackWarning, Saving, Step, StepResult, parallelize, plan
 from partita.cluster import Cluster
 from partita.errors import (
     CaptureError,
@@ -43,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError",
     "CheckpointError",
+    "Checkpoints",
     "Cluster",
     "ClusterError",
     "Constraints",
@@ -55,12 +56,14 @@ __all__ = [
     "Plan",
     "PlanError",
     "ProgramError",
+    "Saving",
     "Step",
     "StepError",
     "StepResult",
     "Timeline",
     "WaitTimeoutError",
     "WorkerError",
+    "checkpoint",
     "data",
     "errors",
     "parallelize",

@@ -1,6 +1,9 @@
-"""The public functions, gathered: `parallelize` and `plan`."""
+"""What users call, gathered: `parallelize` and `plan`, and what they take and give."""
 
+from partita.training.checkpoint.saver import Saving
+from partita.training.checkpoint.settings import Checkpoints
 from partita.training.parallelize import FallbackWarning, parallelize, plan
-from partita.training.step import Step, StepResult
+from partita.training.setup import StepResult
+from partita.training.step import Step
 
-__all__ = ["FallbackWarning", "Step", "StepResult", "parallelize", "plan"]
+__all__ = ["Checkpoints", "FallbackWarning", "Saving", "Step", "StepResult", "parallelize", "plan"]

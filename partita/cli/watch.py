@@ -58,6 +58,9 @@ def describe(event: Event) -> str:
                 f"step {event.step}  loss {event.loss:.4g}  {event.samples_per_s:.1f} samples/s  "
                 f"{format_time(event.step_time_s)} a step"
                 + (f"  {format_bytes(event.bytes_sent)} sent" if event.bytes_sent else "")
+                + (f"  norm {event.grad_norm:.3g}" if event.grad_norm is not None else "")
+                + (f"  {event.compression_error:.0%} not sent" if event.compression_error else "")
+                + (f"  {event.staleness} late" if event.staleness else "")
             )
         case WarningRaised():
             return f"warning: {event.subject}: {event.message}"
@@ -136,8 +139,11 @@ def record(event: Event) -> str:
     return msgspec.json.encode({"event": kind, "time_unix_s": time.time(), **fields}).decode()
 
 
+_OF_METHODS = ("grad_norm", "compression_error", "staleness")  # that not every training has
+
+
 class Board:
-    """Loss and speed for TensorBoard."""
+    """Loss, speed and what is sent, for TensorBoard."""
 
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -146,9 +152,10 @@ class Board:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StepFinished):
-            self._writer.add_scalar("loss", event.loss, event.step)
-            self._writer.add_scalar("samples_per_s", event.samples_per_s, event.step)
-            self._writer.add_scalar("step_time_s", event.step_time_s, event.step)
+            for name in ("loss", "samples_per_s", "step_time_s", "bytes_sent", *_OF_METHODS):
+                value = getattr(event, name)
+                if value is not None and (value or name not in _OF_METHODS):
+                    self._writer.add_scalar(name, value, event.step)
 
     def close(self) -> None:
         self._writer.close()

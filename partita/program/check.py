@@ -253,13 +253,13 @@ def _deadlock(states: Mapping[int, _State]) -> str:
 
 
 def _check_end(state: _State) -> None:
-    kept = {state.program.loss, *state.program.buffers.values()}
+    kept = state.program.kept
     left = [register for register in state.registers if register not in kept]
     if left:
         raise ProgramError(
             f"every register must be freed by the end of the step, but worker {state.program.worker} still holds {left}"
         )
-    for register in kept - {""}:
+    for register in kept:
         if register not in state.registers:
             raise ProgramError(f"worker {state.program.worker} must end with {register!r}, but it does not hold it")
 

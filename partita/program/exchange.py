@@ -6,7 +6,8 @@ weights. Gradients in buckets (`partita.program.buckets`) are reduced and applie
 
 Where the plan has `bucket_bytes`, sums over processes are started as soon as a bucket is ready and go on in the
 background of what is left of the backward phase; each bucket is awaited and applied at the end of the step, once the
-loss is known, while later ones are still on their way.
+loss is known, while later ones are still on their way. Where gradients are clipped, all are there before any is
+applied: every worker squares its own slices, and the sum over all workers says how far to scale them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,20 @@ from partita.plan import Plan, Worker
 from partita.program.boxes import Boxes
 from partita.program.buckets import Bucket
 from partita.program.gradients import Reduction, Result
-from partita.program.instructions import AllReduce, Await, Instruction, Recv, Send, Slice, Start, TensorSpec, Update
+from partita.program.instructions import (
+    AllReduce,
+    Await,
+    Clip,
+    Instruction,
+    Recv,
+    Send,
+    Slice,
+    Start,
+    SumSquares,
+    TensorSpec,
+    Update,
+)
+from partita.program.uses import SQUARE, reads
 from partita.sharding.placement import Partial
 
 
@@ -34,9 +48,11 @@ class StepEnd:
         boxes: Boxes,
         *,
         whole_parameters: bool,
+        clips: bool = False,
         buckets: Sequence[Bucket] = (),
     ) -> None:
         self.plan = plan
+        self.square = "norm:square" if clips else ""
         self.results = results
         self.readers = readers  # persistent register -> workers that read it
         self.boxes = boxes
@@ -66,11 +82,35 @@ class StepEnd:
             for worker, slices in stage_owners.items():
                 if slices:
                     self.programs[worker].append(Update(slices, self._num_reduced[worker] - len(slices)))
+        if self.square:
+            self._clip()
         self._spread_parameters()
         self._spread_buffers()
 
     def _workers(self, stage: int) -> list[Worker]:
         return [worker for worker in self.plan.workers if worker.stage == stage]
+
+    def _clip(self) -> None:
+        """Puts the scaling of all gradients before the first update."""
+        everyone = tuple(worker.index for worker in self.plan.workers)
+        for worker in self.plan.workers:
+            own = self.programs[worker.index]
+            updates = [item for item in own if isinstance(item, Update)]
+            registers = tuple(register for update in updates for register in reads(update))
+            weights = tuple(self._weight(worker.process, part.parameter) for u in updates for part in u.slices)
+            own[:] = [item for item in own if not isinstance(item, Update)]
+            own.append(SumSquares(registers, weights, self.square))
+            if len(everyone) > 1:
+                own.append(AllReduce((self.square,), (SQUARE,), everyone, "norm"))
+            if registers:
+                own.append(Clip(registers, self.square))
+            own += updates
+
+    def _weight(self, process: int, parameter: str) -> float:
+        """One over the number of processes that update the same entries of a parameter."""
+        processes = {worker.process for worker in self._updated_by(parameter)}
+        mine = self.boxes.storage(process, parameter)
+        return 1 / sum(self.boxes.storage(other, parameter) == mine for other in processes)
 
     def _by_process(self, workers: Sequence[Worker]) -> dict[int, list[Worker]]:
         found: dict[int, list[Worker]] = {}

@@ -273,13 +273,46 @@ class Update:
 
 
 @dataclass(frozen=True)
+class SumSquares:
+    """The sum of the squares of all elements of some gradients, each times its weight, as float64 in `output`. Weights
+    make the sum over all workers count every gradient once: it is there on several processes where each updates a copy
+    of the parameter."""
+
+    registers: tuple[str, ...]
+    weights: tuple[float, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Scale gradients so that the norm of all of them, whose square is in `square`, is at most the step's limit."""
+
+    registers: tuple[str, ...]
+    square: str
+
+
+@dataclass(frozen=True)
 class Free:
     """Drop registers that are not read again in this step."""
 
     registers: tuple[str, ...]
 
 
-Instruction = Run | Send | Recv | AllReduce | ReduceScatter | AllGather | AllToAll | Start | Await | Update | Free
+Instruction = (
+    Run
+    | Send
+    | Recv
+    | AllReduce
+    | ReduceScatter
+    | AllGather
+    | AllToAll
+    | Start
+    | Await
+    | SumSquares
+    | Clip
+    | Update
+    | Free
+)
 
 
 @dataclass(frozen=True)
@@ -312,7 +345,8 @@ class Program:
     """The instruction list of one worker for one training step.
 
     `loss` is the register with the loss, which every lowered program has before its first `Update` (the same value on
-    all workers; "" in a program without one). `buffers` maps a buffer's name to the register with its new value,
+    all workers; "" in a program without one). `square` is the register with the square of the norm of all gradients,
+    where they are clipped; the same on all workers. `buffers` maps a buffer's name to the register with its new value,
     written back after all workers of the process have finished. `views` says which box of a parameter, as its process
     stores it, the worker's register ``p:NAME`` is, where that is not all of it.
     """
@@ -325,6 +359,12 @@ class Program:
     loss: str = ""
     buffers: Mapping[str, str] = field(default_factory=dict)
     views: Mapping[str, Box] = field(default_factory=dict)
+    square: str = ""
+
+    @property
+    def kept(self) -> set[str]:
+        """Registers that are read after the last instruction."""
+        return {self.loss, self.square, *self.buffers.values()} - {""}
 
     @property
     def updates(self) -> tuple[tuple[Slice, ...], ...]:

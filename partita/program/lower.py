@@ -50,7 +50,7 @@ from partita.units import split_evenly
 _PERSISTENT = {InputKind.PARAMETER: "p", InputKind.BUFFER: "b", InputKind.CONSTANT: "c"}
 
 
-def lower(graph: Graph, plan: Plan, *, whole_parameters: bool = False) -> ProgramSet:
+def lower(graph: Graph, plan: Plan, *, whole_parameters: bool = False, clips: bool = False) -> ProgramSet:
     """One program per worker of `plan`, for one training step on a batch of the graph's shape.
 
     Args:
@@ -58,6 +58,7 @@ def lower(graph: Graph, plan: Plan, *, whole_parameters: bool = False) -> Progra
         plan: a plan of mode "graph" for this graph.
         whole_parameters: every parameter is updated by one worker of each process, for optimizers that are not
             element-wise; otherwise parameters are cut anywhere.
+        clips: gradients are clipped by the norm of all of them before any parameter is updated.
 
     Raises:
         PlanError: the plan does not fit the graph, or its microbatches would change the result.
@@ -65,11 +66,11 @@ def lower(graph: Graph, plan: Plan, *, whole_parameters: bool = False) -> Progra
     if plan.mode != "graph":
         raise PlanError(f'only plans of mode "graph" have programs, but got mode {plan.mode!r}')
     kept = _LOWERED.setdefault(graph.module, {})
-    key = (msgspec.structs.replace(plan, compiled=False).hash, whole_parameters)
+    key = (msgspec.structs.replace(plan, compiled=False).hash, whole_parameters, clips)
     if key not in kept:
         if len(kept) >= NUM_KEPT:
             del kept[next(iter(kept))]
-        kept[key] = _Lowering(graph, plan, whole_parameters).build()
+        kept[key] = _Lowering(graph, plan, whole_parameters, clips).build()
     return kept[key]
 
 
@@ -86,10 +87,10 @@ class _Release:
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, plan: Plan, whole_parameters: bool) -> None:
+    def __init__(self, graph: Graph, plan: Plan, whole_parameters: bool, clips: bool) -> None:
         self.graph = graph
         self.plan = plan
-        self.whole_parameters = whole_parameters
+        self.whole_parameters, self.clips = whole_parameters, clips
         self.num_stages = plan.axes.get("pipeline", 1)
         self.num_data = plan.axes.get("data", 1)
         shares = plan.shares or split_evenly(max(graph.batch_size, self.num_data), self.num_data)
@@ -140,6 +141,7 @@ class _Lowering:
             self.readers,
             boxes,
             whole_parameters=self.whole_parameters,
+            clips=self.clips,
             buckets=tasks.buckets,
         )
         end.build()
@@ -150,16 +152,18 @@ class _Lowering:
                 instructions += end.released[item.bucket][worker.index] if isinstance(item, _Release) else [item]
             instructions += end.programs[worker.index]
             loss, buffers = end.loss.get(worker.index, ""), end.buffers[worker.index]
+            kept = {loss, end.square, *buffers.values()}
             programs.append(
                 Program(
                     worker=worker.index,
                     process=worker.process,
                     stage=worker.stage,
-                    instructions=_with_frees(instructions, self.feeds[worker.index], {loss, *buffers.values()}),
+                    instructions=_with_frees(instructions, self.feeds[worker.index], kept),
                     feeds=tuple(self.feeds[worker.index].values()),
                     loss=loss,
                     buffers=buffers,
                     views=boxes.views(worker),
+                    square=end.square,
                 )
             )
         result = ProgramSet(tuple(programs), self.store.segments, self.split.draws, held=boxes.held())
@@ -171,7 +175,9 @@ class _Lowering:
             merged = [len(schedule[0].phases) == 2 for schedule in self.schedules]
             modules = list({id(local.module): local.module for local in self.split.locals.values()}.values())
             # Sums over microbatches are there at the end only; and whole parameters are better shared out together.
+            # The norm of all gradients is known at the end as well: only their exchange can come before.
             in_buckets = self.plan.num_microbatches == 1 and not self.whole_parameters
+            in_buckets &= not self.clips or self.plan.bucket_bytes > 0
             built = build_tasks(
                 self.graph,
                 modules,

@@ -276,10 +276,12 @@ class _Execution:
     def _compare_ends(self) -> None:
         ends: dict[str, dict[int, Workers]] = defaultdict(dict)
         for index, worker in self.workers.items():
-            kept = {worker.program.loss, *worker.program.buffers.values()}
+            kept = worker.program.kept
             left = [register for register in worker.unread if register not in kept and not is_persistent(register)]
             if left:
                 raise ProgramError(f"every value must be read, but worker {index} never reads {left}")
+            if worker.program.square:
+                ends["the norm of the gradients"][index] = self._parts(worker, worker.program.square)
             if worker.program.loss:
                 ends["the loss"][index] = self._parts(worker, worker.program.loss)
             for name, register in worker.program.buffers.items():

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import torch
+
 from partita.program.instructions import (
     AllGather,
     AllReduce,
     AllToAll,
     Await,
+    Clip,
     Instruction,
     Recv,
     ReduceScatter,
     Run,
     Send,
     Start,
+    SumSquares,
     TensorSpec,
     Update,
 )
+
+SQUARE = TensorSpec((1,), torch.float64)  # what `SumSquares` writes
 
 
 def is_persistent(register: str) -> bool:
@@ -35,6 +41,10 @@ def reads(instruction: Instruction) -> tuple[str, ...]:
         return (instruction.register,)
     if isinstance(instruction, Start):
         return instruction.collective.registers
+    if isinstance(instruction, SumSquares):
+        return instruction.registers
+    if isinstance(instruction, Clip):
+        return (*instruction.registers, instruction.square)
     if isinstance(instruction, Update):
         return tuple(f"g:{instruction.first + index}" for index in range(len(instruction.slices)))
     return ()
@@ -60,13 +70,16 @@ def writes(instruction: Instruction, worker: int | None = None) -> tuple[str, ..
             count = own_slices(instruction, worker) if worker is not None else 0
             return tuple(f"g:{instruction.first + index}" for index in range(count))
         return instruction.outputs
-    if isinstance(instruction, (AllGather, AllToAll)):
+    if isinstance(instruction, (AllGather, AllToAll, SumSquares)):
         return (instruction.output,)
+    if isinstance(instruction, Clip):
+        return instruction.registers
     return ()
 
 
 def written_specs(instruction: Instruction, worker: int) -> tuple[tuple[str, TensorSpec], ...]:
-    """The registers that an instruction writes, with shape and dtype, as far as the instruction tells (not `Run`)."""
+    """The registers that an instruction writes, with shape and dtype, as far as the instruction tells (not `Run`, nor
+    `Clip`, which changes neither)."""
     if isinstance(instruction, Recv):
         return ((instruction.register, instruction.spec),)
     if isinstance(instruction, AllReduce):
@@ -86,6 +99,8 @@ def written_specs(instruction: Instruction, worker: int) -> tuple[tuple[str, Ten
             (output, _with_extent(spec, instruction.dim, size))
             for output, spec in zip(instruction.outputs, instruction.specs, strict=True)
         )
+    if isinstance(instruction, SumSquares):
+        return ((instruction.output, SQUARE),)
     if isinstance(instruction, AllGather):
         return ((instruction.output, _with_extent(instruction.spec, instruction.dim, sum(instruction.sizes))),)
     if isinstance(instruction, AllToAll):

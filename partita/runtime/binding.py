@@ -20,6 +20,7 @@ from partita.program.instructions import (
     AllReduce,
     AllToAll,
     Await,
+    Clip,
     Free,
     Instruction,
     Program,
@@ -29,6 +30,7 @@ from partita.program.instructions import (
     Send,
     Slice,
     Start,
+    SumSquares,
     TensorSpec,
     Update,
 )
@@ -51,6 +53,7 @@ from partita.runtime.transport import Mail
 Registers = dict[str, Tensor]
 Op = Callable[[Registers], None]
 _PERSISTENT = ("p:", "b:", "c:")
+NORM_EPSILON = 1e-6  # as of torch.nn.utils.clip_grad_norm_
 
 
 class UpdateFn(Protocol):
@@ -61,11 +64,15 @@ class UpdateFn(Protocol):
 
 
 class Mode:
-    """What `Update` does in the current step. `finite_only`: nothing if the loss is NaN or infinite."""
+    """What `Update` does in the current step. `finite_only`: nothing if the loss, or the norm of the gradients where it
+    is known, is NaN or infinite. `continues`: gradients of steps before that were only accumulated are added, else
+    dropped. `most_norm`: limit of the norm of all gradients, where the programs clip them."""
 
     update = True
     accumulate_only = False
     finite_only = False
+    continues = True
+    most_norm = math.inf
 
 
 class Surroundings(Protocol):
@@ -97,6 +104,8 @@ def label(instruction: Instruction) -> str:
         return f"{kind} of {len(instruction.slices)} slices"
     if isinstance(instruction, Free):
         return f"{kind} {', '.join(instruction.registers)}"
+    if isinstance(instruction, (SumSquares, Clip)):
+        return f"{kind} of {len(instruction.registers)} slices"
     return f"{kind} {instruction.key}"
 
 
@@ -129,6 +138,8 @@ class Binder:
             AllToAll: self._all_to_all,
             Start: self._start,
             Await: self._await,
+            SumSquares: self._sum_squares,
+            Clip: self._clip,
             Update: self._update,
             Free: self._free,
         }
@@ -354,31 +365,76 @@ class Binder:
 
     # Update and Free -------------------------------------------------------------------------------------------------
 
+    def _sum_squares(self, instruction: SumSquares) -> Op:
+        names, output = instruction.registers, instruction.output
+        weights = torch.tensor(instruction.weights, dtype=torch.float64)
+        mode, loss, take = self.around.mode, self.program.loss, self._accumulation()
+
+        def op(registers: Registers) -> None:
+            gradients = None
+            if not (mode.finite_only and loss and not math.isfinite(float(registers[loss]))):
+                gradients = take([registers[name] for name in names])
+            if gradients is None:
+                registers[output] = torch.zeros(1, dtype=torch.float64)
+                return
+            registers.update(zip(names, gradients, strict=True))
+            registers[output] = square_of(gradients, weights)
+
+        self._written([output])
+        return op
+
+    def _clip(self, instruction: Clip) -> Op:
+        names, square, mode = instruction.registers, instruction.square, self.around.mode
+
+        def op(registers: Registers) -> None:
+            scale = mode.most_norm / (math.sqrt(float(registers[square])) + NORM_EPSILON)
+            if scale < 1:
+                for name in names:  # what the register showed may be shared
+                    registers[name] = registers[name] * scale
+
+        return op
+
     def _update(self, update: Update) -> Op:
         slices, worker = update.slices, self.worker
         names = list(reads(update))
-        mode, apply, sums = self.around.mode, self.around.update, self._sums
-        key = len(sums)
-        sums[key] = []
-        loss = self.program.loss
+        mode, apply = self.around.mode, self.around.update
+        loss, square = self.program.loss, self.program.square
+        take = self._accumulation() if not square else None  # else they have been added up before the norm
 
         def op(registers: Registers) -> None:
             if mode.finite_only and loss and not math.isfinite(float(registers[loss])):
                 return
-            gradients = [registers[name] for name in names]
+            if mode.finite_only and square and not math.isfinite(float(registers[square])):
+                return
+            gradients: list[Tensor] | None = [registers[name] for name in names]
+            if take is not None and gradients is not None:
+                gradients = take(gradients)
+            if gradients is not None and mode.update and not mode.accumulate_only:
+                apply(worker, slices, gradients)
+
+        return op
+
+    def _accumulation(self) -> Callable[[list[Tensor]], list[Tensor] | None]:
+        """Gradients with those of earlier steps that were only accumulated; None in a step that only accumulates."""
+        mode, sums, key = self.around.mode, self._sums, len(self._sums)
+        sums[key] = []
+
+        def take(gradients: list[Tensor]) -> list[Tensor] | None:
+            if not mode.continues:
+                sums[key] = []
             if mode.accumulate_only:
                 if sums[key]:
                     for total, gradient in zip(sums[key], gradients, strict=True):
                         total.add_(gradient)
                 else:
                     sums[key] = [gradient.clone() for gradient in gradients]
-            elif mode.update:
-                if sums[key]:
-                    gradients = [total + gradient for total, gradient in zip(sums[key], gradients, strict=True)]
-                    sums[key] = []
-                apply(worker, slices, gradients)
+                return None
+            if sums[key] and mode.update:
+                gradients = [total + gradient for total, gradient in zip(sums[key], gradients, strict=True)]
+                sums[key] = []
+            return gradients
 
-        return op
+        return take
 
     def _free(self, free: Free) -> Op:
         names = free.registers
@@ -390,6 +446,14 @@ class Binder:
                 registers.pop(name, None)
 
         return op
+
+
+def square_of(gradients: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """The weighted sum of the squares of the norms, in shape (1,) and float64."""
+    if not gradients:
+        return torch.zeros(1, dtype=torch.float64)
+    norms = torch._foreach_norm([value.float() if value.itemsize < 4 else value for value in gradients])
+    return (torch.stack([norm.double().cpu() for norm in norms]).square() @ weights).view(1)
 
 
 def cuts_of(instruction: ReduceScatter) -> list[list[Cut]]:

@@ -66,11 +66,13 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What a step gives: the loss (of the global batch), the timeline if recorded, bytes sent to other processes."""
+    """What a step gives: the loss (of the global batch), the timeline if recorded, bytes sent to other processes, and
+    the norm of all gradients before they were clipped, where programs clip."""
 
     loss: Tensor
     timeline: Timeline | None
     bytes_sent: int
+    norm: float | None = None
 
 
 class Engine:
@@ -268,7 +270,9 @@ class Engine:
         commit_buffers: bool = True,
         record: bool = False,
         accumulate_only: bool = False,
+        continues: bool = True,
         finite_only: bool = False,
+        most_norm: float = math.inf,
     ) -> StepOutcome:
         """Run one training step on a batch.
 
@@ -280,13 +284,17 @@ class Engine:
             commit_buffers: False leaves buffers as they are.
             record: measure every instruction into `StepOutcome.timeline`.
             accumulate_only: add the gradients to those of the next step instead of updating.
-            finite_only: a step whose loss is NaN or infinite changes neither parameters nor buffers.
+            continues: False drops what earlier steps have accumulated.
+            finite_only: a step whose loss is NaN or infinite changes neither parameters nor buffers; one whose
+                gradients have no finite norm (where programs clip) changes no parameters.
+            most_norm: limit of the norm of all gradients, where programs clip.
         """
         self._refuse_if_unusable()
         start_s = time.perf_counter()
         sent = self._connections.bytes_sent
         feeds = self._registers(leaves, row_offsets or {})
         self.mode.update, self.mode.accumulate_only, self.mode.finite_only = update, accumulate_only, finite_only
+        self.mode.most_norm, self.mode.continues = most_norm, continues
         self._seed_workers()
         self._let_run(feeds, start_s, record)
         end_s = time.perf_counter()
@@ -391,13 +399,15 @@ class Engine:
         if commit_buffers and self._buffers and not (self.mode.finite_only and not math.isfinite(float(loss))):
             for worker, targets, names in self._buffers:
                 copy_all(targets, [worker.registers[name] for name in names])
+        squares = [w.registers[w.program.square] for w in self.workers if w.program.square]
+        norm = math.sqrt(float(squares[0])) if squares else None
         timeline = None
         if record:
             events = tuple(event for worker in self.workers for event in worker.events)
             timeline = Timeline(events=events, step_time_s=step_time_s, bytes_sent=bytes_sent)
         for worker in self.workers:
             worker.registers = {}
-        return StepOutcome(loss=loss, timeline=timeline, bytes_sent=bytes_sent)
+        return StepOutcome(loss=loss, timeline=timeline, bytes_sent=bytes_sent, norm=norm)
 
     def _on_peer_failure(self, error: StepError) -> None:
         self.failure.record(error)

@@ -28,6 +28,7 @@ from partita.program.wire import LARGEST_OWN_BYTES, WIDER, padded, ring_bytes
 from partita.runtime.ending import Order, close_at_end
 from partita.runtime.liveness import Liveness
 from partita.runtime.sockets import Gate, Mesh, bytes_of, own_address
+from partita.runtime.tokens import prove
 from partita.runtime.torch_adapter import default_store, is_registered_group
 
 _TURN_TIME_S = 0.5  # between ranks that end while they wait for each other; more than a process takes to end
@@ -392,7 +393,7 @@ def connect(*, timeout_s: float = 120.0) -> ProcessTransport:
 
     Raises:
         PeerLostError: some ranks did not come within `timeout_s` (names them).
-        StepError: this process belongs to no job of several processes.
+        StepError: this process belongs to no job of several processes, or has another secret than they have.
         ClusterError: the job's master is unknown or unreachable.
     """
     if _CONNECTED:
@@ -409,6 +410,7 @@ def connect(*, timeout_s: float = 120.0) -> ProcessTransport:
         """A part of the store for one user, with a connection of its own where the store has such."""
         return PrefixStore(f"partita/{name}/{turn}", store.clone() if hasattr(store, "clone") else store)
 
+    prove(part("tokens"), rank, num_processes, timeout_s)
     liveness = Liveness(part("transport"), rank, num_processes, store_rank=store_rank)
     gate = _gate(part("sockets"), rank)
     transport = ProcessTransport(rank, num_processes, liveness, gate=gate, owns_default=not initialised)

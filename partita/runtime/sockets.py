@@ -36,14 +36,16 @@ import torch
 from torch import Tensor
 
 from partita.program.wire import chunk_edges, is_direct
+from partita.runtime.tokens import TOKEN_BYTES, token_of
 from partita.units import MIB
 
 _CHUNK_BYTES = MIB  # at most this much is sent before the other directions get their turn
-_HELLO = struct.Struct(">16sIII")  # token of the job, session, line, rank
+_HELLO = struct.Struct(f">{TOKEN_BYTES}sIII")  # token of the job, session, line, rank
 _CALL_TIME_S = 15.0  # until a call is answered by the other host's system
 _ACCEPT_TIME_S = 0.2
 _YES = "yes"
 _HELLO_TIME_S = 5.0  # whoever has not said who he is by then is a stranger
+_MOST_CALLERS = 512  # that have not said it yet; the others go, first come first
 _POLL_TIME_S = 0.005  # between looks at the store while others open their connections
 Views = deque[memoryview]
 
@@ -215,9 +217,12 @@ class Gate:
         self.rank = rank
         self._store = store
         self._arrived: dict[tuple[int, int, int], socket.socket] = {}  # (session, line, rank), not yet asked for
+        self._callers: dict[socket.socket, tuple[bytearray, float]] = {}  # what they have said; when it must be all
         self._listener = socket.create_server((host, 0), backlog=1024) if host else None
+        if self._listener is not None:
+            self._listener.setblocking(False)
         if rank == 0:
-            store.set("token", secrets.token_hex(8))
+            store.set("token", secrets.token_hex(16))
         here = [*self._listener.getsockname()[:2]] if self._listener is not None else []
         store.set(f"address/{rank}", json.dumps(here))
 
@@ -252,7 +257,7 @@ class Gate:
         without = [rank for rank, address in addresses.items() if not address]
         if without:
             raise OSError(f"rank(s) {without} take no connections")
-        token = self._read("token", deadline_s).encode()
+        token = token_of(self._read("token", deadline_s))
         for rank in (rank for rank in ranks if rank < self.rank):
             host, port = addresses[rank]
             peers[rank] = socket.create_connection((host, port), min(_left_s(deadline_s), _CALL_TIME_S))
@@ -268,23 +273,45 @@ class Gate:
             peers[rank] = self._arrived.pop((session, line, rank))
 
     def _accept(self, token: bytes) -> None:
-        """Take one call, of whichever line, if there is one soon; strangers are sent away."""
+        """Take calls, of whichever line, if there are some soon; strangers are sent away."""
         assert self._listener is not None
-        self._listener.settimeout(_ACCEPT_TIME_S)
+        if self._listener.fileno() < 0:
+            raise OSError("nobody listens any more")
+        poll = select.poll()
+        for one in (self._listener, *self._callers):
+            poll.register(one, select.POLLIN)
+        ready = {number for number, _ in poll.poll(_ACCEPT_TIME_S * 1e3)}
+        for caller in [one for one in self._callers if one.fileno() in ready]:
+            self._hear(caller, token)
+        if self._listener.fileno() in ready:
+            with contextlib.suppress(OSError):  # who called has hung up
+                caller, _ = self._listener.accept()
+                caller.setblocking(False)
+                self._callers[caller] = (bytearray(), time.monotonic() + _HELLO_TIME_S)
+        late = [one for one, (_, due_s) in self._callers.items() if time.monotonic() > due_s]
+        for caller in (*late, *list(self._callers)[:-_MOST_CALLERS]):
+            self._send_away(caller)
+
+    def _hear(self, caller: socket.socket, token: bytes) -> None:
+        """Some more of who a caller says that he is."""
+        hello = self._callers[caller][0]
         try:
-            peer, _ = self._listener.accept()
-        except TimeoutError:
+            piece = caller.recv(_HELLO.size - len(hello))
+        except BlockingIOError:
             return
-        peer.settimeout(_HELLO_TIME_S)
-        hello = b""
-        with contextlib.suppress(OSError):
-            while len(hello) < _HELLO.size and (piece := peer.recv(_HELLO.size - len(hello))):
-                hello += piece
-        if len(hello) == _HELLO.size and secrets.compare_digest(hello[: len(token)], token):
+        except OSError:
+            piece = b""
+        hello += piece
+        if len(hello) == _HELLO.size and secrets.compare_digest(bytes(hello[:TOKEN_BYTES]), token):
             _, session, line, rank = _HELLO.unpack(hello)
-            self._arrived[session, line, rank] = peer
-        else:
-            peer.close()
+            del self._callers[caller]
+            self._arrived[session, line, rank] = caller
+        elif not piece or len(hello) == _HELLO.size:
+            self._send_away(caller)
+
+    def _send_away(self, caller: socket.socket) -> None:
+        if self._callers.pop(caller, None) is not None:
+            caller.close()
 
     def _read(self, key: str, deadline_s: float) -> str:
         """A value of the store that another process writes."""
@@ -296,9 +323,10 @@ class Gate:
         return text.decode()
 
     def close(self) -> None:
-        for peer in self._arrived.values():
+        for peer in (*self._arrived.values(), *self._callers):
             peer.close()
         self._arrived.clear()
+        self._callers.clear()
         if self._listener is not None:
             self._listener.close()
 

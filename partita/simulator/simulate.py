@@ -37,6 +37,7 @@ from partita.program.instructions import (
     Run,
     Send,
     Start,
+    SumSquares,
     Update,
 )
 from partita.program.timeline import Event, Timeline
@@ -48,6 +49,8 @@ NUM_PASSES = 3
 
 Collective = AllReduce | ReduceScatter | AllGather | AllToAll
 _COLLECTIVES = (AllReduce, ReduceScatter, AllGather, AllToAll)
+# Of the time in which plain SGD updates the same elements, which reads two and writes one of them.
+SQUARE_SHARE = 1 / 3
 _KINDS: Mapping[type, CollectiveKind] = {
     AllReduce: "all_reduce",
     ReduceScatter: "reduce_scatter",
@@ -245,6 +248,9 @@ class _Simulation:
         if isinstance(instruction, Update):
             sizes = tuple(part.num_elements for part in instruction.slices)
             return fixed_s + self.cost.update_time_s(sizes, self.optimizer, clock.place, num_active=active)
+        if isinstance(instruction, SumSquares):  # a `Clip` that must scale takes as long; most need not
+            sizes = tuple(part.num_elements for slices in clock.program.updates for part in slices)
+            return fixed_s + SQUARE_SHARE * self.cost.update_time_s(sizes, "SGD", clock.place, num_active=active)
         if isinstance(instruction, ReduceScatter):  # alone: its gradients are only cut
             return fixed_s * (1 + len(instruction.registers))
         if isinstance(instruction, Send):

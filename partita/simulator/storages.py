@@ -18,6 +18,7 @@ from partita.program.instructions import (
     AllReduce,
     AllToAll,
     Await,
+    Clip,
     Draw,
     Free,
     Instruction,
@@ -28,10 +29,11 @@ from partita.program.instructions import (
     Segment,
     Send,
     Start,
+    SumSquares,
     TensorSpec,
     Update,
 )
-from partita.program.uses import is_persistent, written_specs
+from partita.program.uses import SQUARE, is_persistent, written_specs
 
 Address = tuple[int, int, str]  # sender, receiver and key of what is handed over
 
@@ -159,6 +161,11 @@ class WorkerMemory:
             self._await(instruction.collective, end_s)
         elif isinstance(instruction, ReduceScatter) and instruction.slices:
             self._reduce_gradients(instruction, start_s, end_s)
+        elif isinstance(instruction, SumSquares):
+            self._put_new(instruction.output, SQUARE.num_bytes, start_s, end_s)
+        elif isinstance(instruction, Clip):  # one after the other, into new memory
+            largest = self._largest_slice_bytes if instruction.registers else 0
+            self._while(largest, start_s, end_s)
         elif isinstance(instruction, (ReduceScatter, AllGather, AllToAll)):
             self._exchange(instruction, start_s, end_s)
 

@@ -20,13 +20,14 @@ import torch
 from partita.errors import PartitaError
 from partita.graph.graph import Graph
 from partita.plan import Alternative, Plan
-from partita.program import ProgramSet, lower
+from partita.program import ProgramSet
 from partita.program.instructions import Run
 from partita.program.timeline import Timeline
 from partita.runtime.compiling import Background
 from partita.runtime.segments import compile_ahead
 from partita.training.events import CandidateMeasured, PlanChosen, emit
 from partita.training.job import Team
+from partita.training.optimizers import OptimizerFacts
 from partita.training.runners import BlockRunner, GraphRunner
 from partita.training.turns import Course, Turns
 
@@ -90,7 +91,7 @@ class Adoption:
         graph: the captured step.
         make: makes a plan's runner on the user's own model and optimizer.
         team: the processes of the job; all make the same calls.
-        whole_parameters: whether the optimizer needs parameters uncut.
+        facts: of the optimizer.
         started_s: `time.perf_counter` when the user called.
         can_undo: whether this process has the memory to undo a step.
         reprice: the plan, its programs and timelines of its steps in; the plan with the step time predicted from these
@@ -108,13 +109,13 @@ class Adoption:
         graph: Graph,
         make: MakeRunner,
         team: Team,
-        whole_parameters: bool,
+        facts: OptimizerFacts,
         started_s: float,
         can_undo: Callable[[], bool],
         reprice: Reprice,
     ) -> None:
         self.graph = graph
-        self._make, self._team, self._whole_parameters = make, team, whole_parameters
+        self._make, self._team, self._facts = make, team, facts
         self._started_s, self._can_undo_here, self._reprice = started_s, can_undo, reprice
         self._observed: list[Timeline] = []
         self.records = False  # whether the next step is to be recorded
@@ -224,7 +225,7 @@ class Adoption:
             plan = candidate.plan
             gpu = plan.workers[0].gpu
             device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
-            programs = lower(self.graph, plan, whole_parameters=self._whole_parameters)
+            programs = self._facts.lowered(self.graph, plan)
             runs = [item for p in programs.programs if p.process == self._team.rank for item in p.instructions]
             keys = dict.fromkeys(item.segment for item in runs if isinstance(item, Run))
             with torch.random.fork_rng(devices=[]):  # kernels may be measured, on random values
@@ -239,9 +240,8 @@ class Adoption:
     def _exchange(self) -> list[bool]:
         """Tells the others, and records what rank 0 has measured; for every candidate whether all have compiled it."""
         compiled = tuple(all(future.done() for future in candidate.compiling) for candidate in self._candidates)
-        news: list[_News] = self._team.gather(
-            _News(compiled, self._time_s, self._can_undo_here()), "the adoption of a plan"
-        )
+        told = self._team.gather((compiled, self._time_s, self._can_undo_here()), "the adoption of a plan")
+        news = [_News(*one) for one in told]
         if news[0].time_s is not None:
             self._turns.record(news[0].time_s)
         self._time_s = None

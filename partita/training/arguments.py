@@ -67,6 +67,22 @@ def check_running(compile: Any, timeout_s: Any) -> None:
         )
 
 
+def check_norm(clip_grad_norm: Any) -> None:
+    """What `parallelize` clips gradients by.
+
+    Raises:
+        InputError: it is neither None nor a number above 0.
+    """
+    if clip_grad_norm is None:
+        return
+    is_number = isinstance(clip_grad_norm, (int, float)) and not isinstance(clip_grad_norm, bool)
+    if not is_number or not clip_grad_norm > 0:
+        raise InputError(
+            f"clip_grad_norm must be None or a number above 0, but got {told(clip_grad_norm)}. Pass e.g. 1.0, or "
+            "math.inf to be told the norm only."
+        )
+
+
 def check_sync_target(model: Any) -> nn.Module:
     """What `Step.sync_to` copies into.
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from partita.program.instructions import Box
+from partita.training.checkpoint.contents import Ownership
 from partita.training.job import Team
 from partita.training.optimizers import cut_state, paste_state
 from partita.training.runners import GraphRunner, named_state, owners_of
@@ -34,6 +35,15 @@ def collect_all(team: Team, model: nn.Module, optimizer: torch.optim.Optimizer, 
     whole = {name: found for name, found in owners.items() if name not in parts}
     _collect_state(team, optimizer, parameters, whole)
     _collect_parts_of_state(team, optimizer, parameters, parts)
+
+
+def ownership_of(runner: object, num_processes: int) -> Ownership:
+    """Which processes have what, once each has brought in what it has; by the runner of the last step."""
+    if not isinstance(runner, GraphRunner):
+        return Ownership(num_processes=num_processes)  # rank 0 computes
+    buffers = {name: (runner.buffer_owner(name),) for name in runner.buffers}
+    owners = {**buffers, **owners_of(runner.programs)}
+    return Ownership(num_processes=num_processes, owners=owners, parts=_parts(runner))
 
 
 def _parts(runner: GraphRunner) -> dict[str, dict[int, Box]]:

@@ -35,13 +35,17 @@ class CandidateMeasured:
 
 @dataclass(frozen=True, kw_only=True)
 class StepFinished:
-    """One training step. `step` counts from 1; `num_samples` is the number of rows of the global batch (0: unknown)."""
+    """One training step. `step` counts from 1; `num_samples` is the number of rows of the global batch (0: unknown);
+    the others are as of `StepResult`."""
 
     step: int
     loss: float
     step_time_s: float
     num_samples: int
     bytes_sent: int
+    grad_norm: float | None = None
+    compression_error: float = 0.0
+    staleness: int = 0
     process: int = 0
 
     @property
@@ -84,7 +88,8 @@ _BUS = _Bus()
 def subscribe(callback: Callback) -> Callable[[], None]:
     """Call `callback(event)` for every event of this process from now on; returns the function that ends it.
 
-    Callbacks run in the thread that emits, in the order of subscription. One that raises is told to the log
+    Callbacks run in the thread that emits, in the order of subscription: mostly that of the step, but a checkpoint in
+    the background is told from its own. One that raises is told to the log
     "partita" and does not disturb the training step; `KeyboardInterrupt` and `SystemExit` pass.
 
     Example:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,11 +13,15 @@ import torch.distributed as dist
 from partita.errors import StepError
 from partita.runtime.transport import Transport
 
+_CPU = torch.device("cpu")
+
 
 class Team:
     """All processes of the job, as seen by this one. Alone, everything is immediate.
 
     The exchanges here happen outside of steps (planning, collecting weights, checkpoints), on the transport's group.
+    Values are tensors, numbers, texts, and lists, tuples and mappings of such: nothing else is read from another
+    process, since it could run code here.
     """
 
     def __init__(self, transport: Transport | None = None) -> None:
@@ -40,17 +46,41 @@ class Team:
         """The value of rank 0 (or `source`), on every process."""
         if self.is_alone:
             return value
-        box = [value]
-        self._guard(lambda: dist.broadcast_object_list(box, src=source, group=self._group), what)
-        return box[0]
+        found = torch.empty(0, dtype=torch.uint8)
+
+        def call() -> None:
+            nonlocal found
+            found = _encoded(value) if self.rank == source else found
+            size = torch.tensor([len(found)])
+            _broadcast([size], source, self._group)
+            if self.rank != source:
+                found = torch.empty(int(size), dtype=torch.uint8)
+            _broadcast([found], source, self._group)
+
+        self._guard(call, what)
+        return value if self.rank == source else _decoded(found)
 
     def gather(self, value: Any, what: str = "a gathering of values") -> list[Any]:
         """The values of all processes, by rank, on every process."""
         if self.is_alone:
             return [value]
-        found: list[Any] = [None] * self.num_processes
-        self._guard(lambda: dist.all_gather_object(found, value, group=self._group), what)
-        return found
+        own = _encoded(value)
+        told: list[torch.Tensor] = []
+
+        def call() -> None:
+            sizes = [int(size) for size in self._all_gather(torch.tensor([len(own)]))]
+            padded = torch.zeros(max(sizes), dtype=torch.uint8)  # all must bring as much
+            padded[: len(own)] = own
+            told.extend(text[:size] for text, size in zip(self._all_gather(padded), sizes, strict=True))
+
+        self._guard(call, what)
+        return [value if rank == self.rank else _decoded(text) for rank, text in enumerate(told)]
+
+    def _all_gather(self, value: torch.Tensor) -> list[torch.Tensor]:
+        value = value.to(_device(self._group))
+        found = [torch.empty_like(value) for _ in range(self.num_processes)]
+        dist.all_gather(found, value, group=self._group)
+        return [item.cpu() for item in found]
 
     def require_equal(self, value: str, what: str) -> None:
         """Raises StepError on every process unless all have the same text."""
@@ -88,11 +118,35 @@ class Team:
             torch.set_rng_state(self.from_first(torch.get_rng_state()))
 
 
+def _encoded(value: Any) -> torch.Tensor:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
+
+
+def _decoded(text: torch.Tensor) -> Any:
+    try:
+        return torch.load(io.BytesIO(text.numpy().tobytes()), weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise StepError(
+            "what processes tell each other must consist of tensors, numbers, texts, lists and mappings, since nothing "
+            f"else is read without running its code, but: {error}. If it is the state of an optimizer of your own, "
+            "keep it in such values"
+        ) from error
+
+
+def _device(group: Any) -> torch.device:
+    """Where a group wants its tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else _CPU
+
+
 def _broadcast(tensors: Iterable[torch.Tensor], source: int, group: Any) -> None:
+    device = _device(group)
     with torch.no_grad():
         for tensor in tensors:
             value = tensor.detach()
             whole = value.contiguous()
-            dist.broadcast(whole, src=source, group=group)
-            if whole.data_ptr() != value.data_ptr():
-                value.copy_(whole)
+            moved = whole.to(device) if device.type != value.device.type and value.device == _CPU else whole
+            dist.broadcast(moved, src=source, group=group)
+            if moved.data_ptr() != value.data_ptr():
+                value.copy_(moved)

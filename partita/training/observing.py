@@ -38,7 +38,11 @@ def observed_plan(
         facts: of the user's optimizer.
         team: all processes of the job, which make the same call.
     """
-    everywhere = team.gather(timelines, "what the adopted plan's segments take")
+    own = msgspec.json.encode(timelines).decode()
+    everywhere = [
+        msgspec.json.decode(text, type=list[Timeline])
+        for text in team.gather(own, "what the adopted plan's segments take")
+    ]
     found: Plan = plan
     if team.rank == 0 and plan.prediction is not None:
         cost = CostTable(cluster)

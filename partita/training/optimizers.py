@@ -21,6 +21,9 @@ import torch
 
 from partita.cost.memory import STATE_ELEMENTS
 from partita.errors import InputError
+from partita.graph import Graph
+from partita.plan import Plan
+from partita.program import ProgramSet, lower
 from partita.program.instructions import Box, Slice
 from partita.training.fused import FusedUpdate
 from partita.training.torch_adapter import clone_optimizer, has_own_step
@@ -120,7 +123,8 @@ class OptimizerFacts:
     """What planning needs to know of an optimizer; `optimizer` itself where there is one.
 
     `update_values`: how many values of a slice's size an update makes on the way. Fused variants make none, most others
-    one at a time. `whole_parameters`: each is updated, and its gradient summed over processes, by one worker.
+    one at a time. `whole_parameters`: each is updated, and its gradient summed over processes, by one worker. `clips`:
+    gradients are clipped by the norm of all of them.
     """
 
     name: str = "SGD"
@@ -128,13 +132,16 @@ class OptimizerFacts:
     kind: Kind = "element"
     update_values: int = 0
     whole_parameters: bool = False
+    clips: bool = False
     optimizer: torch.optim.Optimizer | None = None
 
     @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer | None, *, whole_parameters: bool = False) -> OptimizerFacts:
+    def of(
+        cls, optimizer: torch.optim.Optimizer | None, *, whole_parameters: bool = False, clips: bool = False
+    ) -> OptimizerFacts:
         """`whole_parameters`: they must be whole for another reason than the optimizer."""
         if optimizer is None:
-            return cls(whole_parameters=whole_parameters)
+            return cls(whole_parameters=whole_parameters, clips=clips)
         kind = kind_of(optimizer)
         return cls(
             name=type(optimizer).__name__,
@@ -142,8 +149,13 @@ class OptimizerFacts:
             kind=kind,
             update_values=0 if kind == "element" and fused_agrees(optimizer) else 1,
             whole_parameters=whole_parameters or kind != "element",
+            clips=clips,
             optimizer=optimizer,
         )
+
+    def lowered(self, graph: Graph, plan: Plan) -> ProgramSet:
+        """The programs of a plan for training with the optimizer."""
+        return lower(graph, plan, whole_parameters=self.whole_parameters, clips=self.clips)
 
 
 def state_elements(optimizer: torch.optim.Optimizer) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import msgspec
 import torch
 from torch import nn
 
+from partita import errors
 from partita.cluster import Cluster
 from partita.cluster.job import current_job
 from partita.cluster.measure import measure_network
@@ -26,7 +28,8 @@ from partita.runtime.allocator import keep_freed_memory, let_go_of_garbage
 from partita.runtime.segments import CompileWarning
 from partita.runtime.transport import Transport
 from partita.training.adopt import Adoption
-from partita.training.arguments import check_planning, check_running, check_task
+from partita.training.arguments import check_norm, check_planning, check_running, check_task
+from partita.training.checkpoint.settings import Checkpoints
 from partita.training.described import described_plan, described_planner, is_described_gpus
 from partita.training.events import PlanChosen, WarningRaised, emit
 from partita.training.inputs import BatchLeaves, take_apart
@@ -45,7 +48,8 @@ from partita.training.planning import (
 from partita.training.remembered import Memory
 from partita.training.replicated import ReplicatedStep
 from partita.training.runners import LossFn, named_state
-from partita.training.step import Step, StepSetup, make_runner
+from partita.training.setup import StepSetup, make_runner
+from partita.training.step import Step
 from partita.training.sync import Exact, GradientMethod, Method, ReplicaMethod, method_of
 from partita.training.trial import fits
 
@@ -146,6 +150,9 @@ def parallelize(
     cluster: Cluster | None = None,
     timeout_s: float = 120.0,
     check_finite: Literal["step", "op", "off"] = "step",
+    clip_grad_norm: float | None = None,
+    checkpoints: str | os.PathLike[str] | Checkpoints | None = None,
+    resume: Literal["auto", "never"] = "auto",
 ) -> Step:
     """Makes the training step of a model, split by a plan over the workers of this machine or job.
 
@@ -158,17 +165,23 @@ def parallelize(
             (`Step.is_settled`); what is adopted is remembered for the next run. `Constraints` fix corners and take the
             best predicted plan; a `Plan` is used as it is.
         sync: how processes are brought together: "exact", so that the mathematics is that of plain PyTorch, or a method
-        of
-            `partita.sync` or its name, which sends fewer bytes. Inside a process training is always exact.
+            of `partita.sync` or its name, which sends fewer bytes. Inside a process training is always exact.
         compile: True or False fixes whether segments are compiled; "auto" leaves it to the plan.
         cluster: default: detected.
         timeout_s: limit of every wait for another process or worker, seconds; when the job starts as well.
         check_finite: "step" raises instead of updating if the loss is NaN or infinite, "op" names the op as well (each
             step then costs twice), "off" does not look.
+        clip_grad_norm: limit of the 2-norm of all gradients together, as of `torch.nn.utils.clip_grad_norm_`, exact
+            under every plan; `StepResult.grad_norm` tells the norm before. `math.inf` only tells it. Replicas clip each
+            its own.
+        checkpoints: a folder for them, or `Checkpoints`, which says when they are written.
+        resume: "auto" goes on from the latest checkpoint there if there is one, with the step count, random states and
+            whatever was saved besides; "never" starts anew and leaves them alone.
 
     Raises:
         InputError: something given cannot be used; says what must hold and what to change.
         PlanError: the plan belongs to another model or cluster, or cannot be had.
+        CheckpointError: the checkpoint to go on from is damaged, or of another model or optimizer.
 
     Example:
         >>> step = partita.parallelize(model, optimizer, loss_fn, batch)
@@ -179,11 +192,15 @@ def parallelize(
     method = method_of(sync)
     if check_finite not in ("step", "op", "off"):
         raise InputError(f'check_finite must be "step", "op" or "off", but got {check_finite!r}')
+    if resume not in ("auto", "never"):
+        raise InputError(f'resume must be "auto" or "never", but got {resume!r}')
+    settings = Checkpoints.of(checkpoints)
     if not isinstance(plan, (Plan, Constraints)) and plan != "auto":
         raise InputError(f'plan must be "auto", a Plan or Constraints, but got {plan!r}')
     _check_runs(plan)
     check_task(model, loss_fn, cluster)
     check_running(compile, timeout_s)
+    check_norm(clip_grad_norm)
     take_apart(batch)  # raises if it is none
     check_optimizer(optimizer, dict(model.named_parameters()))
     method.check(optimizer)
@@ -210,6 +227,8 @@ def parallelize(
         timeout_s=timeout_s,
         check_finite=check_finite,
         sync=method if isinstance(method, GradientMethod) and not isinstance(method, Exact) else None,
+        clip_norm=clip_grad_norm,
+        checkpoints=settings,
     )
     _equalise(setup, method)
     request = _Request(plan=plan, compile=compile)
@@ -221,6 +240,12 @@ def parallelize(
         step: Step = ReplicatedStep(setup, method, batch, make)
     else:
         step = make(setup, batch)
+    if resume == "auto":
+        try:
+            step.resume()
+        except BaseException:
+            step.close()
+            raise
     emit(PlanChosen(plan=step.plan, time_s=time.perf_counter() - start_s))
     return step
 
@@ -346,7 +371,7 @@ def _make_step(setup: StepSetup, decision: _Decision, leaves: BatchLeaves, start
         graph=graph,
         make=lambda plan: make_runner(setup, plan, graph, setup.model, setup.optimizer),
         team=setup.team,
-        whole_parameters=setup.facts.whole_parameters,
+        facts=setup.facts,
         started_s=start_s,
         can_undo=lambda: fits(setup.model, setup.optimizer),
         reprice=lambda plan, programs, timelines: observed_plan(
@@ -403,10 +428,13 @@ def _candidates(
             plans = ranked_plans(graph, setup.cluster, cost, constraints, facts, values=values, refines=refines)
         except PlanError as found:
             error = found
-    shared = setup.team.from_first(error if error is not None else [plan.to_json() for plan in plans])
-    if isinstance(shared, Exception):
-        raise shared
-    return tuple(Plan.from_json(text) for text in shared)
+    if error is not None and setup.team.is_alone:
+        raise error
+    told = type(error).__name__, str(error)
+    (kind, problem), texts = setup.team.from_first((told, [plan.to_json() for plan in plans]))
+    if kind != "NoneType":
+        raise error or getattr(errors, kind)(problem)
+    return tuple(Plan.from_json(text) for text in texts)
 
 
 def _finalists(candidates: tuple[Plan, ...]) -> list[Plan]:

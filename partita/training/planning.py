@@ -16,7 +16,7 @@ from partita.errors import CaptureError, InfeasibleError, PlanError
 from partita.graph.graph import Graph
 from partita.plan import Constraints, Plan, Worker, cluster_fingerprint
 from partita.planner.search import search
-from partita.program import ProgramSet, Timeline, check, lower, microbatch_verdict
+from partita.program import ProgramSet, Timeline, check, microbatch_verdict
 from partita.runtime.overheads import measure_overheads
 from partita.simulator import shared_bytes, simulate
 from partita.training.measuring import PartMeasurer, StepValues
@@ -69,7 +69,7 @@ class Evaluator:
         return self._simulated(programs, plan)
 
     def _lowered(self, plan: Plan) -> ProgramSet:
-        programs = lower(self.graph, plan, whole_parameters=self.facts.whole_parameters)
+        programs = self.facts.lowered(self.graph, plan)
         check(programs)
         return programs
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,28 +11,26 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
-from partita.arguments import path_of
 from partita.cluster import Cluster
 from partita.cluster.model import Process
 from partita.errors import InputError
 from partita.plan import Plan
 from partita.program.timeline import Timeline
-from partita.runtime.background import Courier, Errand
-from partita.runtime.ending import Order, close_at_end
-from partita.runtime.failure import Failure
-from partita.runtime.transport import Line, Session
-from partita.training.checkpoint import read_checkpoint
+from partita.training.checkpoint.contents import Ownership
+from partita.training.checkpoint.saver import Source
+from partita.training.exchanges import Exchanges
 from partita.training.inputs import take_apart
 from partita.training.job import Team
+from partita.training.keeping import Also, Folder
 from partita.training.loading import ShardedBatch
 from partita.training.runners import apply_gradients
-from partita.training.step import Step, StepResult, StepSetup, save_state
+from partita.training.setup import StepResult, StepSetup
+from partita.training.step import Step
 from partita.training.sync.method import Peers
 from partita.training.sync.replica import Replica, ReplicaMethod, ReplicaSync
 from partita.units import split_evenly
 
 MakeInner = Callable[[StepSetup, Any], Step]  # from the setup and a batch of the inner step
-COURIER_TIME_S = 2.0  # that an exchange in the background gets to end
 
 
 def own_cluster(cluster: Cluster, rank: int) -> Cluster:
@@ -65,9 +62,11 @@ class ReplicatedStep(Step):
         assert setup.transport is not None
         self._setup, self._method, self._make_inner = setup, method, make
         self._rank, self._num_replicas = setup.team.rank, setup.team.num_processes
-        self._exchanges = Exchanges(setup)
+        self._exchanges = Exchanges(setup.transport, setup.timeout_s, "replicas")
+        self._keeper = setup.keeper(method)
         self._sync: ReplicaSync | None = None
-        self._inner = make(setup, batch) if method.exact_steps else self._apart(batch)
+        together = dataclasses.replace(setup, checkpoints=None, tells=False)  # the inner step is nobody's
+        self._inner = make(together, batch) if method.exact_steps else self._apart(batch)
         self._num_steps = 0
 
     # As any step -----------------------------------------------------------------------------------------------------
@@ -86,37 +85,33 @@ class ReplicatedStep(Step):
         return self._num_steps
 
     @property
-    def compression_error(self) -> float:
-        """The share of the last exchange that was not sent (0: all of it was)."""
-        return self._sync.error if self._sync is not None else 0.0
-
-    @property
-    def staleness(self) -> int:
-        """By how many steps what was applied last was late."""
-        return self._sync.staleness if self._sync is not None else 0
-
-    @property
     def bytes_sent(self) -> int:
         """What this process has sent to other replicas so far, between steps as well."""
         return self._exchanges.bytes_sent
 
-    def __call__(self, batch: Any) -> StepResult:
+    def __call__(self, batch: Any, *, update: bool = True) -> StepResult:
         start_s, sent = time.perf_counter(), self._exchanges.bytes_sent
         if self._sync is None and self._num_steps >= self._method.exact_steps:
             self._inner.sync_to(self._setup.model)
             self._inner.close()
             self._inner = self._apart(batch)
-        result = self._inner(batch if self._sync is None else self._own_rows(batch))
-        self._num_steps += 1
-        if self._sync is not None:
+        result = self._inner(batch if self._sync is None else self._own_rows(batch), update=update)
+        self._num_steps += update
+        if self._sync is not None and update:
             with torch.no_grad():
                 self._sync.after_step(self._num_steps)
-        return dataclasses.replace(
+        result = dataclasses.replace(
             result,
             step=self._num_steps,
             step_time_s=time.perf_counter() - start_s,
             bytes_sent=result.bytes_sent + self._exchanges.bytes_sent - sent,
+            compression_error=self._sync.error if self._sync is not None else result.compression_error,
+            staleness=self._sync.staleness if self._sync is not None else 0,
         )
+        self._tell(result)
+        if update:
+            self._keeper.save_if_due(self._num_steps, self.source)
+        return result
 
     def rows_needed(self, num_rows: int) -> tuple[int, int]:
         """First and last (excluded) row of a global batch that this replica trains on."""
@@ -143,34 +138,46 @@ class ReplicatedStep(Step):
                 for value, kept in zip(self._setup.model.state_dict().values(), before, strict=True):
                     value.copy_(kept)
 
-    def save(self, folder: str | os.PathLike[str]) -> str:
-        """Writes a checkpoint of what the replicas agree on now: the mean of their weights, from which all go on, the
-        optimizer's state of rank 0, and the method's."""
+    def source(self) -> Source:
+        """What a checkpoint is written from: what the replicas agree on now, the mean of their weights, from which all
+        go on; and of each replica the optimizer's state and the method's."""
         if self._sync is None:
-            return self._inner.save(folder)
+            return dataclasses.replace(self._inner.source(), step=self._num_steps)
         self._settle()
         with torch.no_grad():
             self._sync.equalise()
-        return save_state(
-            self._setup, path_of(folder, "the folder of step.save"), self._num_steps, extra={"sync": self._sync.state()}
+        setup, everyone = self._setup, tuple(range(self._num_replicas))
+        names = [*dict(setup.model.named_parameters()), *dict(setup.model.named_buffers())]
+        return dataclasses.replace(
+            self._inner.source(),
+            step=self._num_steps,
+            ownership=lambda: Ownership(num_processes=len(everyone), owners=dict.fromkeys(names, everyone)),
+            collect=lambda: None,  # every replica has everything
+            own_optimizer=True,
+            sync={"replica": self._sync.state()},
         )
 
-    def load(self, folder: str | os.PathLike[str]) -> None:
-        """Continues from the latest complete checkpoint in `folder`, of whatever plan and method.
+    def load(self, folder: Folder | None = None, *, also: Also | None = None) -> None:
+        """Continues from the latest checkpoint in `folder` that is as it was written, of whatever plan, method and
+        number of processes. Replicas go on with states of their own if as many were saved by the same method.
 
         Raises:
-            CheckpointError: none is complete, or it belongs to another model or optimizer. Nothing was changed.
+            CheckpointError: none is complete and undamaged, or it belongs to another model or optimizer. Nothing was
+                changed.
         """
         if self._sync is not None:
             self._settle()
-        self._inner.load(folder)
-        self._num_steps = self._inner.num_steps
+        loaded = self._keeper.load(folder, also)
+        self._inner.take_loaded(dataclasses.replace(loaded, sync={}))
+        self._num_steps = loaded.step
         if self._sync is not None:
             with torch.no_grad():
-                self._sync.resume(read_checkpoint(path_of(folder, "the folder of step.load")).extra.get("sync"))
+                self._sync.resume(loaded.sync.get("replica"))
 
     def close(self) -> None:
-        """Ends the workers. The model and optimizer keep what this replica has trained."""
+        """Ends the workers, and completes a checkpoint that is being written. The model and optimizer keep what this
+        replica has trained."""
+        self._keeper.close()
         self._inner.close()
         self._exchanges.close()
 
@@ -199,6 +206,8 @@ class ReplicatedStep(Step):
             team=Team(),
             transport=None,
             sync=None,
+            checkpoints=None,
+            tells=False,
             due=self._sync.due if self._sync.takes_gradients else None,
         )
         return self._make_inner(alone, self._own_rows(batch))
@@ -235,40 +244,3 @@ class ReplicatedStep(Step):
         parameters = dict(self._setup.model.named_parameters())
         for gradients in self._sync.settle():
             apply_gradients(self._setup.optimizer, parameters, gradients)
-
-
-class Exchanges:
-    """The lines between replicas, one of them with a thread of its own for exchanges in the background."""
-
-    def __init__(self, setup: StepSetup) -> None:
-        assert setup.transport is not None
-        everyone = tuple(range(setup.team.num_processes))
-        self._session: Session = setup.transport.session()
-        self._timeout_s = setup.timeout_s
-        self._failure = Failure()
-        self.line: Line = self._session.line(everyone, setup.timeout_s)
-        self._courier = Courier(self._session.line(everyone, setup.timeout_s), self._failure, "replicas")
-        self._session.on_failure(self._on_peer_failure)
-        self._closed = False
-        close_at_end(self, Order.WORKERS)
-
-    @property
-    def bytes_sent(self) -> int:
-        return self.line.bytes_sent + self._courier.line.bytes_sent
-
-    def errand(self, key: str, call: Callable[[Line], list[torch.Tensor]]) -> Errand:
-        return Errand(key, call, self._courier, self._failure, self._timeout_s)
-
-    def _on_peer_failure(self, error: BaseException) -> None:
-        self._failure.record(error)
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self._courier.close()
-        self._courier.join(COURIER_TIME_S)
-        self._session.close(at_rest=not self._courier.is_alive())
-
-    def at_end(self) -> None:
-        self.close()

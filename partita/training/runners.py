@@ -7,7 +7,6 @@ cannot be captured and the baseline that every plan must beat.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
 from partita.training.optimizers import Kind, OptimizerShards, by_fused_kernels, fused_agrees, kind_of
 from partita.training.sync.method import GradientMethod
-from partita.training.sync.sums import form_sum
+from partita.training.sync.sums import Sums
 from partita.units import fingerprint
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
@@ -38,11 +37,17 @@ Due = Callable[[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one step gave. `bytes_sent` counts messages of this process to others."""
+    """What one step gave. `bytes_sent` counts messages of this process to others; `norm` is that of all gradients
+    before they were clipped, where they are; `error` as of `Sums`."""
 
     loss: float
     bytes_sent: int = 0
     timeline: Timeline | None = None
+    norm: float | None = None
+    error: float = 0.0
+
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and (self.norm is None or math.isfinite(self.norm))
 
 
 class Runner(Protocol):
@@ -54,11 +59,15 @@ class Runner(Protocol):
         leaves: BatchLeaves,
         *,
         update: bool = True,
+        accumulate_only: bool = False,
+        continues: bool = True,
         record: bool = False,
         finite_only: bool = False,
     ) -> Outcome:
-        """Runs one step on the global batch; without `update` neither parameters nor buffers change, with `finite_only`
-        no parameter does if the loss is NaN or infinite."""
+        """Runs one step on the global batch; without `update` neither parameters nor buffers change, with
+        `accumulate_only` its gradients are added to those of the next step instead of being applied; without
+        `continues` what was accumulated before is dropped. With `finite_only` no parameter changes if the loss is NaN
+        or infinite."""
         ...
 
     def collect(self) -> None:
@@ -67,6 +76,14 @@ class Runner(Protocol):
 
     def load_state(self) -> None:
         """Takes the optimizer's state from the user's optimizer."""
+        ...
+
+    def sync_states(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What the method of synchronisation keeps from step to step, by sum."""
+        ...
+
+    def load_sync(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Goes on from the states of sums that this runner has as well."""
         ...
 
     def close(self) -> None:
@@ -96,6 +113,7 @@ class GraphRunner:
         compiled: overrides the plan's choice.
         sync: how gradients are summed over processes; None: exactly.
         due: what the optimizer is to apply instead of a step's gradients, one after the other, by parameter's name.
+        clip_norm: limit of the norm of all gradients; None: they are not clipped.
     """
 
     def __init__(
@@ -111,6 +129,7 @@ class GraphRunner:
         compiled: bool | None = None,
         sync: GradientMethod | None = None,
         due: Due | None = None,
+        clip_norm: float | None = None,
     ) -> None:
         self.graph, self.plan, self.process = graph, plan, process
         self.parameters, self.buffers = named_state(model)
@@ -119,10 +138,10 @@ class GraphRunner:
                 self.buffers[item.name] = self.parameters[item.name].detach()
         self.optimizer = optimizer
         self._settled = False  # whether there was an update
-        self._due = due
+        self._due, self._clip_norm = due, clip_norm
         self.kind: Kind = kind_of(optimizer) if due is None else "coupled"
         needs_whole = self.kind != "element" or (sync is not None and sync.needs_whole_parameters)
-        self.programs: ProgramSet = lower(graph, plan, whole_parameters=needs_whole)
+        self.programs: ProgramSet = lower(graph, plan, whole_parameters=needs_whole, clips=clip_norm is not None)
         check(self.programs)
         self.held = dict(self.programs.held.get(process, {}))
         self._stored = {
@@ -149,6 +168,7 @@ class GraphRunner:
         constants = {item.name: graph.constants[item.name] for item in graph.inputs_of(InputKind.CONSTANT)}
         values = {name: value.detach() for name, value in self._stored.items()}
         shapes = {name: tuple(value.shape) for name, value in values.items()}
+        self.sums = None if sync is None else Sums(sync, shapes, process)
         self._engine = Engine(
             self.programs,
             plan,
@@ -158,7 +178,7 @@ class GraphRunner:
             transport=transport,
             timeout_s=timeout_s,
             compiled=compiled,
-            sum_gradients=None if sync is None else functools.partial(form_sum, sync, shapes, process),
+            sum_gradients=None if self.sums is None else self.sums.form,
         )
 
     def step(
@@ -167,6 +187,8 @@ class GraphRunner:
         leaves: BatchLeaves,
         *,
         update: bool = True,
+        accumulate_only: bool = False,
+        continues: bool = True,
         record: bool = False,
         finite_only: bool = False,
     ) -> Outcome:
@@ -177,20 +199,31 @@ class GraphRunner:
             row_offsets=leaves.offsets,
             update=update,
             commit_buffers=update,
+            accumulate_only=accumulate_only,
+            continues=continues,
             record=record,
             finite_only=finite_only,
+            most_norm=math.inf if self._clip_norm is None else self._clip_norm,
         )
+        outcome = Outcome(
+            float(done.loss),
+            done.bytes_sent,
+            done.timeline,
+            None if accumulate_only else done.norm,
+            0.0 if self.sums is None else self.sums.error,
+        )
+        applies = update and not accumulate_only and (outcome.is_finite() or not finite_only)
         if update and not self._settled:
             # The first update made the optimizer's state in the places of tensors of the step, which now find none.
             give_back_freed_memory()
             self._settled = True
-        if update and self.kind == "coupled" and not (finite_only and not math.isfinite(float(done.loss))):
+        if applies and self.kind == "coupled":
             if self._due is None:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
             else:
                 apply_due(self._due, self.optimizer, self.parameters)
-        return Outcome(float(done.loss), done.bytes_sent, done.timeline)
+        return outcome
 
     def rows_needed(self) -> tuple[int, int]:
         """First and last (excluded) row of the global batch that this process' workers read."""
@@ -226,6 +259,13 @@ class GraphRunner:
         """Takes the state from the user's optimizer."""
         if self._shards is not None:
             self._shards.load()
+
+    def sync_states(self) -> dict[str, dict[str, torch.Tensor]]:
+        return self.sums.states() if self.sums is not None else {}
+
+    def load_sync(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        if self.sums is not None:
+            self.sums.load(states)
 
     def close(self) -> None:
         self._engine.close()
@@ -313,12 +353,14 @@ class BlockRunner:
         process: int = 0,
         transport: Transport | None = None,
         due: Due | None = None,
+        clip_norm: float | None = None,
     ) -> None:
-        self.model, self.optimizer, self._due = model, optimizer, due
+        self.model, self.optimizer, self._due, self._clip_norm = model, optimizer, due, clip_norm
         self.num_threads = num_threads
         self.process, self.transport = process, transport
         self._loss = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
         self._is_fused = fused_agrees(optimizer)
+        self._has_accumulated = False  # whether parameters have gradients that were not applied
 
     def step(
         self,
@@ -326,6 +368,8 @@ class BlockRunner:
         leaves: BatchLeaves,
         *,
         update: bool = True,
+        accumulate_only: bool = False,
+        continues: bool = True,
         record: bool = False,
         finite_only: bool = False,
     ) -> Outcome:
@@ -334,19 +378,22 @@ class BlockRunner:
                 "a block of plain PyTorch needs all rows of the batch, but partita.data.sharded read those of this "
                 "process only; pass the loader's batches as they are"
             )
-        loss = torch.zeros((), dtype=torch.float64)
+        told = torch.zeros(2, dtype=torch.float64)  # loss, and the norm of the gradients
         if self.process == 0:
             with _threads(self.num_threads):
-                loss = self._compute(batch, update, finite_only)
-        if self.transport is None:
-            return Outcome(loss.item())
-        loss = loss.double()
-        Team(self.transport).spread([loss])
-        return Outcome(float(loss))
+                told = self._compute(batch, update, accumulate_only, continues, finite_only)
+        if self.transport is not None:
+            Team(self.transport).spread([told])
+        loss, norm = told.tolist()
+        return Outcome(loss, norm=None if self._clip_norm is None or accumulate_only else norm)
 
-    def _compute(self, batch: Any, update: bool, finite_only: bool) -> torch.Tensor:
+    def _compute(
+        self, batch: Any, update: bool, accumulate_only: bool, continues: bool, finite_only: bool
+    ) -> torch.Tensor:
         saved = None if update else [buffer.clone() for buffer in self.model.buffers()]
-        self.optimizer.zero_grad(set_to_none=True)
+        kept = None if update else [parameter.grad for parameter in self.model.parameters()]
+        if not self._has_accumulated or not continues or not update:
+            self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(self.model, batch)
         if not isinstance(loss, torch.Tensor):
             raise InputError(
@@ -358,8 +405,28 @@ class BlockRunner:
                 f"loss_fn must return a scalar tensor that depends on the model's parameters, but got shape "
                 f"{tuple(loss.shape)} with requires_grad={loss.requires_grad}"
             )
-        loss.backward()
-        if update and not (finite_only and not math.isfinite(loss.item())):
+        norm, is_finite = 0.0, math.isfinite(loss.item())
+        if is_finite or not (accumulate_only and finite_only):  # gradients of NaN would spoil the others
+            loss.backward()
+        if accumulate_only:
+            self._has_accumulated = True
+        else:
+            norm = self._apply(is_finite, update, finite_only)
+        if saved is not None and kept is not None:
+            with torch.no_grad():
+                for buffer, old in zip(self.model.buffers(), saved, strict=True):
+                    buffer.copy_(old)
+            for parameter, gradient in zip(self.model.parameters(), kept, strict=True):
+                parameter.grad = gradient
+        return torch.tensor([loss.item(), norm], dtype=torch.float64)
+
+    def _apply(self, is_finite: bool, update: bool, finite_only: bool) -> float:
+        """Clips and applies the gradients that parameters have; their norm before."""
+        norm = 0.0
+        if self._clip_norm is not None:
+            norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm))
+        applies = update and (not finite_only or (is_finite and math.isfinite(norm)))
+        if applies:
             if self._due is not None:
                 apply_due(self._due, self.optimizer, dict(self.model.named_parameters()))
             else:
@@ -367,11 +434,8 @@ class BlockRunner:
                     self.optimizer.step()
         else:
             self.optimizer.zero_grad(set_to_none=True)
-        if saved is not None:
-            with torch.no_grad():
-                for buffer, old in zip(self.model.buffers(), saved, strict=True):
-                    buffer.copy_(old)
-        return loss.detach()
+        self._has_accumulated = self._has_accumulated and not update
+        return norm
 
     def collect(self) -> None:
         """The user's optimizer holds its own state."""
@@ -381,6 +445,12 @@ class BlockRunner:
 
     def take_weights(self) -> None:
         """The user's model holds the weights."""
+
+    def sync_states(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {}  # one process computes: nothing is summed
+
+    def load_sync(self, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """There is nothing to go on with."""
 
     def close(self) -> None:
         """Nothing runs between steps."""

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import torch
 from torch import nn
 
-from partita.arguments import path_of
-from partita.cluster import Cluster
 from partita.errors import (
     CaptureError,
     InputError,
@@ -33,20 +27,20 @@ from partita.plan import Plan
 from partita.program.timeline import Timeline
 from partita.runtime.allocator import let_go_of_garbage
 from partita.runtime.large_pages import use_large_pages
-from partita.runtime.transport import Transport
 from partita.training.adopt import Adoption
 from partita.training.arguments import check_sync_target
-from partita.training.checkpoint import read_checkpoint, write_checkpoint
-from partita.training.collecting import collect_all
+from partita.training.checkpoint.loader import Loaded
+from partita.training.checkpoint.saver import Saving, Source
+from partita.training.collecting import collect_all, ownership_of
 from partita.training.diagnose import first_non_finite
-from partita.training.events import Checkpointed, StepFinished, WarningRaised, emit, is_heard
+from partita.training.events import StepFinished, WarningRaised, emit, is_heard
 from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure
-from partita.training.job import Team
+from partita.training.keeping import Also, Folder
 from partita.training.loading import ShardedBatch, whole_shape
-from partita.training.optimizers import OptimizerFacts, check_optimizer
+from partita.training.optimizers import check_optimizer
 from partita.training.planning import TooFewRowsError, adapted_plan, block_plan
-from partita.training.runners import BlockRunner, Due, GraphRunner, LossFn, Outcome, owners_differ
-from partita.training.sync.method import GradientMethod
+from partita.training.runners import BlockRunner, GraphRunner, Outcome, owners_differ
+from partita.training.setup import StepResult, StepSetup, make_runner
 from partita.training.torch_adapter import mark_stepped
 from partita.training.trial import Snapshot
 from partita.training.watch import Watch
@@ -55,43 +49,6 @@ from partita.units import MIB
 CALM_STEPS = 3  # by the adopted plan; afterwards its memory is where it stays
 LEAST_PAGED_BYTES = 16 * MIB  # of parameters, gradients and states: below, they fit the caches
 MAX_GRAPHS = 8  # batch shapes and states of the model that are captured; further ones run as one block
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one step gave. `loss` is that of the whole global batch; `bytes_sent` counts this process' messages."""
-
-    loss: float
-    step: int
-    step_time_s: float
-    num_samples: int
-    bytes_sent: int
-
-    @property
-    def samples_per_s(self) -> float:
-        return self.num_samples / self.step_time_s if self.step_time_s > 0 else 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepSetup:
-    """Everything that a `Step` works with."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    loss_fn: LossFn
-    cluster: Cluster
-    team: Team
-    transport: Transport | None
-    timeout_s: float
-    check_finite: Literal["step", "op", "off"]
-    sync: GradientMethod | None = None  # how gradients are summed over processes; None: exactly
-    due: Due | None = None  # what the optimizer applies instead of a step's gradients
-
-    @functools.cached_property
-    def facts(self) -> OptimizerFacts:
-        """What planning needs to know of the optimizer: found by experiments, once."""
-        whole = self.due is not None or (self.sync is not None and self.sync.needs_whole_parameters)
-        return OptimizerFacts.of(self.optimizer, whole_parameters=whole)
 
 
 class Step:
@@ -115,6 +72,9 @@ class Step:
         self._plan = plan
         self._first_key = first.key
         self._num_steps = 0
+        self._keeper = setup.keeper(setup.sync)
+        self._is_accumulating = False  # whether gradients of earlier batches wait for the next update
+        self._sync_states: dict[str, dict[str, torch.Tensor]] = {}  # loaded, for the next runner
         self._record = False
         self._timeline: Timeline | None = None
         self._failure: BaseException | None = None
@@ -160,8 +120,14 @@ class Step:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def __call__(self, batch: Any) -> StepResult:
+    def __call__(self, batch: Any, *, update: bool = True) -> StepResult:
         """Trains one step on the global batch.
+
+        Args:
+            batch: of the structure that `parallelize` was given.
+            update: False adds the batch's gradients to those of the next batches instead of applying them, as
+                ``loss.backward()`` without ``optimizer.step()`` does; those batches must have one shape. `num_steps`
+                counts updates. (Divide the loss by their number for the mean over them.)
 
         Raises:
             InputError: the batch has another structure than the first one, or is empty.
@@ -180,7 +146,7 @@ class Step:
         if self._setup.transport is not None:
             self._setup.transport.note(f"step {self._num_steps + 1} with a batch of {leaves.rows} rows")
         try:
-            outcome = self._run(runner, leaves, batch)
+            outcome = self._run(runner, leaves, batch, update)
         except (StepError, torch.distributed.DistBackendError) as error:
             self._failure = error
             raise
@@ -189,7 +155,13 @@ class Step:
                 f"the loss must be finite, but got {outcome.loss} in step {self._num_steps + 1}; no parameter was "
                 'updated. Look at the batch and the learning rate; check_finite="op" tells which op produced it'
             )
-        self._num_steps += 1
+        self._is_accumulating = not update
+        if self._setup.check_finite != "off" and not outcome.is_finite():
+            raise NonFiniteLossError(
+                f"the norm of the gradients must be finite, but got {outcome.norm} in step {self._num_steps + 1}; no "
+                "parameter was updated. Look at the batch and the learning rate"
+            )
+        self._num_steps += update
         if self._record:
             self._timeline = outcome.timeline or self._timeline
         self._mark_stepped()
@@ -200,11 +172,17 @@ class Step:
             step_time_s=time.perf_counter() - start_s,
             num_samples=leaves.rows,
             bytes_sent=outcome.bytes_sent,
+            grad_norm=outcome.norm,
+            compression_error=outcome.error,
         )
-        if is_heard():
-            process = self._setup.team.rank
-            emit(StepFinished(**dataclasses.asdict(result), process=process))
+        self._tell(result)
+        if update:
+            self._keeper.save_if_due(self._num_steps, self.source)
         return result
+
+    def _tell(self, result: StepResult) -> None:
+        if self._setup.tells and is_heard():
+            emit(StepFinished(**dataclasses.asdict(result), process=self._setup.team.rank))
 
     def rows_needed(self, num_rows: int) -> tuple[int, int]:
         """First and last (excluded) row that this process needs of a global batch of `num_rows` rows.
@@ -246,44 +224,60 @@ class Step:
             )
         model.load_state_dict(values)
 
-    def save(self, folder: str | os.PathLike[str]) -> str:
-        """Writes a checkpoint of weights, optimizer, step count and random state; any plan can load it.
+    def save(self, folder: Folder | None = None, *, also: Also | None = None) -> str:
+        """Writes a checkpoint of weights, optimizer, step count, random states and the method of synchronisation; any
+        plan can load it. In a job every process calls it, and writes its part.
 
-        The previous checkpoint stays until the new one is complete. Returns the path of the new one.
-        """
-        folder = path_of(folder, "the folder of step.save")
-        self._collect()
-        return save_state(self._setup, folder, self._num_steps)
+        The previous checkpoint stays until the new one is complete.
 
-    def load(self, folder: str | os.PathLike[str]) -> None:
-        """Continues from the latest complete checkpoint in `folder`, whatever plan wrote it.
+        Args:
+            folder: of the checkpoints; None: that of `parallelize(checkpoints=...)`.
+            also: what else to save, by name: schedulers, loaders, anything with `state_dict`.
+
+        Returns:
+            The path of the new one.
 
         Raises:
-            CheckpointError: none is complete, or it belongs to another model or optimizer. Nothing was changed.
+            CheckpointError: the disk refuses; earlier ones are complete.
         """
-        folder, start_s = path_of(folder, "the folder of step.load"), time.perf_counter()
-        found = read_checkpoint(folder, like=self._setup.model.state_dict(), optimizer=self._setup.optimizer)
-        with torch.no_grad():
-            own = self._setup.model.state_dict()
-            for name, value in found.weights.items():
-                own[name].copy_(value)
-        for runner in self._runners.values():
-            runner.take_weights()
-        self._setup.optimizer.load_state_dict(found.optimizer_state)
-        torch.set_rng_state(found.extra["random_state"])
-        self._num_steps = found.step
-        emit(
-            Checkpointed(
-                action="loaded",
-                path=str(folder),
-                step=found.step,
-                num_bytes=sum(t.numel() * t.element_size() for t in found.weights.values()),
-                time_s=time.perf_counter() - start_s,
-            )
-        )
+        return self._begin_saving(folder, also, in_background=False).wait()
+
+    def save_async(self, folder: Folder | None = None, *, also: Also | None = None) -> Saving:
+        """As `save`, but copies everything and writes in the background while training goes on.
+
+        Example:
+            >>> saving = step.save_async("checkpoints/")
+            >>> result = step(batch)
+            >>> path = saving.wait()
+        """
+        return self._begin_saving(folder, also, in_background=True)
+
+    def load(self, folder: Folder | None = None, *, also: Also | None = None) -> None:
+        """Continues from the latest checkpoint in `folder` that is as it was written, whatever plan wrote it. In a job
+        every process calls it.
+
+        Args:
+            folder: of the checkpoints, or one of them; None: that of `parallelize(checkpoints=...)`.
+            also: what else to load the state of, by name.
+
+        Raises:
+            CheckpointError: none is complete and undamaged, or it belongs to another model or optimizer. Nothing was
+                changed.
+        """
+        self._require_open()
+        self.take_loaded(self._keeper.load(folder, also))
+
+    def resume(self) -> bool:
+        """Loads the latest checkpoint of `parallelize(checkpoints=...)`, if there is one; whether there was."""
+        found = self._keeper.has_any()
+        if found:
+            self.load()
+        return found
 
     def close(self) -> None:
-        """Ends the workers. The model and optimizer keep what was trained."""
+        """Ends the workers, and completes a checkpoint that is being written. The model and optimizer keep what was
+        trained."""
+        self._keeper.close()
         if self._failure is None and self._current is not None:
             self._current.collect()
         for hook in self._hooks:
@@ -301,6 +295,32 @@ class Step:
     def _require_open(self) -> None:
         if self._failure is not None:
             raise StepError(f"no further step can be made: {self._failure}") from self._failure
+
+    def take_loaded(self, loaded: Loaded) -> None:
+        """Goes on from what was loaded into model and optimizer; what methods of synchronisation keep from step to
+        step, where it belongs to the same sums."""
+        self._num_steps = loaded.step
+        for runner in self._runners.values():
+            runner.take_weights()
+        self._sync_states = loaded.sync
+        if self._current is not None:
+            self._current.load_sync(self._sync_states)
+
+    def source(self) -> Source:
+        """What a checkpoint is written from: everything as it is now, each process with what it has."""
+        self._require_open()
+        self._collect_local()
+        return Source(
+            step=self._num_steps,
+            model=self._setup.model,
+            optimizer=self._setup.optimizer,
+            ownership=lambda: ownership_of(self._current, self._setup.team.num_processes),
+            collect=self._collect,
+            sync=self._current.sync_states() if self._current is not None else self._sync_states,
+        )
+
+    def _begin_saving(self, folder: Folder | None, also: Also | None, *, in_background: bool) -> Saving:
+        return self._keeper.save(self.source(), folder, also, in_background=in_background)
 
     def _collect_local(self) -> None:
         """Whoever asks his optimizer for its state means that of the steps made here."""
@@ -358,9 +378,15 @@ class Step:
         return graph.fingerprint == old.fingerprint and same_constants
 
     def _runner(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
-        if self._is_adopting(leaves):
+        if self._is_adopting(leaves) and not self._is_accumulating:
             self._next_of_adoption()
         runner = self._runners.get((leaves.key, self._state))
+        if self._is_accumulating and runner is not self._current:
+            self._is_accumulating = False
+            raise InputError(
+                "batches whose gradients are accumulated must have one shape, and the model must not change between "
+                "them, but this batch needs another program; the gradients so far are dropped. Update before it"
+            )
         if runner is None:
             check_structure(leaves.key, self._first_key)
             runner = self._adapt(leaves, batch)
@@ -374,6 +400,7 @@ class Step:
             else:
                 runner.take_weights()
                 runner.load_state()
+                runner.load_sync(self._sync_states)
             self._current = runner
         return runner
 
@@ -384,6 +411,7 @@ class Step:
             self._collect()
         new.take_weights()
         new.load_state()
+        new.load_sync(old.sync_states())
         if isinstance(old, BlockRunner):
             self._setup.optimizer.zero_grad(set_to_none=True)  # nobody else would free these gradients
 
@@ -428,27 +456,42 @@ class Step:
             self._watch = None  # plain PyTorch follows by itself
         self._on_adopted(adoption)
 
-    def _run(self, runner: GraphRunner | BlockRunner, leaves: BatchLeaves, batch: Any) -> Outcome:
+    def _run(self, runner: GraphRunner | BlockRunner, leaves: BatchLeaves, batch: Any, update: bool) -> Outcome:
         """Makes the step; while a plan is being adopted, by the next best plan if this one cannot."""
         while self._adoption is not None and self._is_adopting(leaves):
             adoption, start_s = self._adoption, time.perf_counter()
-            found = self._try(runner, leaves, batch) if adoption.is_first_try else self._once(runner, leaves, batch)
+            make = self._try if adoption.is_first_try else self._once
+            found = make(runner, leaves, batch, update)
             if not isinstance(found, str):
-                adoption.finished(time.perf_counter() - start_s, found.timeline)
+                if update:  # a turn ends with it
+                    adoption.finished(time.perf_counter() - start_s, found.timeline)
                 return found
             adoption.failed(found)
             self._next_of_adoption()
             runner = self._switch(self._first)
-        return self._once(runner, leaves, batch)
+            if self._is_accumulating:
+                self._is_accumulating = False
+                raise InputError(
+                    f"a candidate plan must not fail between batches whose gradients are accumulated, but: {found}. "
+                    "Their gradients are dropped, and another plan is taken: pass these batches again"
+                )
+        return self._once(runner, leaves, batch, update)
 
-    def _once(self, runner: GraphRunner | BlockRunner, leaves: BatchLeaves, batch: Any) -> Outcome:
+    def _once(self, runner: GraphRunner | BlockRunner, leaves: BatchLeaves, batch: Any, update: bool) -> Outcome:
         if self._setup.check_finite == "op":
             self._check_before(runner, batch, leaves)
         finite_only = self._setup.check_finite != "off"
         record = self._record or (self._adoption is not None and self._adoption.records)
-        return runner.step(batch, leaves, record=record, finite_only=finite_only)
+        return runner.step(
+            batch,
+            leaves,
+            accumulate_only=not update,
+            continues=self._is_accumulating,
+            record=record,
+            finite_only=finite_only,
+        )
 
-    def _try(self, runner: GraphRunner | BlockRunner, leaves: BatchLeaves, batch: Any) -> Outcome | str:
+    def _try(self, runner: GraphRunner | BlockRunner, leaves: BatchLeaves, batch: Any, update: bool) -> Outcome | str:
         """A candidate's first step: the reason, with everything as before, if a process cannot make it."""
         assert self._adoption is not None
         saved = Snapshot(self._setup.model, self._setup.optimizer) if self._adoption.can_undo else None
@@ -461,7 +504,7 @@ class Step:
                 finally:
                     torch.set_rng_state(random_state)
                 is_checked = True
-            outcome = self._once(runner, leaves, batch)
+            outcome = self._once(runner, leaves, batch, update)
         except (NonFiniteLossError, PeerLostError, WaitTimeoutError):
             raise  # no fault of the plan, or nobody is left to go on with
         except Exception as found:
@@ -541,59 +584,3 @@ class Step:
         if team.is_alone:
             return
         collect_all(team, self._setup.model, self._setup.optimizer, self._current)
-
-
-def save_state(setup: StepSetup, folder: Path, step: int, *, extra: Mapping[str, Any] | None = None) -> str:
-    """Has rank 0 write model, optimizer and random state, which are current there, with whatever else; the path."""
-    start_s = time.perf_counter()
-    path = ""
-    if setup.team.rank == 0:
-        written = write_checkpoint(
-            folder,
-            step=step,
-            weights=setup.model.state_dict(),
-            optimizer_state=setup.optimizer.state_dict(),
-            extra={"random_state": torch.get_rng_state(), **(extra or {})},
-            optimizer=type(setup.optimizer).__name__,
-        )
-        path = str(written)
-    path = str(setup.team.from_first(path))
-    num_bytes = sum(t.numel() * t.element_size() for t in setup.model.state_dict().values())
-    emit(Checkpointed(action="saved", path=path, step=step, num_bytes=num_bytes, time_s=time.perf_counter() - start_s))
-    return path
-
-
-def make_runner(
-    setup: StepSetup, plan: Plan, graph: Graph | None, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> GraphRunner | BlockRunner:
-    """The runner that a plan asks for. The random state is left as it was: kernels may be measured for it."""
-    with torch.random.fork_rng(devices=[]):
-        return _runner_of(setup, plan, graph, model, optimizer)
-
-
-def _runner_of(
-    setup: StepSetup, plan: Plan, graph: Graph | None, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> GraphRunner | BlockRunner:
-    if plan.mode == "block":
-        return BlockRunner(
-            model,
-            optimizer,
-            setup.loss_fn,
-            compiled=plan.compiled,
-            num_threads=plan.threads_per_worker,
-            process=setup.team.rank,
-            transport=setup.transport,
-            due=setup.due,
-        )
-    assert graph is not None
-    return GraphRunner(
-        graph,
-        plan,
-        model,
-        optimizer,
-        process=setup.team.rank,
-        transport=setup.transport,
-        timeout_s=setup.timeout_s,
-        sync=setup.sync,
-        due=setup.due,
-    )

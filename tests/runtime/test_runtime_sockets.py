@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import random
 import socket
 import threading
 import time
@@ -19,6 +21,7 @@ from partita.program.wire import DIRECT_BYTES, LARGEST_OWN_BYTES, sum_bytes
 from partita.runtime import sockets
 from partita.runtime.processes import ProcessSession, ProcessTransport, TransportWarning
 from partita.runtime.sockets import BrokenLineError, Gate, Mesh, bytes_of, own_address
+from partita.runtime.tokens import SECRET, prove, token_of
 
 
 def meshes(num_processes: int, timeout_s: float = 20.0) -> list[Mesh]:
@@ -169,6 +172,103 @@ def test_strangers_are_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
     end([first, second])
     for one in (silent, liar, *gates):
         one.close()
+
+
+class Chatter(threading.Thread):
+    """Strangers that call again and again, and say anything."""
+
+    def __init__(self, address: Any) -> None:
+        super().__init__(daemon=True)
+        self._address, self.is_over, self.num_calls = address, False, 0
+
+    def run(self) -> None:
+        chance = random.Random(7)
+        kept = []
+        while not self.is_over:
+            with contextlib.suppress(OSError):
+                caller = socket.create_connection(self._address, 1.0)
+                caller.sendall(chance.randbytes(chance.randrange(60)))
+                self.num_calls += 1
+                if chance.random() < 0.5:
+                    caller.close()
+                else:
+                    kept.append(caller)  # says no more
+            time.sleep(0.001)
+        for caller in kept:
+            caller.close()
+
+
+def test_any_number_of_strangers_that_say_anything_do_not_hold_a_job_up() -> None:
+    store = HashStore()
+    gates = [Gate(store, rank, "127.0.0.1") for rank in range(3)]
+    chatter = [Chatter(gate._listener.getsockname()) for gate in gates if gate._listener is not None]
+    for one in chatter:
+        one.start()
+    begin_s = time.monotonic()
+    for line in range(5):
+        made = together([lambda gate=gate, line=line: gate.mesh(1, line, (0, 1, 2), 20.0) for gate in gates])
+        values = [torch.full((5,), float(rank)) for rank in range(3)]
+        together([lambda m=m, v=v: m.all_reduce(v) for m, v in zip(made, values, strict=True)])
+        assert all(value.tolist() == [3.0] * 5 for value in values)
+        end(made)
+    assert time.monotonic() - begin_s < 20
+    for one in chatter:
+        one.is_over = True
+        one.join()
+    assert all(one.num_calls > 10 for one in chatter)
+    for gate in gates:
+        gate.close()
+
+
+def test_who_has_not_the_jobs_secret_is_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    gates = [Gate(store, rank, "127.0.0.1") for rank in range(2)]
+    secret_of = {gate.rank: ("right", "wrong")[gate.rank] for gate in gates}
+    here = threading.local()
+
+    def token(public: str) -> bytes:
+        return token_of(public, {SECRET: secret_of[here.rank]})
+
+    monkeypatch.setattr(sockets, "token_of", token)
+
+    def open_one(gate: Gate) -> Mesh | str:
+        here.rank = gate.rank
+        return gate.mesh(1, 1, (0, 1), 1.5)
+
+    reasons = together([lambda gate=gate: open_one(gate) for gate in gates])
+    assert all(isinstance(reason, str) and "has no connection to" in reason for reason in reasons)
+    for gate in gates:
+        gate.close()
+
+
+@pytest.mark.parametrize("secrets", [["", "", ""], ["a", "a", "a"], ["a", "b", "a"], ["a", "a", ""]])
+def test_processes_prove_that_they_belong_to_the_job(secrets: list[str]) -> None:
+    store = HashStore()
+
+    def attempt(rank: int) -> str:
+        try:
+            prove(store, rank, 3, 5.0, {SECRET: secrets[rank]} if secrets[rank] else {})
+        except StepError as error:
+            return str(error)
+        return ""
+
+    told = together([lambda rank=rank: attempt(rank) for rank in range(3)])
+    for rank, text in enumerate(told):
+        strangers = [other for other in range(3) if secrets[other] != secrets[rank]]
+        assert (f"rank(s) {strangers} have another one than rank {rank}" in text) if strangers else not text
+    written = [store.get(f"{name}/{rank}") for name in ("nonce", "proof") for rank in range(3)]
+    assert all(secret.encode() not in written for secret in secrets if secret)
+
+
+def test_a_proof_of_another_run_is_of_no_use() -> None:
+    first, second = HashStore(), HashStore()
+    run = [
+        lambda rank=rank, store=store: prove(store, rank, 2, 5.0, {SECRET: "x"})
+        for store in (first, second)
+        for rank in (0, 1)
+    ]
+    together(run)
+    assert first.get("proof/0") != second.get("proof/0")
 
 
 def test_if_one_cannot_connect_all_are_told_why() -> None:

@@ -1,0 +1,112 @@
+"""What a training step works with and what it gives, and the runner that a plan asks for."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from partita.cluster import Cluster
+from partita.graph import Graph
+from partita.plan import Plan
+from partita.runtime.transport import Transport
+from partita.training.checkpoint.settings import Checkpoints
+from partita.training.job import Team
+from partita.training.keeping import Keeper
+from partita.training.optimizers import OptimizerFacts
+from partita.training.runners import BlockRunner, Due, GraphRunner, LossFn
+from partita.training.sync.method import GradientMethod
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step gave. `loss` is that of the whole global batch; `bytes_sent` counts this process' messages.
+
+    `grad_norm`: of all gradients, before they were clipped; None unless `parallelize` has a `clip_grad_norm`, and where
+    the step only accumulates. `compression_error`: the share of what was to be sent in the step that was not, by norms;
+    0 of an exact sum. `staleness`: by how many steps what was applied last was late.
+    """
+
+    loss: float
+    step: int
+    step_time_s: float
+    num_samples: int
+    bytes_sent: int
+    grad_norm: float | None = None
+    compression_error: float = 0.0
+    staleness: int = 0
+
+    @property
+    def samples_per_s(self) -> float:
+        return self.num_samples / self.step_time_s if self.step_time_s > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSetup:
+    """Everything that a `Step` works with."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss_fn: LossFn
+    cluster: Cluster
+    team: Team
+    transport: Transport | None
+    timeout_s: float
+    check_finite: Literal["step", "op", "off"]
+    sync: GradientMethod | None = None  # how gradients are summed over processes; None: exactly
+    due: Due | None = None  # what the optimizer applies instead of a step's gradients
+    clip_norm: float | None = None  # limit of the norm of all gradients
+    checkpoints: Checkpoints | None = None
+    tells: bool = True  # whether the step emits `StepFinished`
+
+    @functools.cached_property
+    def facts(self) -> OptimizerFacts:
+        """What planning needs to know of the optimizer: found by experiments, once."""
+        whole = self.due is not None or (self.sync is not None and self.sync.needs_whole_parameters)
+        return OptimizerFacts.of(self.optimizer, whole_parameters=whole, clips=self.clip_norm is not None)
+
+    def keeper(self, method: object) -> Keeper:
+        """Of the step's checkpoints; `method` is how processes are synchronised (None: exactly)."""
+        text = "" if method is None else repr(method)
+        return Keeper(self.model, self.optimizer, self.team, self.transport, self.timeout_s, self.checkpoints, text)
+
+
+def make_runner(
+    setup: StepSetup, plan: Plan, graph: Graph | None, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> GraphRunner | BlockRunner:
+    """The runner that a plan asks for. The random state is left as it was: kernels may be measured for it."""
+    with torch.random.fork_rng(devices=[]):
+        return _runner_of(setup, plan, graph, model, optimizer)
+
+
+def _runner_of(
+    setup: StepSetup, plan: Plan, graph: Graph | None, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> GraphRunner | BlockRunner:
+    if plan.mode == "block":
+        return BlockRunner(
+            model,
+            optimizer,
+            setup.loss_fn,
+            compiled=plan.compiled,
+            num_threads=plan.threads_per_worker,
+            process=setup.team.rank,
+            transport=setup.transport,
+            due=setup.due,
+            clip_norm=setup.clip_norm,
+        )
+    assert graph is not None
+    return GraphRunner(
+        graph,
+        plan,
+        model,
+        optimizer,
+        process=setup.team.rank,
+        transport=setup.transport,
+        timeout_s=setup.timeout_s,
+        sync=setup.sync,
+        due=setup.due,
+        clip_norm=setup.clip_norm,
+    )
