@@ -2,8 +2,9 @@
 
 from partita.training.checkpoint.saver import Saving
 from partita.training.checkpoint.settings import Checkpoints
+from partita.training.membership import Elastic
 from partita.training.parallelize import FallbackWarning, parallelize, plan
 from partita.training.setup import StepResult
 from partita.training.step import Step
 
-__all__ = ["Checkpoints", "FallbackWarning", "Saving", "Step", "StepResult", "parallelize", "plan"]
+__all__ = ["Checkpoints", "Elastic", "FallbackWarning", "Saving", "Step", "StepResult", "parallelize", "plan"]

@@ -11,6 +11,7 @@ import tyro
 from partita.cli.diff import diff
 from partita.cli.doctor import doctor
 from partita.cli.export import export
+from partita.cli.lighthouse import lighthouse
 from partita.cli.plan import plan
 from partita.cli.profile import profile
 from partita.cli.run import run
@@ -27,6 +28,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "export": export,
     "run": run,
     "simulate": simulate,
+    "lighthouse": lighthouse,
 }
 _DESCRIPTION = (
     "Train any PyTorch model on whatever machines are there. TARGET is file.py:function (or package.module:function); "

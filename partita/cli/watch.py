@@ -21,6 +21,7 @@ from partita.training.events import (
     CandidateMeasured,
     Checkpointed,
     Event,
+    MembersChanged,
     PlanChosen,
     StepFinished,
     WarningRaised,
@@ -64,6 +65,9 @@ def describe(event: Event) -> str:
             )
         case WarningRaised():
             return f"warning: {event.subject}: {event.message}"
+        case MembersChanged():
+            place = "receives the state" if event.place is None else f"is number {event.place}"
+            return f"members: {event.num_replicas} from step {event.step} on; this process {place}"
         case Checkpointed():
             return f"checkpoint {event.action}: {event.path}, step {event.step}, {format_bytes(event.num_bytes)}"
 

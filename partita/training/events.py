@@ -72,7 +72,17 @@ class Checkpointed:
     time_s: float
 
 
-Event = PlanChosen | CandidateMeasured | StepFinished | WarningRaised | Checkpointed
+@dataclass(frozen=True, kw_only=True)
+class MembersChanged:
+    """Other processes than before make steps from `step` on: `num_replicas` of them, this one as number `place` (None:
+    it receives the others' state in that step)."""
+
+    num_replicas: int
+    place: int | None
+    step: int
+
+
+Event = PlanChosen | CandidateMeasured | StepFinished | WarningRaised | Checkpointed | MembersChanged
 Callback = Callable[[Event], None]
 
 

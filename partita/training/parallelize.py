@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from partita import errors
+from partita.arguments import told
 from partita.cluster import Cluster
 from partita.cluster.job import current_job
 from partita.cluster.measure import measure_network
@@ -31,10 +32,12 @@ from partita.training.adopt import Adoption
 from partita.training.arguments import check_norm, check_planning, check_running, check_task
 from partita.training.checkpoint.settings import Checkpoints
 from partita.training.described import described_plan, described_planner, is_described_gpus
+from partita.training.elastic import ElasticStep
 from partita.training.events import PlanChosen, WarningRaised, emit
 from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
 from partita.training.measuring import StepValues
+from partita.training.membership import Elastic
 from partita.training.observing import observed_plan
 from partita.training.optimizers import check_optimizer
 from partita.training.overrides import current_override
@@ -151,6 +154,7 @@ def parallelize(
     timeout_s: float = 120.0,
     check_finite: Literal["step", "op", "off"] = "step",
     clip_grad_norm: float | None = None,
+    elastic: Elastic | None = None,
     checkpoints: str | os.PathLike[str] | Checkpoints | None = None,
     resume: Literal["auto", "never"] = "auto",
 ) -> Step:
@@ -174,6 +178,7 @@ def parallelize(
         clip_grad_norm: limit of the 2-norm of all gradients together, as of `torch.nn.utils.clip_grad_norm_`, exact
             under every plan; `StepResult.grad_norm` tells the norm before. `math.inf` only tells it. Replicas clip each
             its own.
+        elastic: processes may come, go and crash while training goes on; each is started by itself.
         checkpoints: a folder for them, or `Checkpoints`, which says when they are written.
         resume: "auto" goes on from the latest checkpoint there if there is one, with the step count, random states and
             whatever was saved besides; "never" starts anew and leaves them alone.
@@ -204,6 +209,7 @@ def parallelize(
     take_apart(batch)  # raises if it is none
     check_optimizer(optimizer, dict(model.named_parameters()))
     method.check(optimizer)
+    _check_elastic(elastic, method)
     override = current_override()
     if override.plan is not None:
         plan = override.plan
@@ -236,8 +242,10 @@ def parallelize(
     def make(setup: StepSetup, batch: Any) -> Step:
         return _made(setup, batch, request, start_s)
 
-    if isinstance(method, ReplicaMethod) and not team.is_alone:
-        step: Step = ReplicatedStep(setup, method, batch, make)
+    if elastic is not None:
+        step: Step = ElasticStep(setup, elastic, batch, make)
+    elif isinstance(method, ReplicaMethod) and not team.is_alone:
+        step = ReplicatedStep(setup, method, batch, make)
     else:
         step = make(setup, batch)
     if resume == "auto":
@@ -248,6 +256,24 @@ def parallelize(
             raise
     emit(PlanChosen(plan=step.plan, time_s=time.perf_counter() - start_s))
     return step
+
+
+def _check_elastic(elastic: object, method: Method) -> None:
+    if elastic is None:
+        return
+    if not isinstance(elastic, Elastic):
+        raise InputError(
+            f"elastic must be partita.Elastic or None, but got {told(elastic)}. Pass e.g. partita.Elastic("
+            'lighthouse="http://10.0.0.1:29510").'
+        )
+    if not isinstance(method, Exact):
+        raise InputError(f'elastic training is exact: use sync="exact", but got {method.name!r}')
+    job = current_job()
+    if job is not None:
+        raise InputError(
+            f"processes of an elastic job must be started each by itself (python train.py), but {job.launcher} says "
+            f"that this is one of {job.world_size}. Start it without, or with one process a launcher"
+        )
 
 
 def _made(setup: StepSetup, batch: Any, request: _Request, start_s: float) -> Step:

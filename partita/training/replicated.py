@@ -27,7 +27,7 @@ from partita.training.runners import apply_gradients
 from partita.training.setup import StepResult, StepSetup
 from partita.training.step import Step
 from partita.training.sync.method import Peers
-from partita.training.sync.replica import Replica, ReplicaMethod, ReplicaSync
+from partita.training.sync.replica import Gradients, Replica, ReplicaMethod, ReplicaSync
 from partita.units import split_evenly
 
 MakeInner = Callable[[StepSetup, Any], Step]  # from the setup and a batch of the inner step
@@ -208,9 +208,13 @@ class ReplicatedStep(Step):
             sync=None,
             checkpoints=None,
             tells=False,
-            due=self._sync.due if self._sync.takes_gradients else None,
+            due=self._due if self._sync.takes_gradients else None,
         )
         return self._make_inner(alone, self._own_rows(batch))
+
+    def _due(self, gradients: Gradients, loss: float) -> list[Gradients]:
+        assert self._sync is not None
+        return self._sync.due(gradients)
 
     def _rows_of(self, num_rows: int) -> tuple[int, int]:
         """First and last (excluded) row of this replica, of so many."""

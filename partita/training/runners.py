@@ -32,7 +32,7 @@ from partita.training.sync.sums import Sums
 from partita.units import fingerprint
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
-Due = Callable[[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]
+Due = Callable[[dict[str, torch.Tensor], float], list[dict[str, torch.Tensor]]]  # from gradients and the loss
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class GraphRunner:
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
             else:
-                apply_due(self._due, self.optimizer, self.parameters)
+                apply_due(self._due, self.optimizer, self.parameters, outcome.loss)
         return outcome
 
     def rows_needed(self) -> tuple[int, int]:
@@ -293,12 +293,12 @@ class GraphRunner:
             )
 
 
-def apply_due(due: Due, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+def apply_due(due: Due, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], loss: float) -> None:
     """Takes the gradients that the parameters have, and applies those that are due instead."""
     made = {name: item.grad for name, item in parameters.items() if item.grad is not None}
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
-        found = due(made)
+        found = due(made, loss)
     for gradients in found:
         apply_gradients(optimizer, parameters, gradients)
 
@@ -411,7 +411,7 @@ class BlockRunner:
         if accumulate_only:
             self._has_accumulated = True
         else:
-            norm = self._apply(is_finite, update, finite_only)
+            norm = self._apply(loss.item(), update, finite_only)
         if saved is not None and kept is not None:
             with torch.no_grad():
                 for buffer, old in zip(self.model.buffers(), saved, strict=True):
@@ -420,15 +420,15 @@ class BlockRunner:
                 parameter.grad = gradient
         return torch.tensor([loss.item(), norm], dtype=torch.float64)
 
-    def _apply(self, is_finite: bool, update: bool, finite_only: bool) -> float:
+    def _apply(self, loss: float, update: bool, finite_only: bool) -> float:
         """Clips and applies the gradients that parameters have; their norm before."""
         norm = 0.0
         if self._clip_norm is not None:
             norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm))
-        applies = update and (not finite_only or (is_finite and math.isfinite(norm)))
+        applies = update and (not finite_only or (math.isfinite(loss) and math.isfinite(norm)))
         if applies:
             if self._due is not None:
-                apply_due(self._due, self.optimizer, dict(self.model.named_parameters()))
+                apply_due(self._due, self.optimizer, dict(self.model.named_parameters()), loss)
             else:
                 with by_fused_kernels(self.optimizer) if self._is_fused else contextlib.nullcontext():
                     self.optimizer.step()

@@ -1,0 +1,312 @@
+"""A training step of processes that come, go and crash: every step counts for all of them, or for none.
+
+All processes hold the same weights and are given the same global batch. A step's quorum deals the pieces of the batch
+to those that are there; each computes the gradients of its own by a plan of its own, they add them up, and vote. If one
+is lost meanwhile, nobody has changed anything, and the step is made again by those that are left: no row of a batch is
+lost or counts twice. Whoever comes in receives the state of the others within its first step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from partita.errors import InputError, NonFiniteLossError
+from partita.plan import Plan
+from partita.program.timeline import Timeline
+from partita.training.checkpoint.contents import random_state, set_random_state
+from partita.training.checkpoint.saver import Source
+from partita.training.dealing import Dealer
+from partita.training.events import MembersChanged, WarningRaised, emit
+from partita.training.inputs import take_apart
+from partita.training.keeping import Also, Folder
+from partita.training.loading import ShardedBatch
+from partita.training.membership import Elastic, Members, Round
+from partita.training.runners import apply_gradients
+from partita.training.setup import StepResult, StepSetup
+from partita.training.step import Step
+from partita.training.sync.method import flat_of, unflat
+
+Gradients = dict[str, Tensor]
+MOST_TRIES = 100  # of one step; each ends with the loss of a process
+MEASURED_EVERY = 50  # steps after which a process that is too slow for any piece shows its speed again
+SLOW = 3.0  # times the fastest process' time: whoever takes longer is named
+
+
+class ElasticStep(Step):
+    """Trains with whoever is there: ``result = step(batch)``, as any `Step`. `result.loss` is that of the whole batch.
+
+    A process that comes later is given the batches from the first one on by its own loop, but receives the others'
+    step count: go by `num_steps` (``while step.num_steps < n: step(batches[step.num_steps])``).
+
+    Args:
+        setup: of this process alone.
+        settings: of the job.
+        batch: a global batch.
+        make: makes the inner step from a setup and a piece of a batch.
+    """
+
+    def __init__(self, setup: StepSetup, settings: Elastic, batch: Any, make: Callable[[StepSetup, Any], Step]) -> None:
+        self._setup, self._settings = setup, settings
+        self._keeper = setup.keeper(None)
+        self._num_rows = take_apart(batch).rows
+        self._num_pieces = settings.num_pieces(self._num_rows)
+        self._dealer = Dealer(self._num_pieces)
+        self._buffers = [value for value in setup.model.buffers() if value.is_floating_point()]
+        self._attempt = _Attempt()
+        self._round: Round | None = None
+        self._warned: set[int] = set()
+        self._trained: tuple[str, ...] = ()  # parameters that have gradients
+        inner = dataclasses.replace(setup, due=self._due, checkpoints=None, tells=False, check_finite="off")
+        self._inner = make(inner, self._piece(batch, 0))
+        self._members = Members(settings, self._state_for_peers, self._load_state_of_peer)
+
+    # As any step -----------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """That of this process."""
+        return self._inner.plan
+
+    @property
+    def is_settled(self) -> bool:
+        return self._inner.is_settled
+
+    @property
+    def num_steps(self) -> int:
+        return self._members.step
+
+    @property
+    def num_replicas(self) -> int:
+        """Processes that made the last step."""
+        return self._round.num if self._round is not None else 1
+
+    def __call__(self, batch: Any, *, update: bool = True) -> StepResult:
+        """Trains one step on the global batch, with whoever is there.
+
+        Raises:
+            InputError: the batch has other rows than the first one.
+            NonFiniteLossError: the loss is NaN or infinite, on all processes; nothing was updated.
+            StepError: the lighthouse is gone.
+        """
+        start_s = time.perf_counter()
+        self._check(batch, update)
+        before = _Volatile(self._setup.model)
+        for _ in range(MOST_TRIES):
+            current = self._gather()
+            self._compute(batch, current)
+            if self._attempt.committed:
+                break
+            before.restore()
+            lost_nobody = self._attempt.is_whole
+            if lost_nobody and not math.isfinite(self._attempt.loss) and self._setup.check_finite != "off":
+                raise NonFiniteLossError(
+                    f"the loss must be finite, but got {self._attempt.loss} in step {self.num_steps + 1}; no parameter "
+                    "was updated. Look at the batch and the learning rate"
+                )
+        else:
+            raise InputError(f"a step must succeed within {MOST_TRIES} tries, but every time a process was lost")
+        self._learn(current)
+        result = StepResult(
+            loss=self._attempt.loss,
+            step=self.num_steps,
+            step_time_s=time.perf_counter() - start_s,
+            num_samples=self._num_rows,
+            bytes_sent=self._attempt.bytes_sent,
+        )
+        self._tell(result)
+        if current.place == 0:  # one of them writes
+            self._keeper.save_if_due(self.num_steps, self.source)
+        return result
+
+    def rows_needed(self, num_rows: int) -> tuple[int, int]:
+        """Any rows may be needed: who computes which is decided in the step."""
+        return 0, num_rows
+
+    def timeline(self) -> Timeline | None:
+        return self._inner.timeline()
+
+    def sync_to(self, model: nn.Module) -> None:
+        """Copies the weights, which are the same on all processes, into `model`."""
+        self._inner.sync_to(model)
+
+    def source(self) -> Source:
+        """What a checkpoint is written from, by this process alone."""
+        return dataclasses.replace(self._inner.source(), step=self.num_steps)
+
+    def load(self, folder: Folder | None = None, *, also: Also | None = None) -> None:
+        """Continues from the latest checkpoint in `folder`; processes that have an older one receive the newest state
+        within their next step."""
+        loaded = self._keeper.load(folder, also)
+        self._inner.take_loaded(loaded)
+        self._members.step = loaded.step
+
+    def close(self) -> None:
+        """Leaves the job, and completes a checkpoint that is being written."""
+        self._members.close()
+        self._keeper.close()
+        self._inner.close()
+
+    # One try ---------------------------------------------------------------------------------------------------------
+
+    def _gather(self) -> Round:
+        current = self._members.gather()
+        if self._round is None or current.number != self._round.number or current.num != self._round.num:
+            self._dealer.start(current.num)
+            emit(MembersChanged(num_replicas=current.num, place=current.place, step=self.num_steps + 1))
+        self._round = current
+        return current
+
+    def _compute(self, batch: Any, current: Round) -> None:
+        """The gradients of this process' pieces; the last one's update adds them up over all and votes (`_due`)."""
+        counts = self._dealer.counts
+        own = counts[current.place] if current.place is not None else 0
+        first = sum(counts[: current.place]) if current.place is not None else 0
+        self._attempt = _Attempt(num_own=own, current=current)
+        if not own and self._trained and self.num_steps % MEASURED_EVERY:
+            self._look_on()
+            return
+        for number in range(max(own, 1)):  # whoever has none shows which parameters have gradients, and its speed
+            start_s = time.perf_counter()
+            is_last = number + 1 >= own
+            self._attempt.start_s = start_s
+            result = self._inner(self._piece(batch, first + number), update=is_last)
+            if not is_last:
+                self._attempt.own_loss += result.loss
+                self._attempt.spent_s += time.perf_counter() - start_s
+
+    def _look_on(self) -> None:
+        """A step without pieces of its own."""
+        parameters = dict(self._setup.model.named_parameters())
+        with torch.no_grad():
+            found = self._due({name: torch.zeros_like(parameters[name]) for name in self._trained}, 0.0)
+        for gradients in found:
+            apply_gradients(self._setup.optimizer, parameters, gradients)
+
+    def _due(self, gradients: Gradients, loss: float) -> list[Gradients]:
+        """Adds up the gradients, loss and buffers of all pieces, and gives them to the optimizer if the step counts."""
+        made = self._attempt
+        assert made.current is not None
+        self._trained = tuple(gradients)
+        num, place = made.current.num, made.current.place
+        values = [*gradients.values(), *self._buffers]
+        flat = torch.cat([flat_of(values), torch.zeros(1 + num)])
+        body, told = flat[: -1 - num], flat[-1 - num :]
+        num_trained = sum(value.numel() for value in gradients.values())
+        if made.num_own and place is not None:
+            body[:num_trained] /= self._num_pieces
+            body[num_trained:] *= made.num_own / self._num_pieces
+            told[0] = (made.own_loss + loss) / self._num_pieces
+        else:
+            flat.zero_()
+        if made.start_s and place is not None:
+            told[1 + place] = (made.spent_s + time.perf_counter() - made.start_s) / max(made.num_own, 1)
+        self._members.sum(flat)
+        made.loss, made.times_s = float(told[0]), told[1:].tolist()
+        made.is_whole = self._members.is_whole()
+        made.bytes_sent = int(2 * (num - 1) / num * flat.nbytes)
+        made.committed = self._members.vote(math.isfinite(made.loss))
+        if not made.committed:
+            return []
+        pieces = unflat(body, values)
+        for buffer, mean in zip(self._buffers, pieces[len(gradients) :], strict=True):
+            buffer.copy_(mean)
+        return [dict(zip(gradients, pieces[: len(gradients)], strict=True))]
+
+    def _learn(self, current: Round) -> None:
+        """Deals by the speeds that were measured, and names who is slow."""
+        self._dealer.learn(self._attempt.times_s)
+        for place, slowness in enumerate(self._dealer.slowness):
+            if slowness > SLOW and place not in self._warned:
+                self._warned.add(place)
+                message = (
+                    f"process {place} of {current.num} takes {slowness:.1f} times as long as the fastest for the same "
+                    f"work, so it gets {self._dealer.counts[place]} of {self._num_pieces} pieces of every batch. Look "
+                    "at what else runs there"
+                )
+                warnings.warn(message, SlowProcessWarning, stacklevel=3)
+                emit(WarningRaised(subject="slow process", message=message))
+
+    # Batches and states ----------------------------------------------------------------------------------------------
+
+    def _check(self, batch: Any, update: bool) -> None:
+        if not update:
+            raise InputError("an elastic step must update, since it counts for all or for none; use larger batches")
+        if isinstance(batch, ShardedBatch):
+            raise InputError("an elastic step needs whole batches; pass the loader's as they are")
+        rows = take_apart(batch).rows
+        if rows != self._num_rows:
+            raise InputError(
+                f"every batch must have {self._num_rows} rows, as the first one, so that pieces are equal, but got "
+                f"{rows}; drop the last one (drop_last=True)"
+            )
+
+    def _piece(self, batch: Any, index: int) -> Any:
+        """The rows of one piece."""
+        rows = self._num_rows // self._num_pieces
+        start = (index % self._num_pieces) * rows
+
+        def cut(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self._num_rows:
+                return leaf[start : start + rows]
+            return leaf
+
+        return pytree.tree_map(cut, batch)
+
+    def _state_for_peers(self) -> dict[str, Any]:
+        """What whoever comes in must have. Called while the step waits for its quorum."""
+        return {
+            "model": self._setup.model.state_dict(),
+            "optimizer": self._setup.optimizer.state_dict(),
+            "random": random_state(),
+        }
+
+    def _load_state_of_peer(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            own = self._setup.model.state_dict()
+            for name, value in state["model"].items():
+                own[name].copy_(value)
+        self._setup.optimizer.load_state_dict(state["optimizer"])
+        set_random_state(state["random"])
+
+
+class SlowProcessWarning(UserWarning):
+    """A process takes several times as long as the others; the message says which, and what was done."""
+
+
+@dataclasses.dataclass
+class _Attempt:
+    """What one try of a step has come to."""
+
+    num_own: int = 0
+    current: Round | None = None
+    own_loss: float = 0.0  # sum over this process' pieces but the last
+    start_s: float = 0.0
+    spent_s: float = 0.0
+    loss: float = math.nan
+    times_s: list[float] = dataclasses.field(default_factory=list)
+    bytes_sent: int = 0
+    is_whole: bool = False
+    committed: bool = False
+
+
+class _Volatile:
+    """What computing gradients changes: buffers and random states."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [(value, value.detach().clone()) for value in model.buffers()]
+        self._random = torch.get_rng_state()
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for value, before in self._buffers:
+                value.copy_(before)
+        torch.set_rng_state(self._random)

@@ -1,0 +1,80 @@
+"""One process of an elastic job, started by `test_training_elastic.py`: trains until a step, and writes what it saw."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import partita
+from partita import Constraints, Elastic
+
+NUM_STEPS = 40
+ROWS = 24
+PLAN = Constraints(num_workers=1, compiled=False)
+
+
+def build(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def batch_of(number: int) -> Any:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(ROWS, 6, generator=generator), torch.randint(0, 3, (ROWS,), generator=generator)
+
+
+def plain(num_steps: int = NUM_STEPS) -> tuple[list[float], nn.Module]:
+    model, optimizer = build()
+    losses = []
+    for number in range(num_steps):
+        loss = loss_fn(model, batch_of(number))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, model
+
+
+def main(folder: Path, name: str, lighthouse: str, slowness: float, min_replicas: int) -> None:
+    """Trains to `NUM_STEPS`; each step takes so much longer. The last step waits until nobody needs this process."""
+    model, optimizer = build(7 if name == "late" else 0)  # who is late receives the others' weights
+    elastic = Elastic(lighthouse=lighthouse, timeout_s=5.0, wait_s=60.0, min_replicas=min_replicas)
+    log = (folder / f"{name}.jsonl").open("a")
+    weights = []
+
+    def slow_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+        return loss_fn(model, batch)
+
+    with partita.parallelize(model, optimizer, slow_loss, batch_of(0), plan=PLAN, elastic=elastic) as step:
+        while step.num_steps < NUM_STEPS:
+            number = step.num_steps
+            time.sleep(slowness)
+            start_s = time.time()
+            result = step(batch_of(number))
+            line = {
+                "step": result.step,
+                "given": number,
+                "loss": result.loss,
+                "num": step.num_replicas,  # type: ignore[attr-defined]
+                "start_s": start_s,
+                "end_s": time.time(),
+            }
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+        weights = [value.tolist() for value in model.parameters()]
+    (folder / f"{name}.json").write_text(json.dumps({"weights": weights}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4]), int(sys.argv[5]))

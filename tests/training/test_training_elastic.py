@@ -1,0 +1,285 @@
+"""Processes that come, go and crash while they train: losses and weights stay those of plain PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent))
+import elastic_job
+from elastic_job import NUM_STEPS, plain
+
+import partita
+from partita import Elastic
+from partita.errors import InputError
+from partita.training.dealing import Dealer, deal, ready_s
+
+pytest.importorskip("torchft", reason="torchft is not installed: pip install 'partita[elastic]'")
+from partita.training import membership
+
+ROOT = Path(__file__).parents[2]
+
+
+class Job:
+    """A lighthouse, and processes of `elastic_job.py`."""
+
+    def __init__(self, folder: Path, *, min_replicas: int = 1) -> None:
+        self._folder, self._min_replicas = folder, min_replicas
+        self._lighthouse = membership.lighthouse("127.0.0.1", 0, min_replicas)
+        self._address = f"http://127.0.0.1:{self._lighthouse.address().rsplit(':', 1)[1]}"
+        self.processes: dict[str, subprocess.Popen[str]] = {}
+
+    def start(self, name: str, slowness: float = 0.3) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [
+            sys.executable, elastic_job.__file__, str(self._folder), name, self._address, str(slowness),
+            str(self._min_replicas),
+        ]  # fmt: skip
+        self.processes[name] = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        path = self._folder / f"{name}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def until(self, ready: Callable[[], bool], limit_s: float = 60.0) -> None:
+        deadline_s = time.monotonic() + limit_s
+        while not ready():
+            failed = {name: p.communicate()[0] for name, p in self.processes.items() if (p.poll() or 0) > 0}
+            assert not failed, failed
+            assert time.monotonic() < deadline_s, {name: self.lines(name)[-1:] for name in self.processes}
+            time.sleep(0.02)
+
+    def ends(self, *names: str) -> list[list[list[float]]]:
+        """The final weights of processes, which must end by themselves."""
+        for name in names:
+            output = self.processes[name].communicate(timeout=120)[0]
+            assert self.processes[name].returncode == 0, output[-3000:]
+        return [json.loads((self._folder / f"{name}.json").read_text())["weights"] for name in names]
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+            process.communicate()
+        self._lighthouse.shutdown()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    made = Job(tmp_path)
+    yield made
+    made.close()
+
+
+def check(job: Job, weights: list[list[list[float]]]) -> None:
+    """Whoever made a step found the loss of plain PyTorch, and all end with its weights."""
+    losses, reference = plain()
+    for name in job.processes:
+        lines = job.lines(name)
+        assert [line["loss"] for line in lines] == pytest.approx([losses[line["step"] - 1] for line in lines], abs=1e-4)
+        for before, line in itertools.pairwise([{"step": 0}, *lines]):
+            assert line["given"] in (0, before["step"])  # 0: started anew
+            assert line["step"] > line["given"]  # further on: it has looked on while it received the state
+    for found in weights:
+        for value, wanted in zip(found, reference.parameters(), strict=True):
+            torch.testing.assert_close(torch.tensor(value), wanted.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_one_that_is_killed_is_done_without_and_may_come_back(job: Job) -> None:
+    for name in ("a", "b", "c"):
+        job.start(name)
+    job.until(lambda: any(line["num"] == 3 for line in job.lines("a")))
+    job.processes["b"].send_signal(signal.SIGKILL)
+    killed_s = time.time()
+    last = job.lines("b")[-1]["step"]
+    job.processes["b"].communicate()
+    job.until(lambda: job.lines("a")[-1]["end_s"] > killed_s and job.lines("a")[-1]["num"] == 2)
+    job.start("b")
+    weights = job.ends("a", "b", "c")
+    check(job, weights)
+    counts = [line["num"] for line in job.lines("a")]
+    assert counts[-1] == 3 or job.lines("b")[-1]["step"] == NUM_STEPS
+    again = [line for line in job.lines("b") if line["start_s"] > killed_s]
+    assert again and again[0]["step"] > last  # it received the others' state
+
+
+def test_one_that_comes_late_receives_the_state(job: Job) -> None:
+    job.start("a")
+    job.until(lambda: len(job.lines("a")) >= 5)
+    job.start("late")
+    weights = job.ends("a", "late")
+    check(job, weights)
+    first = job.lines("late")[0]
+    assert first["given"] == 0 and first["step"] > 5
+
+
+def test_one_that_stands_still_is_left_out_and_comes_back(job: Job) -> None:
+    for name in ("a", "b"):
+        job.start(name)
+    job.until(lambda: any(line["num"] == 2 for line in job.lines("a")))
+    job.processes["b"].send_signal(signal.SIGSTOP)
+    stopped_s = time.time()
+    job.until(lambda: job.lines("a")[-1]["num"] == 1 and job.lines("a")[-1]["end_s"] > stopped_s)
+    job.processes["b"].send_signal(signal.SIGCONT)
+    check(job, job.ends("a", "b"))
+
+
+def test_below_min_replicas_training_waits(tmp_path: Path) -> None:
+    job = Job(tmp_path, min_replicas=2)
+    try:
+        job.start("a")
+        time.sleep(6.0)
+        assert not job.lines("a")
+        job.start("b")
+        check(job, job.ends("a", "b"))
+        assert all(line["num"] >= 1 for line in job.lines("a"))
+    finally:
+        job.close()
+
+
+# In one process ----------------------------------------------------------------------------------------------------
+
+
+def test_alone_with_a_lighthouse_training_is_plain(tmp_path: Path) -> None:
+    server = membership.lighthouse("127.0.0.1", 0)
+    try:
+        address = f"http://127.0.0.1:{server.address().rsplit(':', 1)[1]}"
+        model, optimizer = elastic_job.build()
+        options: dict[str, Any] = {"plan": elastic_job.PLAN, "elastic": Elastic(lighthouse=address, timeout_s=5.0)}
+        batch = elastic_job.batch_of(0)
+        with partita.parallelize(model, optimizer, elastic_job.loss_fn, batch, **options) as step:
+            losses = [step(elastic_job.batch_of(number)).loss for number in range(4)]
+            assert step.num_steps == 4
+            step.save(tmp_path)
+            with pytest.raises(partita.NonFiniteLossError):
+                step((batch[0] * float("nan"), batch[1]))
+            assert step.num_steps == 4
+            losses.append(step(elastic_job.batch_of(4)).loss)
+            with pytest.raises(InputError, match="must have 24 rows"):
+                step(tuple(value[:7] for value in batch))
+            with pytest.raises(InputError, match="must update"):
+                step(batch, update=False)
+        assert losses == pytest.approx(plain(5)[0], abs=1e-5)
+        other, other_optimizer = elastic_job.build(3)
+        options["checkpoints"] = tmp_path
+        with partita.parallelize(other, other_optimizer, elastic_job.loss_fn, batch, **options) as step:
+            assert step.num_steps == 4
+            assert step(elastic_job.batch_of(4)).loss == pytest.approx(losses[4], abs=1e-5)
+            assert step.num_steps == 5
+    finally:
+        server.shutdown()
+
+
+def test_the_state_is_told_to_the_job_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from datetime import timedelta
+
+    monkeypatch.setenv("PARTITA_JOB_TOKEN", "secret")
+    transport = membership._transport_class()("127.0.0.1", timedelta(seconds=5))
+    try:
+        transport.send_checkpoint([1], 7, {"x": torch.ones(2), "step": 7}, timedelta(seconds=5))
+        found = transport.recv_checkpoint(0, transport.metadata(), 7, timedelta(seconds=5))
+        assert found["x"].tolist() == [1.0, 1.0] and found["step"] == 7
+        for path in ("/", "/checkpoint/7", "/" + "0" * 32 + "/7", membership.path_of(6)):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(transport.metadata() + path, timeout=5)
+        mine = membership.path_of(7)
+        monkeypatch.setenv("PARTITA_JOB_TOKEN", "another")
+        assert membership.path_of(7) != mine
+        for _ in range(membership.KEPT_STEPS + 1):
+            transport.disallow_checkpoint()
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(transport.metadata() + mine, timeout=5)
+    finally:
+        transport.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"elastic": 3}, "must be partita.Elastic"),
+        ({"elastic": Elastic(), "sync": "int8"}, 'use sync="exact"'),
+        ({"elastic": Elastic()}, "lighthouse must be an address"),
+        ({"elastic": Elastic(lighthouse="http://127.0.0.1:9", pieces=5)}, "multiple of pieces=5"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHFT_LIGHTHOUSE", raising=False)
+    model, optimizer = elastic_job.build()
+    with pytest.raises(InputError, match=words):
+        partita.parallelize(
+            model, optimizer, elastic_job.loss_fn, elastic_job.batch_of(0), plan=elastic_job.PLAN, **options
+        )
+
+
+def test_a_lighthouse_that_is_not_there_is_named() -> None:
+    model, optimizer = elastic_job.build()
+    elastic = Elastic(lighthouse="http://127.0.0.1:9", timeout_s=1.0)
+    with (
+        pytest.raises(partita.StepError, match=r"the lighthouse at http://127.0.0.1:9 must"),
+        partita.parallelize(
+            model, optimizer, elastic_job.loss_fn, elastic_job.batch_of(0), plan=elastic_job.PLAN, elastic=elastic
+        ) as step,
+    ):
+        step(elastic_job.batch_of(0))
+
+
+@pytest.mark.parametrize("options", [{"min_replicas": 0}, {"pieces": True}, {"timeout_s": 0}, {"wait_s": -1}])
+def test_settings_of_a_wrong_kind_are_refused(options: Any) -> None:
+    with pytest.raises(InputError):
+        Elastic(**options)
+
+
+# Dealing -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 8), st.lists(st.floats(0.1, 10.0), min_size=1, max_size=4))
+def test_no_other_deal_is_ready_sooner(num_pieces: int, times_s: list[float]) -> None:
+    found = deal(num_pieces, times_s)
+    assert sum(found) == num_pieces
+
+    def every(left: int, places: int) -> Iterator[tuple[int, ...]]:
+        if places == 1:
+            yield (left,)
+            return
+        for count in range(left + 1):
+            for rest in every(left - count, places - 1):
+                yield (count, *rest)
+
+    best = min(ready_s(counts, times_s) for counts in every(num_pieces, len(times_s)))
+    assert ready_s(found, times_s) == pytest.approx(best)
+
+
+def test_a_dealer_follows_speeds_but_not_noise() -> None:
+    dealer = Dealer(12)
+    dealer.start(3)
+    assert dealer.counts == (4, 4, 4)
+    for _ in range(5):
+        dealer.learn([1.0, 1.02, 0.98])
+    assert dealer.counts == (4, 4, 4)
+    for _ in range(20):
+        dealer.learn([1.0, 1.0, 4.0])
+    assert dealer.counts == (6, 5, 1) and dealer.slowness[2] == pytest.approx(4, rel=0.1)
+    for _ in range(20):
+        dealer.learn([1.0, 1.0, 0.0])  # it had nothing to do
+    assert dealer.counts == (6, 5, 1)
+    for _ in range(20):
+        dealer.learn([1.0, 1.0, 20.0])
+    assert dealer.counts == (6, 6, 0)
+    dealer.start(2)
+    assert dealer.counts == (6, 6) and dealer.slowness == ()
