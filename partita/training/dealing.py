@@ -8,6 +8,8 @@ from partita.units import split_evenly
 
 GAIN = 0.1  # of the step's time, from which on pieces are dealt anew
 SMOOTHING = 0.3  # weight of the newest time
+NUM_FIRST = 2  # steps of a new round of processes that are not looked at
+NUM_SURE = 12  # after so many, a speed is no chance
 
 
 def deal(num_pieces: int, times_s: Sequence[float]) -> tuple[int, ...]:
@@ -37,10 +39,11 @@ class Dealer:
         self._num_pieces = num_pieces
         self._times_s: list[float] = []
         self._counts: tuple[int, ...] = ()
+        self._num_learnt = 0
 
     def start(self, num: int) -> None:
         """So many processes take part from now on; nothing is known of their speeds."""
-        self._times_s = []
+        self._times_s, self._num_learnt = [], 0
         self._counts = split_evenly(self._num_pieces, num)
 
     @property
@@ -49,7 +52,11 @@ class Dealer:
         return self._counts
 
     def learn(self, times_s: Sequence[float]) -> None:
-        """What a piece took on each of them in the last step (0: it had none)."""
+        """What a piece took on each of them in the last step (0: it had none). The first steps of a round are no
+        measure: whoever has just come in compiles."""
+        self._num_learnt += 1
+        if self._num_learnt <= NUM_FIRST:
+            return
         if not self._times_s:
             known = [time_s for time_s in times_s if time_s > 0]
             if not known:
@@ -64,6 +71,8 @@ class Dealer:
 
     @property
     def slowness(self) -> tuple[float, ...]:
-        """How many times as long as the fastest each takes for a piece."""
+        """How many times as long as the fastest each takes for a piece; nothing before enough steps were seen."""
+        if self._num_learnt < NUM_SURE:
+            return ()
         least = min(self._times_s, default=1.0)
         return tuple(time_s / least for time_s in self._times_s)

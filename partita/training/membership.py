@@ -156,8 +156,9 @@ class Members:
         torch_stores: Any = dist
         self._store = torch_stores.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self._settings = settings
-        for name in ("torchft_quorums", "torchft_commits", "torchft_errors", "torchft.manager"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for name in ("torchft", "torchft_quorums", "torchft_commits", "torchft_errors"):
+            if logging.getLogger(name).level == logging.NOTSET:  # a lost process is no error here, and told by events
+                logging.getLogger(name).setLevel(logging.CRITICAL)
         transport = _transport_class()(host, limit)
         try:
             self._manager = torchft.Manager(
@@ -249,6 +250,7 @@ class Members:
 def _torchft(name: str) -> Any:
     import importlib
 
+    os.environ.setdefault("RUST_LOG", "error")  # its servers print every vote otherwise
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -270,7 +272,7 @@ def _transport_class() -> Any:
         def __init__(self, host: str, limit: timedelta) -> None:
             self._limit_s = limit.total_seconds()
             self._num_steps = 0  # since something was offered
-            self._server = _Server(host)
+            self._server = _Server(host, self._limit_s)
             self._metadata = f"http://{host}:{self._server.server_port}"
 
         def metadata(self) -> str:
@@ -279,14 +281,14 @@ def _transport_class() -> Any:
         def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: Any, timeout: timedelta) -> None:
             buffer = io.BytesIO()
             torch.save(state_dict, buffer)
-            self._server.offered = {path_of(step): buffer.getvalue()}
+            self._server.offer({path_of(step): buffer.getvalue()})
             self._num_steps = 0
 
         def disallow_checkpoint(self) -> None:
             """Called after every step. What was offered is a copy, so it may be fetched while training goes on."""
             self._num_steps += 1
             if self._num_steps > KEPT_STEPS:
-                self._server.offered = {}
+                self._server.offer({})
 
         def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> Any:
             try:
@@ -313,10 +315,24 @@ def path_of(step: int) -> str:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, host: str) -> None:
-        self.offered: dict[str, bytes] = {}
+    def __init__(self, host: str, limit_s: float) -> None:
+        self._offered: dict[str, bytes] = {}
+        self._limit_s = limit_s
+        self._changed = threading.Condition()
         super().__init__((host, 0), _Handler)
         threading.Thread(target=self.serve_forever, name="partita-state", daemon=True).start()
+
+    def offer(self, offered: dict[str, bytes]) -> None:
+        """From now on these are served, by path, and nothing else."""
+        with self._changed:
+            self._offered = offered
+            self._changed.notify_all()
+
+    def wait_for(self, path: str) -> bytes | None:
+        """What is served under a path, once it is: whoever asks may have heard of the quorum first."""
+        with self._changed:
+            self._changed.wait_for(lambda: path in self._offered, self._limit_s)
+            return self._offered.get(path)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -324,14 +340,16 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def do_GET(self) -> None:
-        for path, content in self.server.offered.items():
-            if hmac.compare_digest(path.encode(), self.path.encode()):
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-                return
-        self.send_error(404)
+        step = self.path.rpartition("/")[2]
+        belongs = step.isdigit() and hmac.compare_digest(path_of(int(step)).encode(), self.path.encode())
+        content = self.server.wait_for(self.path) if belongs else None
+        if content is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Nothing is printed."""

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -42,7 +43,7 @@ class Job:
         self._folder, self._min_replicas = folder, min_replicas
         self._lighthouse = membership.lighthouse("127.0.0.1", 0, min_replicas)
         self._address = f"http://127.0.0.1:{self._lighthouse.address().rsplit(':', 1)[1]}"
-        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, slowness: float = 0.3) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -50,9 +51,11 @@ class Job:
             sys.executable, elastic_job.__file__, str(self._folder), name, self._address, str(slowness),
             str(self._min_replicas),
         ]  # fmt: skip
-        self.processes[name] = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+        with self._output(name).open("a") as output:  # a pipe that nobody reads would hold the job up
+            self.processes[name] = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+
+    def _output(self, name: str) -> Path:
+        return self._folder / f"{name}.txt"
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         path = self._folder / f"{name}.jsonl"
@@ -61,7 +64,8 @@ class Job:
     def until(self, ready: Callable[[], bool], limit_s: float = 60.0) -> None:
         deadline_s = time.monotonic() + limit_s
         while not ready():
-            failed = {name: p.communicate()[0] for name, p in self.processes.items() if (p.poll() or 0) > 0}
+            failed = {name: self._output(name).read_text()[-3000:]
+                      for name, p in self.processes.items() if (p.poll() or 0) > 0}  # fmt: skip
             assert not failed, failed
             assert time.monotonic() < deadline_s, {name: self.lines(name)[-1:] for name in self.processes}
             time.sleep(0.02)
@@ -69,14 +73,14 @@ class Job:
     def ends(self, *names: str) -> list[list[list[float]]]:
         """The final weights of processes, which must end by themselves."""
         for name in names:
-            output = self.processes[name].communicate(timeout=120)[0]
-            assert self.processes[name].returncode == 0, output[-3000:]
+            self.processes[name].wait(timeout=120)
+            assert self.processes[name].returncode == 0, self._output(name).read_text()[-3000:]
         return [json.loads((self._folder / f"{name}.json").read_text())["weights"] for name in names]
 
     def close(self) -> None:
         for process in self.processes.values():
             process.kill()
-            process.communicate()
+            process.wait()
         self._lighthouse.shutdown()
 
 
@@ -108,7 +112,7 @@ def test_one_that_is_killed_is_done_without_and_may_come_back(job: Job) -> None:
     job.processes["b"].send_signal(signal.SIGKILL)
     killed_s = time.time()
     last = job.lines("b")[-1]["step"]
-    job.processes["b"].communicate()
+    job.processes["b"].wait()
     job.until(lambda: job.lines("a")[-1]["end_s"] > killed_s and job.lines("a")[-1]["num"] == 2)
     job.start("b")
     weights = job.ends("a", "b", "c")
@@ -190,9 +194,10 @@ def test_the_state_is_told_to_the_job_only(monkeypatch: pytest.MonkeyPatch) -> N
     from datetime import timedelta
 
     monkeypatch.setenv("PARTITA_JOB_TOKEN", "secret")
-    transport = membership._transport_class()("127.0.0.1", timedelta(seconds=5))
+    transport = membership._transport_class()("127.0.0.1", timedelta(seconds=1))
     try:
-        transport.send_checkpoint([1], 7, {"x": torch.ones(2), "step": 7}, timedelta(seconds=5))
+        later = threading.Timer(0.3, transport.send_checkpoint, ([1], 7, {"x": torch.ones(2), "step": 7}, None))
+        later.start()
         found = transport.recv_checkpoint(0, transport.metadata(), 7, timedelta(seconds=5))
         assert found["x"].tolist() == [1.0, 1.0] and found["step"] == 7
         for path in ("/", "/checkpoint/7", "/" + "0" * 32 + "/7", membership.path_of(6)):
