@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 
 import partita  # before torch: it makes waiting threads sleep instead of spin
 from benchmarks.common import Report, Row, option_parser, show
-from benchmarks.fault_job import build, plain_losses
+from benchmarks.fault_job import batch_of, build, loss_fn, plain_losses
 from benchmarks.slow_machines import INTERFACE, Machines, why_not
 
 NAMES = ("a", "b", "c")
@@ -42,6 +42,7 @@ MOST_OTHERS_S = 1.0
 STOP_TIME_S = 20.0
 CUT_TIME_S = 10.0
 RATE = 125e6  # bytes a second of emulated links
+DISK_BYTES = 550_000  # two checkpoints fit, and no third beside them
 LIMIT_S = 120.0  # of any wait here
 COLUMNS = ("fault", "steps", "deviation", "lost_steps", "others_s", "longest_s", "rejoined_s", "errors")
 
@@ -246,6 +247,8 @@ def _saved(folder: Path, step: int) -> None:
     from partita.training.job import Team
 
     model, optimizer = build()
+    loss_fn(model, batch_of(step)).backward()
+    optimizer.step()  # it has a state now
     _fill(model, step)
     saver = Saver(Team(), None, 30.0)
     source = Source(step=step, model=model, optimizer=optimizer, ownership=Ownership, collect=lambda: None)
@@ -295,7 +298,7 @@ def damaged(flips: bool, seed: int = 5) -> Row:
 
 def full_disk() -> Row:
     with tempfile.TemporaryDirectory() as text:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", text], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", text], check=True)
         try:
             folder = Path(text) / "checkpoints"
             _saved(folder, 1)
