@@ -59,8 +59,8 @@ class Memory:
         self._name = f"plans/{fingerprint([self._question])}.json"
 
     def recall(self) -> tuple[Plan, ...]:
-        """The fastest plan of earlier runs, those that came close, and plain PyTorch, fastest first; all candidates if
-        no run has tried them all; empty if nothing is known that can be used now."""
+        """The fastest plan of earlier runs, those that came close or are predicted to be faster, and plain PyTorch,
+        fastest first; all candidates if no run has tried them all; empty if nothing is known that can be used now."""
         content = read_json(self._name)
         if content is None:
             return ()
@@ -72,11 +72,11 @@ class Memory:
             return ()
         if found.question != self._question or not found.kept:
             return ()
-        limit_s = CLOSE_RATIO * min((one.step_time_s for one in found.kept if one.step_time_s is not None), default=0.0)
+        best_s = min((one.step_time_s for one in found.kept if one.step_time_s is not None), default=0.0)
         return tuple(
             _as_measured(one)
             for one in found.kept
-            if one.step_time_s is None or one.step_time_s <= limit_s or _is_plain(one.plan)
+            if one.step_time_s is None or one.step_time_s <= CLOSE_RATIO * best_s or _is_due(one.plan, best_s)
         )
 
     def remember_candidates(self, plans: Sequence[Plan]) -> None:
@@ -85,7 +85,8 @@ class Memory:
 
     def remember(self, measured: Sequence[tuple[Plan, float]]) -> None:
         """Keep the fastest of `measured` (plans and seconds a step, fastest first). Raises OSError."""
-        self._write([pair for index, pair in enumerate(measured) if index < NUM_KEPT or _is_plain(pair[0])])
+        best_s = measured[0][1] if measured else 0.0
+        self._write([pair for index, pair in enumerate(measured) if index < NUM_KEPT or _is_due(pair[0], best_s)])
 
     def _write(self, chosen: Sequence[tuple[Plan, float | None]]) -> None:
         kept = tuple(
@@ -106,6 +107,9 @@ def _as_measured(kept: _Kept) -> Plan:
     return msgspec.structs.replace(kept.plan, measured_step_time_s=kept.step_time_s, reasons=(*others, RECALLED))
 
 
-def _is_plain(plan: Plan) -> bool:
-    """Whether it is plain PyTorch, not compiled: what every plan must beat."""
-    return plan.mode == "block" and not plan.compiled
+def _is_due(plan: Plan, best_s: float) -> bool:
+    """Whether a plan is measured again whatever it took: plain PyTorch, not compiled, which every plan must beat; and
+    what is predicted to be faster than the best, since the machine may have been busy when it was measured."""
+    if plan.mode == "block":
+        return not plan.compiled
+    return plan.prediction is not None and plan.prediction.step_time_s < best_s

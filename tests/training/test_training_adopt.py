@@ -337,3 +337,25 @@ def test_a_plan_that_takes_much_memory_for_little_speed_is_not_tried(
     assert lean in parallelize._finalists((lean, hungry))
     tiny = plan(100, 1.0, False)  # a quarter more of little is little
     assert len(parallelize._finalists((tiny, plan(300, 0.99, False)))) == 2
+
+
+def test_what_was_measured_at_a_bad_moment_is_measured_again(tmp_path: Path) -> None:
+    """A plan that is predicted to be faster than the best one stays in the race, however slow it was."""
+    data = batches(7)
+    train(data, more=1)
+    (kept,) = tmp_path.glob("plans/*.json")
+    found = json.loads(kept.read_text())
+    plans = [one for one in found["kept"] if one["plan"]["mode"] == "graph"]
+    assert plans
+    unlucky = plans[0]
+    for one in found["kept"]:
+        one["step_time_s"] = 1.0
+    unlucky["step_time_s"] = 100.0
+    unlucky["plan"]["prediction"]["step_time_s"] = 0.5
+    kept.write_text(json.dumps(found))
+    second, _, _ = train(data, more=1)
+    tried = 1 + len(second.plan.alternatives)
+    unlucky["plan"]["prediction"]["step_time_s"] = 2.0
+    kept.write_text(json.dumps(found))
+    third, _, _ = train(data, more=1)
+    assert tried == 2 + len(third.plan.alternatives)
