@@ -1,4 +1,5 @@
-"""One process of an elastic job, started by `test_training_elastic.py`: trains until a step, and writes what it saw."""
+"""One process of an elastic job, started by `test_training_elastic.py`: trains until it is told to end (FOLDER/end has
+the number of the last step), and writes what it saw."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from torch import nn
 import partita
 from partita import Constraints, Elastic
 
-NUM_STEPS = 40
+NEVER = 10**9
 ROWS = 24
+STEP_TIME_S = 0.03
 PLAN = Constraints(num_workers=1, compiled=False)
 
 
@@ -34,7 +36,7 @@ def batch_of(number: int) -> Any:
     return torch.randn(ROWS, 6, generator=generator), torch.randint(0, 3, (ROWS,), generator=generator)
 
 
-def plain(num_steps: int = NUM_STEPS) -> tuple[list[float], nn.Module]:
+def plain(num_steps: int) -> tuple[list[float], nn.Module]:
     model, optimizer = build()
     losses = []
     for number in range(num_steps):
@@ -46,20 +48,21 @@ def plain(num_steps: int = NUM_STEPS) -> tuple[list[float], nn.Module]:
     return losses, model
 
 
-def main(folder: Path, name: str, lighthouse: str, slowness: float, min_replicas: int) -> None:
-    """Trains to `NUM_STEPS`; each step takes so much longer. The last step waits until nobody needs this process."""
+def end_of(folder: Path) -> int:
+    path = folder / "end"
+    return int(path.read_text()) if path.exists() else NEVER
+
+
+def main(folder: Path, name: str, lighthouse: str, min_replicas: int) -> None:
     model, optimizer = build(7 if name == "late" else 0)  # who is late receives the others' weights
     elastic = Elastic(lighthouse=lighthouse, timeout_s=5.0, wait_s=60.0, min_replicas=min_replicas)
-    log = (folder / f"{name}.jsonl").open("a")
-    weights = []
-
-    def slow_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-        return loss_fn(model, batch)
-
-    with partita.parallelize(model, optimizer, slow_loss, batch_of(0), plan=PLAN, elastic=elastic) as step:
-        while step.num_steps < NUM_STEPS:
+    with (
+        (folder / f"{name}.jsonl").open("a") as log,
+        partita.parallelize(model, optimizer, loss_fn, batch_of(0), plan=PLAN, elastic=elastic) as step,
+    ):
+        while step.num_steps < end_of(folder):
             number = step.num_steps
-            time.sleep(slowness)
+            time.sleep(STEP_TIME_S)
             start_s = time.time()
             result = step(batch_of(number))
             line = {
@@ -77,4 +80,4 @@ def main(folder: Path, name: str, lighthouse: str, slowness: float, min_replicas
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4]), int(sys.argv[5]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))
