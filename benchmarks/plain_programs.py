@@ -17,6 +17,7 @@ from partita.program.instructions import (
     AllReduce,
     AllToAll,
     Await,
+    Clip,
     Free,
     Instruction,
     Program,
@@ -26,6 +27,7 @@ from partita.program.instructions import (
     Run,
     Send,
     Start,
+    SumSquares,
     Update,
 )
 
@@ -127,6 +129,12 @@ class PlainMachine:
             for index, part in enumerate(instruction.slices):
                 flat = self.parameters[worker.program.process][part.parameter].view(-1)
                 flat[part.start : part.end] = self.update(flat[part.start : part.end], worker.registers[f"g:{index}"])
+        elif isinstance(instruction, SumSquares):
+            weighted = zip(instruction.registers, instruction.weights, strict=True)
+            parts = [weight * self._read(worker, name).double().square().sum() for name, weight in weighted]
+            worker.registers[instruction.output] = torch.stack([*parts, torch.zeros(()).double()]).sum().view(1)
+        elif isinstance(instruction, Clip):
+            return  # these programs have no limit
         elif isinstance(instruction, Start):
             values = [worker.registers.pop(name) for name in instruction.collective.registers]
             self._begun.setdefault(instruction.key, {})[worker.program.worker] = values

@@ -27,6 +27,7 @@ from partita.program.instructions import (
     AllReduce,
     AllToAll,
     Await,
+    Clip,
     Feed,
     Free,
     Instruction,
@@ -39,9 +40,11 @@ from partita.program.instructions import (
     Send,
     Slice,
     Start,
+    SumSquares,
     TensorSpec,
     Update,
 )
+from partita.program.uses import SQUARE
 
 WIDTHS = (1, 3, 5, 700)  # of dim 1: sums that every member forms itself, and sums by ranges
 MAX_ELEMENTS = 20_000
@@ -455,14 +458,24 @@ class Author:
             tuple(register for register, _ in gradients), specs, group, self.name("c"), parameters=tuple(chosen),
             slices=slices, replicated=replicated,
         )  # fmt: skip
+        clips = self.rng.random() < 0.8
         for member, mine in zip(group, slices, strict=True):
-            self.instructions[member] += [scatter, Update(mine)]
+            self.instructions[member] += [scatter, *(self._clipping(group, mine, scatter.key) if clips else ())]
+            self.instructions[member].append(Update(mine))
             self._free(member, list(scatter.registers))
             if mine:
                 self.instructions[member].append(Free(tuple(f"g:{index}" for index in range(len(mine)))))
         self.done.update(chosen)
         if not everywhere:
             self._share(homes[0], chosen)
+
+    def _clipping(self, group: tuple[int, ...], mine: Sequence[Slice], key: str) -> list[Instruction]:
+        """A limit of the norm, which the machine sets so high that values stay whole."""
+        registers, square = tuple(f"g:{index}" for index in range(len(mine))), f"q:{key}"
+        found: list[Instruction] = [SumSquares(registers, (1.0,) * len(mine), square)]
+        if len(group) > 1:
+            found.append(AllReduce((square,), (SQUARE,), group, f"{key}:norm"))
+        return [*found, Clip(registers, square), Free((square,))]
 
     def _gradient(self, group: Sequence[int], parameter: str) -> tuple[str, bool]:
         """A register with the members' gradients, and whether it is the same on all of them."""
