@@ -83,6 +83,17 @@ def check_norm(clip_grad_norm: Any) -> None:
         )
 
 
+def check_decay(ema: Any) -> None:
+    """The decay of an average of the weights.
+
+    Raises:
+        InputError: it is neither None nor a number from 0 to below 1.
+    """
+    is_number = isinstance(ema, (int, float)) and not isinstance(ema, bool)
+    if ema is not None and not (is_number and 0 <= ema < 1):
+        raise InputError(f"ema must be None or a number from 0 to below 1, but got {told(ema)}. Pass e.g. 0.999.")
+
+
 def check_sync_target(model: Any) -> nn.Module:
     """What `Step.sync_to` copies into.
 

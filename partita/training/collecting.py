@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from partita.errors import InputError
 from partita.program.instructions import Box
 from partita.training.checkpoint.contents import Ownership
 from partita.training.job import Team
@@ -92,3 +93,14 @@ def _collect_parts_of_state(
             for name, part in found.items():
                 if part:
                     paste_state(optimizer.state[parameters[name]], parameters[name], mine[name], part)
+
+
+def copy_state(values: Mapping[str, torch.Tensor], model: nn.Module, what: str) -> None:
+    """Loads values by the names of `state_dict` into a module, which must have the same ones."""
+    own = model.state_dict()
+    if {name: value.shape for name, value in values.items()} != {name: value.shape for name, value in own.items()}:
+        differing = sorted(set(values) ^ set(own))[:5]
+        raise InputError(
+            f"{what} needs a module of the same structure, but names or shapes differ (e.g. {differing or 'shapes'})"
+        )
+    model.load_state_dict(values)

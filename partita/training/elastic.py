@@ -138,6 +138,10 @@ class ElasticStep(Step):
         """Copies the weights, which are the same on all processes, into `model`."""
         self._inner.sync_to(model)
 
+    def ema_to(self, model: nn.Module) -> None:
+        """Copies the average of this process' weights into `model`."""
+        self._inner.ema_to(model)
+
     def source(self) -> Source:
         """What a checkpoint is written from, by this process alone."""
         return dataclasses.replace(self._inner.source(), step=self.num_steps)
@@ -189,7 +193,7 @@ class ElasticStep(Step):
         with torch.no_grad():
             found = self._due({name: torch.zeros_like(parameters[name]) for name in self._trained}, 0.0)
         for gradients in found:
-            apply_gradients(self._setup.optimizer, parameters, gradients)
+            apply_gradients(self._setup.optimizer, parameters, gradients, self._setup.decay)
 
     def _due(self, gradients: Gradients, loss: float) -> list[Gradients]:
         """Adds up the gradients, loss and buffers of all pieces, and gives them to the optimizer if the step counts."""

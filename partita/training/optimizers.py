@@ -25,6 +25,7 @@ from partita.graph import Graph
 from partita.plan import Plan
 from partita.program import ProgramSet, lower
 from partita.program.instructions import Box, Slice
+from partita.training.averages import Average
 from partita.training.fused import FusedUpdate
 from partita.training.torch_adapter import clone_optimizer, has_own_step
 
@@ -124,7 +125,7 @@ class OptimizerFacts:
 
     `update_values`: how many values of a slice's size an update makes on the way. Fused variants make none, most others
     one at a time. `whole_parameters`: each is updated, and its gradient summed over processes, by one worker. `clips`:
-    gradients are clipped by the norm of all of them.
+    gradients are clipped by the norm of all of them. An average of the weights counts as a state.
     """
 
     name: str = "SGD"
@@ -137,7 +138,12 @@ class OptimizerFacts:
 
     @classmethod
     def of(
-        cls, optimizer: torch.optim.Optimizer | None, *, whole_parameters: bool = False, clips: bool = False
+        cls,
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        whole_parameters: bool = False,
+        clips: bool = False,
+        averages: bool = False,
     ) -> OptimizerFacts:
         """`whole_parameters`: they must be whole for another reason than the optimizer."""
         if optimizer is None:
@@ -145,7 +151,7 @@ class OptimizerFacts:
         kind = kind_of(optimizer)
         return cls(
             name=type(optimizer).__name__,
-            state_bytes_per_element=4.0 * state_elements(optimizer),
+            state_bytes_per_element=4.0 * (state_elements(optimizer) + averages),
             kind=kind,
             update_values=0 if kind == "element" and fused_agrees(optimizer) else 1,
             whole_parameters=whole_parameters or kind != "element",
@@ -261,7 +267,8 @@ class OptimizerShards:
 
     `layout` gives the slices of each local worker's updates; `whole` keeps slices of whole parameters in their own
     shape. State that the user's optimizer already has is taken over; `collect` brings it back, after which both share
-    storage. Where `parameters` holds only a part of a user's parameter, `parts` gives the user's own and the box of it.
+    storage. With `decay` an average of the weights is part of the state. Where `parameters` holds only a part of a
+    user's parameter, `parts` gives the user's own and the box of it.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -280,8 +287,11 @@ class OptimizerShards:
         *,
         whole: bool,
         parts: Mapping[str, tuple[torch.nn.Parameter, Box]] | None = None,
+        decay: float | None = None,
     ) -> None:
         self._optimizer, self._parameters, self._whole = optimizer, parameters, whole
+        self._decay = decay
+        self._averages: dict[_Key, Average] = {}
         self._parts = parts or {}
         self._part_state: dict[str, dict[str, Any]] = {name: {} for name in self._parts}
         self._num_uniform = 0  # steps in a row before which all parameters had a state, or none had
@@ -329,6 +339,12 @@ class OptimizerShards:
         fused = self._fused_updates.get(key)
         if fused is None or not fused(gradients):
             self._update(key, slices, gradients)
+        if self._decay is not None:
+            average = self._averages.get(key)
+            if average is None:
+                tensors = [piece.tensor for piece in self._pieces[key].values()]
+                average = self._averages[key] = Average(self._shards[key][0], tensors, self._decay)
+            average()
 
     def _key(self, worker: int, slices: Sequence[Slice]) -> _Key:
         known = self._known.get((worker, id(slices)))
@@ -358,6 +374,7 @@ class OptimizerShards:
         """Take the state from the user's optimizer. Tensors of the parameter's shape are shared, others are copied."""
         self._num_uniform = 0
         self._fused_updates.clear()  # they hold the states of before
+        self._averages.clear()
         for name, (parameter, box) in self._parts.items():
             self._part_state[name] = cut_state(self._optimizer.state.get(parameter) or {}, parameter, box)
         for piece, shard in self._all_pieces():
@@ -370,6 +387,7 @@ class OptimizerShards:
     def collect(self) -> None:
         """Bring the state into the user's optimizer, as if it had made the steps itself."""
         self._fused_updates.clear()
+        self._averages.clear()
         for piece, shard in self._all_pieces():
             state = shard.state.get(piece.tensor)
             if not state:

@@ -29,7 +29,7 @@ from partita.runtime.allocator import keep_freed_memory, let_go_of_garbage
 from partita.runtime.segments import CompileWarning
 from partita.runtime.transport import Transport
 from partita.training.adopt import Adoption
-from partita.training.arguments import check_norm, check_planning, check_running, check_task
+from partita.training.arguments import check_decay, check_norm, check_planning, check_running, check_task
 from partita.training.checkpoint.settings import Checkpoints
 from partita.training.described import described_plan, described_planner, is_described_gpus
 from partita.training.elastic import ElasticStep
@@ -154,6 +154,7 @@ def parallelize(
     timeout_s: float = 120.0,
     check_finite: Literal["step", "op", "off"] = "step",
     clip_grad_norm: float | None = None,
+    ema: float | None = None,
     elastic: Elastic | None = None,
     checkpoints: str | os.PathLike[str] | Checkpoints | None = None,
     resume: Literal["auto", "never"] = "auto",
@@ -178,6 +179,7 @@ def parallelize(
         clip_grad_norm: limit of the 2-norm of all gradients together, as of `torch.nn.utils.clip_grad_norm_`, exact
             under every plan; `StepResult.grad_norm` tells the norm before. `math.inf` only tells it. Replicas clip each
             its own.
+        ema: decay of an exponential moving average of the weights, e.g. 0.999, which `Step.ema_to` gives.
         elastic: processes may come, go and crash while training goes on; each is started by itself.
         checkpoints: a folder for them, or `Checkpoints`, which says when they are written.
         resume: "auto" goes on from the latest checkpoint there if there is one, with the step count, random states and
@@ -206,6 +208,7 @@ def parallelize(
     check_task(model, loss_fn, cluster)
     check_running(compile, timeout_s)
     check_norm(clip_grad_norm)
+    check_decay(ema)
     take_apart(batch)  # raises if it is none
     check_optimizer(optimizer, dict(model.named_parameters()))
     method.check(optimizer)
@@ -234,6 +237,7 @@ def parallelize(
         check_finite=check_finite,
         sync=method if isinstance(method, GradientMethod) and not isinstance(method, Exact) else None,
         clip_norm=clip_grad_norm,
+        decay=ema,
         checkpoints=settings,
     )
     _equalise(setup, method)

@@ -138,6 +138,10 @@ class ReplicatedStep(Step):
                 for value, kept in zip(self._setup.model.state_dict().values(), before, strict=True):
                     value.copy_(kept)
 
+    def ema_to(self, model: nn.Module) -> None:
+        """Copies the average of this process' weights into `model`."""
+        self._inner.ema_to(model)
+
     def source(self) -> Source:
         """What a checkpoint is written from: what the replicas agree on now, the mean of their weights, from which all
         go on; and of each replica the optimizer's state and the method's."""
@@ -247,4 +251,4 @@ class ReplicatedStep(Step):
         assert self._sync is not None
         parameters = dict(self._setup.model.named_parameters())
         for gradients in self._sync.settle():
-            apply_gradients(self._setup.optimizer, parameters, gradients)
+            apply_gradients(self._setup.optimizer, parameters, gradients, self._setup.decay)

@@ -24,6 +24,7 @@ from partita.program.instructions import ReduceScatter, Slice
 from partita.runtime.allocator import give_back_freed_memory
 from partita.runtime.engine import Engine, State
 from partita.runtime.transport import Transport
+from partita.training.averages import average_updated
 from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
 from partita.training.optimizers import Kind, OptimizerShards, by_fused_kernels, fused_agrees, kind_of
@@ -114,6 +115,7 @@ class GraphRunner:
         sync: how gradients are summed over processes; None: exactly.
         due: what the optimizer is to apply instead of a step's gradients, one after the other, by parameter's name.
         clip_norm: limit of the norm of all gradients; None: they are not clipped.
+        decay: of the average of the weights; None: there is none.
     """
 
     def __init__(
@@ -130,6 +132,7 @@ class GraphRunner:
         sync: GradientMethod | None = None,
         due: Due | None = None,
         clip_norm: float | None = None,
+        decay: float | None = None,
     ) -> None:
         self.graph, self.plan, self.process = graph, plan, process
         self.parameters, self.buffers = named_state(model)
@@ -138,7 +141,7 @@ class GraphRunner:
                 self.buffers[item.name] = self.parameters[item.name].detach()
         self.optimizer = optimizer
         self._settled = False  # whether there was an update
-        self._due, self._clip_norm = due, clip_norm
+        self._due, self._clip_norm, self._decay = due, clip_norm, decay
         self.kind: Kind = kind_of(optimizer) if due is None else "coupled"
         needs_whole = self.kind != "element" or (sync is not None and sync.needs_whole_parameters)
         self.programs: ProgramSet = lower(graph, plan, whole_parameters=needs_whole, clips=clip_norm is not None)
@@ -163,6 +166,7 @@ class GraphRunner:
                 layout,
                 whole=self.kind == "parameter",
                 parts={name: (self.parameters[name], box) for name, box in self.held.items()},
+                decay=decay,
             )
         )
         constants = {item.name: graph.constants[item.name] for item in graph.inputs_of(InputKind.CONSTANT)}
@@ -220,9 +224,11 @@ class GraphRunner:
         if applies and self.kind == "coupled":
             if self._due is None:
                 self.optimizer.step()
+                if self._decay is not None:
+                    average_updated(self.optimizer, self._decay)
                 self.optimizer.zero_grad(set_to_none=True)
             else:
-                apply_due(self._due, self.optimizer, self.parameters, outcome.loss)
+                apply_due(self._due, self.optimizer, self.parameters, outcome.loss, self._decay)
         return outcome
 
     def rows_needed(self) -> tuple[int, int]:
@@ -293,24 +299,36 @@ class GraphRunner:
             )
 
 
-def apply_due(due: Due, optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], loss: float) -> None:
+def apply_due(
+    due: Due,
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    loss: float,
+    decay: float | None = None,
+) -> None:
     """Takes the gradients that the parameters have, and applies those that are due instead."""
     made = {name: item.grad for name, item in parameters.items() if item.grad is not None}
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         found = due(made, loss)
     for gradients in found:
-        apply_gradients(optimizer, parameters, gradients)
+        apply_gradients(optimizer, parameters, gradients, decay)
 
 
 def apply_gradients(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], gradients: Mapping[str, torch.Tensor]
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    gradients: Mapping[str, torch.Tensor],
+    decay: float | None = None,
 ) -> None:
-    """One step of the optimizer, by its fused kernels if it has some that agree, with these gradients."""
+    """One step of the optimizer, by its fused kernels if it has some that agree, with these gradients; and of the
+    average of the weights, if there is one."""
     for name, gradient in gradients.items():
         parameters[name].grad = gradient.to(parameters[name].dtype)
     with by_fused_kernels(optimizer) if fused_agrees(optimizer) else contextlib.nullcontext():
         optimizer.step()
+    if decay is not None:
+        average_updated(optimizer, decay)
     optimizer.zero_grad(set_to_none=True)
 
 
@@ -354,8 +372,10 @@ class BlockRunner:
         transport: Transport | None = None,
         due: Due | None = None,
         clip_norm: float | None = None,
+        decay: float | None = None,
     ) -> None:
-        self.model, self.optimizer, self._due, self._clip_norm = model, optimizer, due, clip_norm
+        self.model, self.optimizer, self._due = model, optimizer, due
+        self._clip_norm, self._decay = clip_norm, decay
         self.num_threads = num_threads
         self.process, self.transport = process, transport
         self._loss = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
@@ -428,10 +448,12 @@ class BlockRunner:
         applies = update and (not finite_only or (math.isfinite(loss) and math.isfinite(norm)))
         if applies:
             if self._due is not None:
-                apply_due(self._due, self.optimizer, dict(self.model.named_parameters()), loss)
+                apply_due(self._due, self.optimizer, dict(self.model.named_parameters()), loss, self._decay)
             else:
                 with by_fused_kernels(self.optimizer) if self._is_fused else contextlib.nullcontext():
                     self.optimizer.step()
+                if self._decay is not None:
+                    average_updated(self.optimizer, self._decay)
         else:
             self.optimizer.zero_grad(set_to_none=True)
         self._has_accumulated = self._has_accumulated and not update

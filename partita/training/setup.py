@@ -59,6 +59,7 @@ class StepSetup:
     sync: GradientMethod | None = None  # how gradients are summed over processes; None: exactly
     due: Due | None = None  # what the optimizer applies instead of a step's gradients
     clip_norm: float | None = None  # limit of the norm of all gradients
+    decay: float | None = None  # of the average of the weights
     checkpoints: Checkpoints | None = None
     tells: bool = True  # whether the step emits `StepFinished`
 
@@ -66,7 +67,8 @@ class StepSetup:
     def facts(self) -> OptimizerFacts:
         """What planning needs to know of the optimizer: found by experiments, once."""
         whole = self.due is not None or (self.sync is not None and self.sync.needs_whole_parameters)
-        return OptimizerFacts.of(self.optimizer, whole_parameters=whole, clips=self.clip_norm is not None)
+        clips, averages = self.clip_norm is not None, self.decay is not None
+        return OptimizerFacts.of(self.optimizer, whole_parameters=whole, clips=clips, averages=averages)
 
     def keeper(self, method: object) -> Keeper:
         """Of the step's checkpoints; `method` is how processes are synchronised (None: exactly)."""
@@ -96,6 +98,7 @@ def _runner_of(
             transport=setup.transport,
             due=setup.due,
             clip_norm=setup.clip_norm,
+            decay=setup.decay,
         )
     assert graph is not None
     return GraphRunner(
@@ -109,4 +112,5 @@ def _runner_of(
         sync=setup.sync,
         due=setup.due,
         clip_norm=setup.clip_norm,
+        decay=setup.decay,
     )

@@ -29,9 +29,10 @@ from partita.runtime.allocator import let_go_of_garbage
 from partita.runtime.large_pages import use_large_pages
 from partita.training.adopt import Adoption
 from partita.training.arguments import check_sync_target
+from partita.training.averages import averaged
 from partita.training.checkpoint.loader import Loaded
 from partita.training.checkpoint.saver import Saving, Source
-from partita.training.collecting import collect_all, ownership_of
+from partita.training.collecting import collect_all, copy_state, ownership_of
 from partita.training.diagnose import first_non_finite
 from partita.training.events import StepFinished, WarningRaised, emit, is_heard
 from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure
@@ -214,15 +215,21 @@ class Step:
         self._collect()
         if model is self._setup.model:
             return
-        values = self._setup.model.state_dict()
-        own = model.state_dict()
-        if {name: value.shape for name, value in values.items()} != {name: value.shape for name, value in own.items()}:
-            differing = sorted(set(values) ^ set(own))[:5]
-            raise InputError(
-                "sync_to needs a module of the same structure, but names or shapes differ "
-                f"(e.g. {differing or 'shapes'})"
-            )
-        model.load_state_dict(values)
+        copy_state(self._setup.model.state_dict(), model, "sync_to")
+
+    def ema_to(self, model: nn.Module) -> None:
+        """Copies the average of the weights of `parallelize(ema=...)`, and the buffers, into `model`, on every process.
+
+        Raises:
+            InputError: there is no average, or `model` is the trained one or another structure.
+        """
+        check_sync_target(model)
+        if self._setup.decay is None:
+            raise InputError("there is no average of the weights: pass parallelize(..., ema=0.999)")
+        if model is self._setup.model:
+            raise InputError("ema_to must not overwrite the weights that are trained; pass a copy.deepcopy(model)")
+        self._collect()
+        copy_state(averaged(self._setup.model, self._setup.optimizer), model, "ema_to")
 
     def save(self, folder: Folder | None = None, *, also: Also | None = None) -> str:
         """Writes a checkpoint of weights, optimizer, step count, random states and the method of synchronisation; any
