@@ -109,8 +109,10 @@ def test_arguments_of_plan(options: dict[str, Any], match: str) -> None:
 def test_arguments_of_a_step() -> None:
     with make() as step:
         for call in (step.save, step.load):
-            with pytest.raises(partita.InputError, match=r"must be a path.*but got None"):
-                call(None)  # type: ignore[arg-type]
+            with pytest.raises(partita.InputError, match=r"must be a path.*but got int 3"):
+                call(3)  # type: ignore[arg-type]
+            with pytest.raises(partita.InputError, match=r"must have a folder, but got none"):
+                call(None)
         with pytest.raises(partita.InputError, match=r"must be a torch\.nn\.Module"):
             step.sync_to(None)  # type: ignore[arg-type]
         with pytest.raises(partita.InputError, match="loader must be an iterable of batches, but got None"):
