@@ -140,12 +140,13 @@ class Worker:
             step_time_s = (time.perf_counter() - start_s) / (message["steps"] - 1)
             step.sync_to(merged)
             total = sent_by_replica(step, merged)
+            sums = sums_of(step, model) if is_gradients else [parts_of_model(model)]
         warm = sent[getattr(method, "warm_up_steps", 0) :]  # the formula is that of later steps
         num_bytes = sum(warm) if total is None else total
         return {
             **task.judge(merged),
             "bytes_per_step": num_bytes / len(warm),
-            "formula": formula(method, model, num, int(os.environ["RANK"]), len(warm)),
+            "formula": formula(method, sums, num, int(os.environ["RANK"]), len(warm)),
             "step_time_s": step_time_s,
             "curve": curve,
         }
@@ -199,13 +200,30 @@ def _register(wrapped: Any, name: str) -> None:
         wrapped.register_comm_hook(state, power.powerSGD_hook)
 
 
-def formula(method: Any, model: Any, num: int, rank: int, steps: int) -> float:
+def parts_of_model(model: Any) -> list[Any]:
+    from partita.training.sync.method import Part
+
+    return [Part(name, tuple(value.shape)) for name, value in model.named_parameters()]
+
+
+def sums_of(step: Any, model: Any) -> list[Any]:
+    """What each sum of gradients over processes adds up: a step may form several, one of each bucket."""
+    from partita.program.instructions import AllReduce, Start
+    from partita.training.sync.sums import parts_of
+
+    shapes = {name: tuple(value.shape) for name, value in model.named_parameters()}
+    programs = step._current.programs.programs
+    own = next(program for program in programs if program.process == int(os.environ["RANK"]))
+    found = [item.collective if isinstance(item, Start) else item for item in own.instructions]
+    return [parts_of(item, shapes) for item in found if isinstance(item, AllReduce) and item.gradients]
+
+
+def formula(method: Any, sums: Sequence[Any], num: int, rank: int, steps: int) -> float:
     """The bytes that the method's own formula gives a step, the sum of the loss (`LOSS_BYTES` to each other process)
     included; methods that exchange now and then count their whole turns."""
-    from partita.training.sync.method import Part, Peers
+    from partita.training.sync.method import Peers
 
-    parts = [Part(name, tuple(value.shape)) for name, value in model.named_parameters()]
-    sent = method.sent_bytes(parts, Peers(tuple(range(num)), rank))
+    sent = sum(method.sent_bytes(parts, Peers(tuple(range(num)), rank)) for parts in sums)
     if isinstance(method, partita.sync.GradientMethod):
         return float(sent + LOSS_BYTES * (num - 1))
     every = getattr(method, "every", 1)
