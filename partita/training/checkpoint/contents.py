@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,10 @@ from torch import Tensor, nn
 
 from partita.errors import CheckpointError
 from partita.program.instructions import Box
+from partita.training.checkpoint.folder import DamagedError
 from partita.training.checkpoint.shards import Chunk
 
+_REST_ERRORS = (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError)
 State = dict[str, Any]
 Parts = Mapping[str, Mapping[int, Box]]
 
@@ -179,6 +183,37 @@ def optimizer_state(tensors: Mapping[str, Tensor], rests: Iterable[State], group
             raise CheckpointError(f"the checkpoint must hold states of the optimizer's parameters, but has {name!r}")
         state.setdefault(places[parameter], {})[key] = value
     found["state"] = dict(sorted(state.items(), key=lambda item: (not isinstance(item[0], int), str(item[0]))))
+    return found
+
+
+def plain(value: Any) -> Any:
+    """The value with Python's numbers in the place of numpy's, which are not read back."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(plain(item) for item in value)
+    return value
+
+
+def read_rest(path: Path) -> State:
+    """What is no tensor, from a file.
+
+    Raises:
+        DamagedError: it cannot be read without running its code, or is no such file.
+    """
+    try:
+        found = torch.load(path, weights_only=True)  # a checkpoint of a stranger must not run code
+    except pickle.UnpicklingError as error:
+        raise DamagedError(
+            f"{path.name}: states must consist of tensors, numbers, texts, lists and mappings, since nothing else is "
+            f"read back without running its code, but: {error}"
+        ) from error
+    except _REST_ERRORS as error:
+        raise DamagedError(f"{path.name}: {type(error).__name__}: {error}") from error
+    if not isinstance(found, dict):
+        raise DamagedError(f"{path.name} must be a mapping, but is a {type(found).__name__}")
     return found
 
 

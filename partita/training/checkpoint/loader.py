@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,10 @@ from torch import Tensor, nn
 
 from partita.errors import CheckpointError
 from partita.training.checkpoint import folder as folders
-from partita.training.checkpoint.contents import Names, State, optimizer_state, set_random_state
+from partita.training.checkpoint.contents import Names, State, optimizer_state, read_rest, set_random_state
 from partita.training.checkpoint.folder import DamagedError, Meta
 from partita.training.checkpoint.shards import Shards
 from partita.training.job import Team
-
-_REST_ERRORS = (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +179,7 @@ def _read(path: Path, meta: Meta, names: Names, rank: int, num_processes: int) -
     shapes = {**weights.shapes, **{alias: weights.shapes[first] for alias, first in meta.aliases.items()}}
     _check_like(path, shapes, names)
     values = {name: weights.read(meta.aliases.get(name, name)) for name in names.weights}
-    rests = [_read_rest(file) for file in _files(path, meta, "rest")]
+    rests = [read_rest(file) for file in _files(path, meta, "rest")]
     own = rank % meta.num_replicas if meta.num_replicas else 0
     where = f"replica-{own:05d}/" if meta.num_replicas else "optimizer/"
     tensors = Shards(_files(path, meta, where))
@@ -204,16 +201,6 @@ def _read(path: Path, meta: Meta, names: Names, rank: int, num_processes: int) -
 def _files(path: Path, meta: Meta, start: str) -> list[Path]:
     """Files whose name within the checkpoint starts so, in the order of ranks."""
     return [path / name for name in sorted(meta.files) if name.startswith(start)]
-
-
-def _read_rest(path: Path) -> State:
-    try:
-        found = torch.load(path, weights_only=True)  # a checkpoint of a stranger must not run code
-    except _REST_ERRORS as error:
-        raise DamagedError(f"{path.name}: {type(error).__name__}: {error}") from error
-    if not isinstance(found, dict):
-        raise DamagedError(f"{path.name} must be a mapping, but is a {type(found).__name__}")
-    return found
 
 
 def _read_sync(path: Path, meta: Meta, rank: int) -> dict[str, dict[str, Tensor]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from partita.errors import CheckpointError
 from partita.runtime.transport import Line, Transport
 from partita.training.checkpoint import folder as folders
-from partita.training.checkpoint.contents import Contents, Names, Ownership, contents_of, random_state
+from partita.training.checkpoint.contents import Contents, Names, Ownership, contents_of, plain, random_state, read_rest
 from partita.training.checkpoint.folder import FileFacts, Meta
 from partita.training.checkpoint.shards import Chunk, write_chunks
 from partita.training.events import Checkpointed, WarningRaised, emit
@@ -257,8 +257,9 @@ def _write(job: _Job, temporary: Path, rank: int, num: int) -> dict[str, FileFac
             found[name] = folders.facts_of(temporary / name)
     rest = f"rest{suffix}.pt"
     with (temporary / rest).open("wb") as file:
-        torch.save(job.contents.rest, file)
+        torch.save(plain(job.contents.rest), file)
     folders.flush(temporary / rest)
+    read_rest(temporary / rest)  # what could not be read back is told now
     found[rest] = folders.facts_of(temporary / rest)
     return found
 
