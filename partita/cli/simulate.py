@@ -80,7 +80,7 @@ def report(plan: Plan, timeline: Timeline) -> str:
     for worker in plan.workers:
         busy_s = timeline.busy_time_s(worker.index)
         events = timeline.of_worker(worker.index)
-        exchange_s = sum(event.time_s for event in events if event.kind not in ("Run", "Update", "Free"))
+        exchange_s = timeline.exposed_time_s(worker.index)
         idle_s = max(0.0, timeline.step_time_s - busy_s - exchange_s)
         peak = timeline.peak_memory_bytes.get(worker.index)
         share = f"{busy_s / timeline.step_time_s:.0%}" if timeline.step_time_s > 0 else "-"

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+WORK = ("Run", "SumSquares", "Clip", "Update")
+EXCHANGES = ("AllReduce", "ReduceScatter", "AllGather", "AllToAll", "Send", "Recv", "Start", "Await")
+
 
 @dataclass(frozen=True)
 class Event:
@@ -44,5 +47,22 @@ class Timeline:
         return tuple(event for event in self.events if event.worker == worker)
 
     def busy_time_s(self, worker: int) -> float:
-        """Seconds that the worker spent in `Run` and `Update`."""
-        return sum(event.time_s for event in self.of_worker(worker) if event.kind in ("Run", "Update"))
+        """Seconds that the worker spent in its own work: segments, clipping and updates."""
+        return sum(event.time_s for event in self.of_worker(worker) if event.kind in WORK)
+
+    def exposed_time_s(self, worker: int) -> float:
+        """Seconds that the worker spent in exchanges with others, waiting for them included: what is not hidden behind
+        its own work."""
+        return sum(event.time_s for event in self.of_worker(worker) if event.kind in EXCHANGES)
+
+    @property
+    def skew(self) -> float:
+        """By how much the busiest worker is busier than the mean: 0 if all do as much.
+
+        >>> events = (Event(0, 0, "Run", "", 0.0, 3.0), Event(1, 0, "Run", "", 0.0, 1.0))
+        >>> Timeline(events, 3.0).skew
+        0.5
+        """
+        busy = [self.busy_time_s(worker) for worker in sorted({event.worker for event in self.events})]
+        mean_s = sum(busy) / len(busy) if busy else 0.0
+        return max(busy) / mean_s - 1 if mean_s else 0.0

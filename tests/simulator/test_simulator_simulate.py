@@ -111,7 +111,7 @@ def test_one_worker_runs_one_after_the_other() -> None:
     timeline = simulate(programs, plan, Rates(start_s=10.0))
     assert timeline.step_time_s == 17.0
     assert [(e.kind, e.start_s, e.end_s) for e in timeline.events] == [("Run", 10.0, 13.0), ("Run", 13.0, 17.0)]
-    assert timeline.busy_time_s(0) == 7.0
+    assert timeline.busy_time_s(0) == 7.0 and timeline.exposed_time_s(0) == 0.0 and timeline.skew == 0.0
 
 
 def test_a_receiver_waits_and_the_sender_does_not() -> None:
@@ -122,6 +122,8 @@ def test_a_receiver_waits_and_the_sender_does_not() -> None:
     assert timeline.of_worker(1)[0].end_s == 11.0, "3 s until it is sent, 8 s on the way"
     assert timeline.step_time_s == 13.0
     assert timeline.bytes_sent == 8
+    assert timeline.exposed_time_s(1) == 11.0 and timeline.exposed_time_s(0) == 0.0
+    assert timeline.skew == 4.0 / 3.0 - 1, "one computes for 4 s, the other for 2"
 
 
 def test_one_link_carries_one_message_at_a_time() -> None:
