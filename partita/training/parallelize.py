@@ -473,7 +473,17 @@ def _finalists(candidates: tuple[Plan, ...]) -> list[Plan]:
     graphs = [plan for plan in graphs if not any(_is_hungry(plan, other) for other in graphs)]
     compiled = [plan for plan in graphs if plan.compiled][: NUM_MEASURED // 2]
     plain = [plan for plan in graphs if not plan.compiled][: NUM_MEASURED - len(compiled)]
+    if compiled:
+        compiled += _compiled_twins(plain, compiled)
     return [*plain, *compiled, *(plan for plan in candidates if plan.mode == "block")]
+
+
+def _compiled_twins(plain: list[Plan], compiled: list[Plan]) -> list[Plan]:
+    """Plans of one worker that are tried without compiling, compiled, where that is not among those that are tried:
+    how fast compiled segments are is a guess before, and below a millisecond two workers' meetings may outweigh it."""
+    tried = [(plan.axes, plan.num_microbatches) for plan in compiled if len(plan.workers) == 1]
+    alone = [plan for plan in plain if len(plan.workers) == 1 and (plan.axes, plan.num_microbatches) not in tried]
+    return [msgspec.structs.replace(plan, compiled=True) for plan in alone]
 
 
 def _is_hungry(plan: Plan, other: Plan) -> bool:
