@@ -29,3 +29,9 @@ def path_of(value: object, what: str) -> Path:
     if isinstance(value, str) or (isinstance(value, os.PathLike) and isinstance(os.fspath(value), str)):
         return Path(value)
     raise InputError(f'{what} must be a path (a text or pathlib.Path), but got {told(value)}. Pass e.g. "runs/first".')
+
+
+def check_count(value: object, what: str) -> None:
+    """Raises InputError unless `value` is a whole number from 1 on; `what` names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{what} must be a whole number from 1 on, but got {told(value)}")

@@ -16,17 +16,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 
 from partita.errors import InputError, NonFiniteLossError
-from partita.plan import Plan
-from partita.program.timeline import Timeline
+from partita.training.around import StepAround
 from partita.training.checkpoint.contents import random_state, set_random_state
 from partita.training.checkpoint.saver import Source
 from partita.training.dealing import Dealer
 from partita.training.events import MembersChanged, WarningRaised, emit
-from partita.training.inputs import take_apart
+from partita.training.inputs import cut_rows, take_apart
 from partita.training.keeping import Also, Folder
 from partita.training.loading import ShardedBatch
 from partita.training.membership import Elastic, Members, Round
@@ -34,14 +32,14 @@ from partita.training.runners import apply_gradients
 from partita.training.setup import StepResult, StepSetup
 from partita.training.step import Step
 from partita.training.sync.method import flat_of, unflat
+from partita.training.sync.replica import Gradients
 
-Gradients = dict[str, Tensor]
 MOST_TRIES = 100  # of one step; each ends with the loss of a process
 MEASURED_EVERY = 50  # steps after which a process that is too slow for any piece shows its speed again
 SLOW = 3.0  # times the fastest process' time: whoever takes longer is named
 
 
-class ElasticStep(Step):
+class ElasticStep(StepAround):
     """Trains with whoever is there: ``result = step(batch)``, as any `Step`. `result.loss` is that of the whole batch.
 
     A process that comes later is given the batches from the first one on by its own loop, but receives the others'
@@ -70,15 +68,6 @@ class ElasticStep(Step):
         self._members = Members(settings, self._state_for_peers, self._load_state_of_peer)
 
     # As any step -----------------------------------------------------------------------------------------------------
-
-    @property
-    def plan(self) -> Plan:
-        """That of this process."""
-        return self._inner.plan
-
-    @property
-    def is_settled(self) -> bool:
-        return self._inner.is_settled
 
     @property
     def num_steps(self) -> int:
@@ -131,16 +120,9 @@ class ElasticStep(Step):
         """Any rows may be needed: who computes which is decided in the step."""
         return 0, num_rows
 
-    def timeline(self) -> Timeline | None:
-        return self._inner.timeline()
-
     def sync_to(self, model: nn.Module) -> None:
         """Copies the weights, which are the same on all processes, into `model`."""
         self._inner.sync_to(model)
-
-    def ema_to(self, model: nn.Module) -> None:
-        """Copies the average of this process' weights into `model`."""
-        self._inner.ema_to(model)
 
     def source(self) -> Source:
         """What a checkpoint is written from, by this process alone."""
@@ -257,13 +239,7 @@ class ElasticStep(Step):
         """The rows of one piece."""
         rows = self._num_rows // self._num_pieces
         start = (index % self._num_pieces) * rows
-
-        def cut(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self._num_rows:
-                return leaf[start : start + rows]
-            return leaf
-
-        return pytree.tree_map(cut, batch)
+        return cut_rows(batch, self._num_rows, start, start + rows)
 
     def _state_for_peers(self) -> dict[str, Any]:
         """What whoever comes in must have. Called while the step waits for its quorum."""

@@ -116,3 +116,13 @@ def check_structure(key: BatchKey, first: BatchKey) -> None:
             raise InputError(
                 f"leaf {index} of every batch must have (dims, dtype) = {expected} as in the first one, but got {kind}"
             )
+
+
+def cut_rows(batch: Any, num_rows: int, start: int, end: int) -> Any:
+    """Rows ``start:end`` of a batch of `num_rows` rows; leaves that have other rows stay whole."""
+
+    def cut(leaf: Any) -> Any:
+        has_rows = isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == num_rows
+        return leaf[start:end] if has_rows else leaf
+
+    return pytree.tree_map(cut, batch)

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partita.arguments import told
+from partita.arguments import check_count, told
 from partita.errors import InputError, PeerLostError, StepError, WaitTimeoutError
 from partita.runtime.sockets import own_address
 from partita.runtime.tokens import token_of
@@ -87,8 +87,8 @@ class Elastic:
 
     def __post_init__(self) -> None:
         for name, value in (("min_replicas", self.min_replicas), ("pieces", self.pieces)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} must be a whole number from 1 on, but got {told(value)}")
+            if value is not None:
+                check_count(value, name)
         for name, seconds in (("timeout_s", self.timeout_s), ("wait_s", self.wait_s)):
             if not seconds > 0:
                 raise InputError(f"{name} must be above 0 seconds, but got {told(seconds)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from partita.arguments import told
+from partita.arguments import check_count, told
 from partita.errors import InputError
 from partita.training.arguments import check_loading
 
@@ -47,8 +47,7 @@ def resumable(
             f"loader must be a torch.utils.data.DataLoader of batches over a map-style dataset, but got "
             f"{told(loader)}. Save and load the position of other loaders yourself: Checkpoints(also={{...}})"
         )
-    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
-        raise InputError(f"accumulate must be a whole number from 1 on, but got {told(accumulate)}")
+    check_count(accumulate, "accumulate")
     order = _Order(loader, seed)
     if not order.length:
         raise InputError("loader must have at least one batch, but has none; is drop_last too strict?")

@@ -8,18 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import nn
 
 from partita.cluster import Cluster
 from partita.cluster.model import Process
 from partita.errors import InputError
-from partita.plan import Plan
-from partita.program.timeline import Timeline
+from partita.training.around import StepAround
 from partita.training.checkpoint.contents import Ownership
 from partita.training.checkpoint.saver import Source
 from partita.training.exchanges import Exchanges
-from partita.training.inputs import take_apart
+from partita.training.inputs import cut_rows, take_apart
 from partita.training.job import Team
 from partita.training.keeping import Also, Folder
 from partita.training.loading import ShardedBatch
@@ -46,7 +44,7 @@ def own_cluster(cluster: Cluster, rank: int) -> Cluster:
     )
 
 
-class ReplicatedStep(Step):
+class ReplicatedStep(StepAround):
     """Trains one replica of the model on its rows of every global batch: ``result = step(batch)``, as any `Step`.
 
     ``result.loss`` is that of the replica's own rows. Weights differ between replicas until `sync_to` or `save`.
@@ -70,15 +68,6 @@ class ReplicatedStep(Step):
         self._num_steps = 0
 
     # As any step -----------------------------------------------------------------------------------------------------
-
-    @property
-    def plan(self) -> Plan:
-        """That of this replica."""
-        return self._inner.plan
-
-    @property
-    def is_settled(self) -> bool:
-        return self._inner.is_settled
 
     @property
     def num_steps(self) -> int:
@@ -119,9 +108,6 @@ class ReplicatedStep(Step):
             return self._inner.rows_needed(num_rows)
         return self._rows_of(num_rows)
 
-    def timeline(self) -> Timeline | None:
-        return self._inner.timeline()
-
     def sync_to(self, model: nn.Module) -> None:
         """Copies what the replicas would agree on now, the mean of their weights, into `model`, on every process.
         Training goes on from the replicas' own weights, unless `model` is the trained one."""
@@ -137,10 +123,6 @@ class ReplicatedStep(Step):
             if before is not None:
                 for value, kept in zip(self._setup.model.state_dict().values(), before, strict=True):
                     value.copy_(kept)
-
-    def ema_to(self, model: nn.Module) -> None:
-        """Copies the average of this process' weights into `model`."""
-        self._inner.ema_to(model)
 
     def source(self) -> Source:
         """What a checkpoint is written from: what the replicas agree on now, the mean of their weights, from which all
@@ -238,13 +220,7 @@ class ReplicatedStep(Step):
             batch, first, num_rows = batch.batch, batch.first_row, batch.num_rows
         here = take_apart(batch).rows
         start, end = self._rows_of(num_rows or here)
-
-        def cut(leaf: Any) -> Any:
-            if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == here:
-                return leaf[start - first : end - first]
-            return leaf
-
-        return pytree.tree_map(cut, batch)
+        return cut_rows(batch, here, start - first, end - first)
 
     def _settle(self) -> None:
         """Applies what is still on its way."""

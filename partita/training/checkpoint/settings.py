@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from partita.arguments import path_of, told
+from partita.arguments import check_count, path_of, told
 from partita.errors import InputError
 from partita.training.checkpoint.folder import KEEP
 
@@ -50,8 +50,8 @@ class Checkpoints:
     def __post_init__(self) -> None:
         path_of(self.folder, "the folder of Checkpoints")
         for name, value in (("every_steps", self.every_steps), ("keep", self.keep)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InputError(f"{name} must be a whole number from 1 on, but got {told(value)}")
+            if value is not None:
+                check_count(value, name)
         check_also(self.also)
 
     @property

@@ -61,12 +61,9 @@ class Sums:
         """What sums keep from step to step, by a key that equal sums of equal programs share."""
         return {key: state for key, formed in self._formed.items() if (state := formed.state())}
 
-    def load(self, states: Mapping[str, Mapping[str, Tensor]]) -> int:
-        """Goes on from the states that belong to sums of these; how many did."""
-        found = 0
+    def load(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Goes on from the states that belong to sums of these."""
         for key, formed in self._formed.items():
             state, own = states.get(key), formed.state()
             if state and {n: v.shape for n, v in state.items()} == {n: v.shape for n, v in own.items()}:
                 formed.load(state)
-                found += 1
-        return found
