@@ -24,6 +24,7 @@ from partita.training.events import (
     MembersChanged,
     PlanChosen,
     StepFinished,
+    SyncChosen,
     WarningRaised,
     subscribe,
 )
@@ -46,6 +47,8 @@ def describe(event: Event) -> str:
     match event:
         case PlanChosen():
             return f"plan: {title(event.plan)} (found in {format_time(event.time_s)})"
+        case SyncChosen():
+            return f"synchronisation: {event.choice.method.name}: {event.choice.reason}"
         case CandidateMeasured() if event.step_time_s is None:
             return f"candidate: {event.description}: could not run: {event.failed}"
         case CandidateMeasured():

@@ -21,6 +21,7 @@ from partita.cluster.model import Cluster, Link
 from partita.cost.model import CollectiveKind, Place
 from partita.cost.overheads import Overheads
 from partita.cost.roofline import DEFAULT_CORE_BYTES_PER_S, DEFAULT_MEMORY_BYTES_PER_S
+from partita.cost.sums import EXACT_SUM, SumCost
 
 SMALL_BYTES = 32 * 1024  # up to this size every member of a process sums everything itself
 
@@ -63,8 +64,10 @@ def collective_time_s(
     *,
     overheads: Overheads,
     num_tensors: int = 1,
+    sums: SumCost = EXACT_SUM,
 ) -> float:
-    """Hierarchical time of a collective of `group`; the fullest process and the slowest link decide."""
+    """Hierarchical time of a collective of `group`; the fullest process and the slowest link decide. `sums`: what the
+    part between processes costs, where it is a sum of gradients."""
     per_process = Counter(place.process for place in group)
     inside_s = 0.0
     for place in {place.process: place for place in group}.values():
@@ -75,4 +78,7 @@ def collective_time_s(
         inside_s = max(inside_s, inside_time_s(kind, num_bytes, count, bandwidth, overheads, num_tensors))
     crosses = len({place.machine for place in group}) > 1
     link = cluster.network if crosses else cluster.process_link
-    return inside_s + link_time_s(link, kind, num_bytes, len(per_process))
+    if len(per_process) < 2:
+        return inside_s
+    across_s = link_time_s(link, kind, num_bytes * sums.sent_share, len(per_process))
+    return inside_s + across_s + num_bytes * sums.compute_s_per_byte

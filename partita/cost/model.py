@@ -50,6 +50,15 @@ class CostModel(Protocol):
         """Time of a collective, hierarchical where the group spans processes. `num_bytes`: of the whole tensors."""
         ...
 
+    def gradient_sum_time_s(self, num_bytes: int, group: tuple[Place, ...], *, num_tensors: int = 1) -> float:
+        """Time of a sum of gradients, as of `collective_time_s`, by the method that forms it between processes."""
+        ...
+
+    @property
+    def sent_share(self) -> float:
+        """What that method sends of the bytes that the exact sum sends."""
+        ...
+
     def instruction_time_s(self) -> float:
         """Fixed cost of one instruction of a worker."""
         ...

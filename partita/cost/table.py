@@ -30,6 +30,7 @@ from partita.cost.memory import update_traffic_bytes
 from partita.cost.model import CollectiveKind, Place
 from partita.cost.overheads import Overheads
 from partita.cost.roofline import Rates, rates_of, roofline_s
+from partita.cost.sums import EXACT_SUM, SumCost
 from partita.graph.graph import OpInfo
 from partita.sharding.communication import COMMUNICATION_OPS
 from partita.units import fingerprint
@@ -63,8 +64,15 @@ class CostTable:
         >>> table.op_time_s(node, worker)
     """
 
-    def __init__(self, cluster: Cluster, *, optimizer_efficiency: float = 0.5, read_cache: bool = True) -> None:
-        self._cluster = cluster
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        sums: SumCost = EXACT_SUM,
+        optimizer_efficiency: float = 0.5,
+        read_cache: bool = True,
+    ) -> None:
+        self._cluster, self._sums = cluster, sums
         self._efficiency = optimizer_efficiency
         hardware = [(m.cpu, len(m.cores), m.cache_bytes, tuple(g.name for g in m.gpus)) for m in cluster.machines]
         self._name = f"cost/{fingerprint([*hardware, torch.__version__, FORMAT])}.json"
@@ -163,6 +171,21 @@ class CostTable:
         return collective_time_s(
             self._cluster, kind, num_bytes, group, overheads=self.overheads, num_tensors=num_tensors
         )
+
+    def gradient_sum_time_s(self, num_bytes: int, group: tuple[Place, ...], *, num_tensors: int = 1) -> float:
+        return collective_time_s(
+            self._cluster,
+            "all_reduce",
+            num_bytes,
+            group,
+            overheads=self.overheads,
+            num_tensors=num_tensors,
+            sums=self._sums,
+        )
+
+    @property
+    def sent_share(self) -> float:
+        return self._sums.sent_share
 
     def instruction_time_s(self) -> float:
         return self.overheads.instruction_s

@@ -40,8 +40,8 @@ def bucket_sizes(plan: Plan, step_time_s: float, gradient_bytes: int, cost: Cost
     group = _one_of_each_process(plan)
     if plan.mode != "graph" or plan.axes.get("pipeline", 1) > 1 or len(group) < 2 or not gradient_bytes:
         return ()
-    latency_s = cost.collective_time_s("all_reduce", 0, group)
-    exchange_s = cost.collective_time_s("all_reduce", gradient_bytes, group) - latency_s
+    latency_s = cost.gradient_sum_time_s(0, group)
+    exchange_s = cost.gradient_sum_time_s(gradient_bytes, group) - latency_s
     if exchange_s < LEAST_SHARE * step_time_s:
         return ()
     backward_s = BACKWARD_SHARE * max(step_time_s - exchange_s, 0.0)

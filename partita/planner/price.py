@@ -268,7 +268,7 @@ class Pricer:
                     self._cost.update_time_s(slice_, self._optimizer, worker, num_active=active)
                     for worker in kinds.values()
                 )
-                reduce_s = self._cost.collective_time_s("all_reduce", num_bytes, group) if len(group) > 1 else 0.0
+                reduce_s = self._cost.gradient_sum_time_s(num_bytes, group) if len(group) > 1 else 0.0
                 self._ends[key] = update_s + reduce_s
             return self._ends[key]
 
@@ -337,7 +337,7 @@ class Pricer:
         sent = 0.0
         for stage, (low, high) in enumerate(pairwise(edges)):
             processes = len({worker.process for worker in _of_stage(corner, stage)})
-            sent += 2 * (processes - 1) * float(self._work.parameter_bytes[low:high].sum())
+            sent += 2 * (processes - 1) * float(self._work.parameter_bytes[low:high].sum()) * self._cost.sent_share
             for data in range(corner.data if stage else 0):
                 if by_mesh[stage, data].process != by_mesh[stage - 1, data].process:
                     sent += float(crossing[low]) * (corner.shares[data] / rows if rows else 1.0)

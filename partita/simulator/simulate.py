@@ -284,10 +284,17 @@ class _Simulation:
         their links, and so follow each other."""
         num_bytes = whole_bytes(instruction)
         num_tensors = len(getattr(instruction, "registers", ())) or 1
-        duration_s = self.cost.collective_time_s(_KINDS[type(instruction)], num_bytes, places, num_tensors=num_tensors)
+        is_gradients = isinstance(instruction, AllReduce) and bool(instruction.gradients)
+        if is_gradients:
+            duration_s = self.cost.gradient_sum_time_s(num_bytes, places, num_tensors=num_tensors)
+        else:
+            kind = _KINDS[type(instruction)]
+            duration_s = self.cost.collective_time_s(kind, num_bytes, places, num_tensors=num_tensors)
         process_of = {member: place.process for member, place in zip(instruction.group, places, strict=True)}
         sent = sent_bytes(instruction, process_of, on_gpu=all(place.gpu is not None for place in places))
-        self.bytes_sent += sum(sent.values())
+        self.bytes_sent += sum(
+            round(value * self.cost.sent_share) if is_gradients else value for value in sent.values()
+        )
         processes = tuple(sorted(sent))
         if len(processes) > 1 and num_bytes > SMALL_BYTES:
             start_s = max(start_s, self.group_free_s[processes])

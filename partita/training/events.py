@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from partita.arguments import told
 from partita.errors import InputError
 from partita.plan import Plan
+from partita.training.sync.choice import Choice
 
 _LOGGER = logging.getLogger("partita")
 
@@ -20,6 +21,13 @@ class PlanChosen:
 
     plan: Plan
     time_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncChosen:
+    """``sync="auto"`` has chosen a method of synchronisation; ``choice.explain()`` says why."""
+
+    choice: Choice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +90,7 @@ class MembersChanged:
     step: int
 
 
-Event = PlanChosen | CandidateMeasured | StepFinished | WarningRaised | Checkpointed | MembersChanged
+Event = PlanChosen | SyncChosen | CandidateMeasured | StepFinished | WarningRaised | Checkpointed | MembersChanged
 Callback = Callable[[Event], None]
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from partita.cluster import Cluster
+from partita.cost.sums import EXACT_SUM, SumCost
 from partita.cost.table import CostTable
 from partita.plan import Plan
 from partita.program.instructions import ProgramSet, Run, Update
@@ -26,7 +27,13 @@ Key = str | tuple[int, ...]  # of a segment, or the sizes of the slices of an up
 
 
 def observed_plan(
-    plan: Plan, programs: ProgramSet, timelines: Sequence[Timeline], cluster: Cluster, facts: OptimizerFacts, team: Team
+    plan: Plan,
+    programs: ProgramSet,
+    timelines: Sequence[Timeline],
+    cluster: Cluster,
+    facts: OptimizerFacts,
+    team: Team,
+    sums: SumCost = EXACT_SUM,
 ) -> Plan:
     """The plan with the step time that is predicted from its own segments and updates.
 
@@ -37,6 +44,7 @@ def observed_plan(
         cluster: of the job.
         facts: of the user's optimizer.
         team: all processes of the job, which make the same call.
+        sums: what sums of gradients cost between processes.
     """
     own = msgspec.json.encode(timelines).decode()
     everywhere = [
@@ -45,7 +53,7 @@ def observed_plan(
     ]
     found: Plan = plan
     if team.rank == 0 and plan.prediction is not None:
-        cost = CostTable(cluster)
+        cost = CostTable(cluster, sums=sums)
         steps = [_joined(parts) for parts in zip(*everywhere, strict=True)]
         keep(cost, plan, programs, steps, facts.name)
         outcome = simulate(programs, plan, cost, optimizer=facts.name, update_values=facts.update_values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import os
 import time
@@ -31,9 +32,10 @@ from partita.runtime.transport import Transport
 from partita.training.adopt import Adoption
 from partita.training.arguments import check_decay, check_norm, check_planning, check_running, check_task
 from partita.training.checkpoint.settings import Checkpoints
+from partita.training.choosing import choose, shared_sum_cost
 from partita.training.described import described_plan, described_planner, is_described_gpus
 from partita.training.elastic import ElasticStep
-from partita.training.events import PlanChosen, WarningRaised, emit
+from partita.training.events import PlanChosen, SyncChosen, WarningRaised, emit
 from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
 from partita.training.measuring import StepValues
@@ -54,6 +56,7 @@ from partita.training.runners import LossFn, named_state
 from partita.training.setup import StepSetup, make_runner
 from partita.training.step import Step
 from partita.training.sync import Exact, GradientMethod, Method, ReplicaMethod, method_of
+from partita.training.sync.choice import TOLERANCES, Tolerance
 from partita.training.trial import fits
 
 NUM_MEASURED = 4  # graph plans that are run before one is adopted
@@ -140,6 +143,16 @@ class _Request:
     plan: Plan | Constraints | Literal["auto"]
     compile: bool | Literal["auto"]
 
+    @property
+    def wanted(self) -> Plan | Constraints:
+        """The plan, or what it must be like."""
+        if isinstance(self.plan, Plan):
+            return _with_compile(self.plan, self.compile)
+        constraints = self.plan if isinstance(self.plan, Constraints) else Constraints()
+        if self.compile != "auto" and constraints.compiled is None:
+            constraints = msgspec.structs.replace(constraints, compiled=self.compile)
+        return constraints
+
 
 def parallelize(
     model: nn.Module,
@@ -149,6 +162,7 @@ def parallelize(
     *,
     plan: Plan | Constraints | Literal["auto"] = "auto",
     sync: str | Method = "exact",
+    tolerance: Tolerance | None = None,
     compile: bool | Literal["auto"] = "auto",
     cluster: Cluster | None = None,
     timeout_s: float = 120.0,
@@ -170,7 +184,10 @@ def parallelize(
             (`Step.is_settled`); what is adopted is remembered for the next run. `Constraints` fix corners and take the
             best predicted plan; a `Plan` is used as it is.
         sync: how processes are brought together: "exact", so that the mathematics is that of plain PyTorch, or a method
-            of `partita.sync` or its name, which sends fewer bytes. Inside a process training is always exact.
+            of `partita.sync` or its name, which sends fewer bytes; "auto" chooses one within the `tolerance`
+            (`Step.choice` says why). Inside a process training is always exact.
+        tolerance: what ``sync="auto"`` may trade: "exact" (the default) nothing, "equivalent-loss" the mathematics of
+            single steps, where the same loss is predicted to be reached sooner for it.
         compile: True or False fixes whether segments are compiled; "auto" leaves it to the plan.
         cluster: default: detected.
         timeout_s: limit of every wait for another process or worker, seconds; when the job starts as well.
@@ -196,7 +213,7 @@ def parallelize(
         ...     result = step(batch)
     """
     start_s = time.perf_counter()
-    method = method_of(sync)
+    method = _wanted_method(sync, tolerance)
     if check_finite not in ("step", "op", "off"):
         raise InputError(f'check_finite must be "step", "op" or "off", but got {check_finite!r}')
     if resume not in ("auto", "never"):
@@ -211,7 +228,8 @@ def parallelize(
     check_decay(ema)
     take_apart(batch)  # raises if it is none
     check_optimizer(optimizer, dict(model.named_parameters()))
-    method.check(optimizer)
+    if method is not None:
+        method.check(optimizer)
     _check_elastic(elastic, method)
     override = current_override()
     if override.plan is not None:
@@ -235,13 +253,18 @@ def parallelize(
         transport=transport,
         timeout_s=timeout_s,
         check_finite=check_finite,
-        sync=method if isinstance(method, GradientMethod) and not isinstance(method, Exact) else None,
         clip_norm=clip_grad_norm,
         decay=ema,
         checkpoints=settings,
     )
-    _equalise(setup, method)
+    _equalise(setup, repr((method, tolerance)))
     request = _Request(plan=plan, compile=compile)
+    if method is None:
+        choice = choose(setup, batch, tolerance or "exact", request.wanted, replicas=plan == "auto")
+        setup, method = dataclasses.replace(setup, choice=choice), choice.method
+        emit(SyncChosen(choice=choice))
+    if isinstance(method, GradientMethod) and not isinstance(method, Exact):
+        setup = dataclasses.replace(setup, sync=method, sums=shared_sum_cost(method, setup))
 
     def make(setup: StepSetup, batch: Any) -> Step:
         return _made(setup, batch, request, start_s)
@@ -262,7 +285,18 @@ def parallelize(
     return step
 
 
-def _check_elastic(elastic: object, method: Method) -> None:
+def _wanted_method(sync: object, tolerance: object) -> Method | None:
+    """The method that is asked for; None: one is to be chosen."""
+    if tolerance is not None and tolerance not in TOLERANCES:
+        raise InputError(f"tolerance must be one of {TOLERANCES} or None, but got {told(tolerance)}")
+    if sync == "auto":
+        return None
+    if tolerance is not None:
+        raise InputError(f'tolerance belongs to sync="auto", which chooses within it, but got sync={sync!r}')
+    return method_of(sync)
+
+
+def _check_elastic(elastic: object, method: Method | None) -> None:
     if elastic is None:
         return
     if not isinstance(elastic, Elastic):
@@ -271,7 +305,8 @@ def _check_elastic(elastic: object, method: Method) -> None:
             'lighthouse="http://10.0.0.1:29510").'
         )
     if not isinstance(method, Exact):
-        raise InputError(f'elastic training is exact: use sync="exact", but got {method.name!r}')
+        given = method.name if method is not None else "auto"
+        raise InputError(f'elastic training is exact: use sync="exact", but got {given!r}')
     job = current_job()
     if job is not None:
         raise InputError(
@@ -312,7 +347,7 @@ def _join(timeout_s: float) -> tuple[Team, Transport | None]:
     return Team(transport), transport
 
 
-def _equalise(setup: StepSetup, method: Method) -> None:
+def _equalise(setup: StepSetup, sync: str) -> None:
     """All processes start from the weights, buffers and random state of rank 0."""
     parameters, buffers = named_state(setup.model)
     values = {**parameters, **buffers}
@@ -321,7 +356,7 @@ def _equalise(setup: StepSetup, method: Method) -> None:
     )
     groups = [sum(value.numel() for value in group["params"]) for group in setup.optimizer.param_groups]
     setup.team.require_equal(f"{type(setup.optimizer).__name__} with groups of {groups} elements", "optimizer")
-    setup.team.require_equal(repr(method), "synchronisation method")
+    setup.team.require_equal(sync, "synchronisation method")
     setup.team.spread([*parameters.values(), *buffers.values()])
     setup.team.spread_random_state()
 
@@ -352,11 +387,10 @@ def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request
         emit(WarningRaised(subject="capture", message=_unchecked(graph.unchecked)))
     if isinstance(plan, Plan):
         plan.validate(graph, setup.cluster)
-        return _Decision(plan=_with_compile(plan, request.compile), graph=graph)
-    constraints = plan if isinstance(plan, Constraints) else Constraints()
+    constraints = request.wanted
+    if isinstance(constraints, Plan):
+        return _Decision(plan=constraints, graph=graph)
     _check_rows(constraints, graph)
-    if request.compile != "auto" and constraints.compiled is None:
-        constraints = msgspec.structs.replace(constraints, compiled=request.compile)
     if constraints.compiled is None and (not has_compiler() or len(graph.nodes) > MAX_COMPILED_OPS):
         if not has_compiler():
             _warn_no_compiler()
@@ -405,7 +439,7 @@ def _make_step(setup: StepSetup, decision: _Decision, leaves: BatchLeaves, start
         started_s=start_s,
         can_undo=lambda: fits(setup.model, setup.optimizer),
         reprice=lambda plan, programs, timelines: observed_plan(
-            plan, programs, timelines, setup.cluster, setup.facts, setup.team
+            plan, programs, timelines, setup.cluster, setup.facts, setup.team, setup.sums
         ),
     )
 
@@ -454,7 +488,7 @@ def _candidates(
     if setup.team.rank == 0:
         try:
             facts = setup.facts
-            cost = CostTable(setup.cluster)
+            cost = CostTable(setup.cluster, sums=setup.sums)
             plans = ranked_plans(graph, setup.cluster, cost, constraints, facts, values=values, refines=refines)
         except PlanError as found:
             error = found

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from partita.cluster import Cluster
+from partita.cost.sums import EXACT_SUM, SumCost
 from partita.graph import Graph
 from partita.plan import Plan
 from partita.runtime.transport import Transport
@@ -18,6 +19,7 @@ from partita.training.job import Team
 from partita.training.keeping import Keeper
 from partita.training.optimizers import OptimizerFacts
 from partita.training.runners import BlockRunner, Due, GraphRunner, LossFn
+from partita.training.sync.choice import Choice
 from partita.training.sync.method import GradientMethod
 
 
@@ -57,6 +59,8 @@ class StepSetup:
     timeout_s: float
     check_finite: Literal["step", "op", "off"]
     sync: GradientMethod | None = None  # how gradients are summed over processes; None: exactly
+    sums: SumCost = EXACT_SUM  # what that costs
+    choice: Choice | None = None  # why it is that method
     due: Due | None = None  # what the optimizer applies instead of a step's gradients
     clip_norm: float | None = None  # limit of the norm of all gradients
     decay: float | None = None  # of the average of the weights

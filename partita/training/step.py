@@ -42,6 +42,7 @@ from partita.training.optimizers import check_optimizer
 from partita.training.planning import TooFewRowsError, adapted_plan, block_plan
 from partita.training.runners import BlockRunner, GraphRunner, Outcome, owners_differ
 from partita.training.setup import StepResult, StepSetup, make_runner
+from partita.training.sync.choice import Choice
 from partita.training.torch_adapter import mark_stepped
 from partita.training.trial import Snapshot
 from partita.training.watch import Watch
@@ -109,6 +110,11 @@ class Step:
         """Whether a plan is adopted. During the first steps candidates run in turns, and compiled ones come in when
         they are ready; all of these steps train. A given plan is adopted from the beginning."""
         return self._adoption is None
+
+    @property
+    def choice(self) -> Choice | None:
+        """Which method of synchronisation ``sync="auto"`` has chosen, and why; None where one was given."""
+        return self._setup.choice
 
     @property
     def num_steps(self) -> int:

@@ -109,6 +109,13 @@ class SimpleCost:
     def collective_time_s(self, kind: Any, num_bytes: int, group: tuple[Any, ...], *, num_tensors: int = 1) -> float:
         return self.collective_s
 
+    def gradient_sum_time_s(self, num_bytes: int, group: tuple[Any, ...], *, num_tensors: int = 1) -> float:
+        return self.collective_time_s("all_reduce", num_bytes, group, num_tensors=num_tensors)
+
+    @property
+    def sent_share(self) -> float:
+        return 1.0
+
     def instruction_time_s(self) -> float:
         return 0.0
 

@@ -70,6 +70,13 @@ class Rates:
     ) -> float:
         return num_bytes / 8
 
+    def gradient_sum_time_s(self, num_bytes: int, group: tuple[Place, ...], *, num_tensors: int = 1) -> float:
+        return self.collective_time_s("all_reduce", num_bytes, group, num_tensors=num_tensors)
+
+    @property
+    def sent_share(self) -> float:
+        return 1.0
+
     def instruction_time_s(self) -> float:
         return self.fixed_s
 

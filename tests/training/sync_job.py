@@ -57,9 +57,12 @@ def main(corner: str, folder: str, rank: int) -> None:
         ) as step:
             results = [step(batch) for batch in batches()]
             step.sync_to(model)
+            assert step.plan.prediction is not None
+            predicted = step.plan.prediction.bytes_sent
         found[name] = {
             "losses": [result.loss for result in results],
             "bytes": [result.bytes_sent for result in results],
+            "predicted": predicted,
             "weights": [value.double().flatten().tolist() for value in model.state_dict().values()],
         }
     with open(f"{folder}/{rank}.json", "w") as file:

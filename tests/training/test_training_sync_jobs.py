@@ -52,6 +52,13 @@ def test_all_processes_end_with_the_same_bits_and_bytes_are_those_of_the_formula
         assert set(saved) == {exact - method_of(sync_job.METHODS[name]).sent_bytes(parts, peers)}
 
 
+@pytest.mark.parametrize("name", ["exact", "bf16", "int8", "powersgd", "topk", "demo"])
+def test_plans_are_predicted_to_send_what_the_method_sends(found: list[dict[str, Any]], name: str) -> None:
+    measured = sum(process[name]["bytes"][-1] for process in found)
+    # The share that a method sends is that of all parameters; those of `IN_THE_GRAPH` are sent whole.
+    assert found[0][name]["predicted"] == found[1][name]["predicted"] == pytest.approx(measured, rel=0.08)
+
+
 @pytest.mark.parametrize("name", ["bf16", "int8", "powersgd", "topk"])
 def test_compressed_training_stays_close(found: list[dict[str, Any]], name: str) -> None:
     losses = found[0][name]["losses"]

@@ -38,10 +38,10 @@ import torch
 from torch import Tensor
 
 from partita.errors import InputError
-from partita.runtime.background import Errand
 from partita.training.sync.exact import Exact
 from partita.training.sync.method import GradientMethod, Part, Peers, State
 from partita.training.sync.replica import (
+    Begun,
     DivergenceWarning,
     Replica,
     ReplicaMethod,
@@ -324,7 +324,7 @@ class StreamingSync(ReplicaSync):
             OuterOptimizer(replica, [names[i] for i in own], settings)
             for own in fragments_of(replica.parts, method.fragments)
         ]
-        self._begun: tuple[int, int, Errand] | None = None  # fragment, step, exchange
+        self._begun: tuple[int, int, Begun] | None = None  # fragment, step, exchange
 
     def after_step(self, step: int) -> None:
         if self._begun is not None and step >= self._begun[1] + self._method.delay:

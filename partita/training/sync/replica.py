@@ -13,16 +13,27 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from partita.errors import InputError
-from partita.runtime.background import Errand
 from partita.runtime.transport import Line
 from partita.training.sync.method import Part, Peers, State, flat_of, unflat
 
 Gradients = dict[str, Tensor]
+
+
+class Begun(Protocol):
+    """An exchange that goes on in the background."""
+
+    @property
+    def is_over(self) -> bool: ...
+
+    def wait(self) -> list[Tensor]:
+        """What it gives, when it is over."""
+        ...
 
 
 class DivergenceWarning(UserWarning):
@@ -42,7 +53,7 @@ class Replica:
     peers: Peers
     share: float
     line: Line
-    errand: Callable[[str, Callable[[Line], list[Tensor]]], Errand]
+    errand: Callable[[str, Callable[[Line], list[Tensor]]], Begun]
 
     @property
     def parts(self) -> tuple[Part, ...]:

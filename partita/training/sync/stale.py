@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 import torch
 
 from partita.errors import InputError
-from partita.runtime.background import Errand
 from partita.training.sync.exact import Exact
 from partita.training.sync.method import GradientMethod, Part, Peers, State
 from partita.training.sync.replica import (
+    Begun,
     DivergenceWarning,
     Gradients,
     Replica,
@@ -89,7 +89,7 @@ class Stale(ReplicaMethod):
 @dataclass
 class _OnItsWay:
     step: int
-    errand: Errand
+    errand: Begun
 
 
 class StaleSync(ReplicaSync):
