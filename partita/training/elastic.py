@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -19,27 +18,21 @@ import torch
 from torch import nn
 
 from partita.errors import InputError, NonFiniteLossError
-from partita.training.around import StepAround
 from partita.training.checkpoint.contents import random_state, set_random_state
 from partita.training.checkpoint.saver import Source
-from partita.training.dealing import Dealer
-from partita.training.events import MembersChanged, WarningRaised, emit
-from partita.training.inputs import cut_rows, take_apart
+from partita.training.elastic_around import MOST_TRIES, ElasticAround
 from partita.training.keeping import Also, Folder
-from partita.training.loading import ShardedBatch
-from partita.training.membership import Elastic, Members, Round
+from partita.training.membership import Elastic, Round
 from partita.training.runners import apply_gradients
 from partita.training.setup import StepResult, StepSetup
 from partita.training.step import Step
 from partita.training.sync.method import flat_of, unflat
 from partita.training.sync.replica import Gradients
 
-MOST_TRIES = 100  # of one step; each ends with the loss of a process
 MEASURED_EVERY = 50  # steps after which a process that is too slow for any piece shows its speed again
-SLOW = 3.0  # times the fastest process' time: whoever takes longer is named
 
 
-class ElasticStep(StepAround):
+class ElasticStep(ElasticAround):
     """Trains with whoever is there: ``result = step(batch)``, as any `Step`. `result.loss` is that of the whole batch.
 
     A process that comes later is given the batches from the first one on by its own loop, but receives the others'
@@ -53,30 +46,19 @@ class ElasticStep(StepAround):
     """
 
     def __init__(self, setup: StepSetup, settings: Elastic, batch: Any, make: Callable[[StepSetup, Any], Step]) -> None:
-        self._setup, self._settings = setup, settings
-        self._keeper = setup.keeper(None)
-        self._num_rows = take_apart(batch).rows
-        self._num_pieces = settings.num_pieces(self._num_rows)
-        self._dealer = Dealer(self._num_pieces)
+        super().__init__(setup, settings, batch, None)
         self._buffers = [value for value in setup.model.buffers() if value.is_floating_point()]
         self._attempt = _Attempt()
-        self._round: Round | None = None
-        self._warned: set[int] = set()
         self._trained: tuple[str, ...] = ()  # parameters that have gradients
         inner = dataclasses.replace(setup, due=self._due, checkpoints=None, tells=False, check_finite="off")
-        self._inner = make(inner, self._piece(batch, 0))
-        self._members = Members(settings, self._state_for_peers, self._load_state_of_peer)
+        self._inner = make(inner, self._pieces(batch, 0))
+        self._join(self._state_for_peers, self._load_state_of_peer)
 
     # As any step -----------------------------------------------------------------------------------------------------
 
     @property
     def num_steps(self) -> int:
         return self._members.step
-
-    @property
-    def num_replicas(self) -> int:
-        """Processes that made the last step."""
-        return self._round.num if self._round is not None else 1
 
     def __call__(self, batch: Any, *, update: bool = True) -> StepResult:
         """Trains one step on the global batch, with whoever is there.
@@ -103,7 +85,7 @@ class ElasticStep(StepAround):
                 )
         else:
             raise InputError(f"a step must succeed within {MOST_TRIES} tries, but every time a process was lost")
-        self._learn(current)
+        self._learn(self._attempt.times_s)
         result = StepResult(
             loss=self._attempt.loss,
             step=self.num_steps,
@@ -115,10 +97,6 @@ class ElasticStep(StepAround):
         if current.place == 0:  # one of them writes
             self._keeper.save_if_due(self.num_steps, self.source)
         return result
-
-    def rows_needed(self, num_rows: int) -> tuple[int, int]:
-        """Any rows may be needed: who computes which is decided in the step."""
-        return 0, num_rows
 
     def sync_to(self, model: nn.Module) -> None:
         """Copies the weights, which are the same on all processes, into `model`."""
@@ -135,21 +113,7 @@ class ElasticStep(StepAround):
         self._inner.take_loaded(loaded)
         self._members.step = loaded.step
 
-    def close(self) -> None:
-        """Leaves the job, and completes a checkpoint that is being written."""
-        self._members.close()
-        self._keeper.close()
-        self._inner.close()
-
     # One try ---------------------------------------------------------------------------------------------------------
-
-    def _gather(self) -> Round:
-        current = self._members.gather()
-        if self._round is None or current.number != self._round.number or current.num != self._round.num:
-            self._dealer.start(current.num)
-            emit(MembersChanged(num_replicas=current.num, place=current.place, step=self.num_steps + 1))
-        self._round = current
-        return current
 
     def _compute(self, batch: Any, current: Round) -> None:
         """The gradients of this process' pieces; the last one's update adds them up over all and votes (`_due`)."""
@@ -164,7 +128,7 @@ class ElasticStep(StepAround):
             start_s = time.perf_counter()
             is_last = number + 1 >= own
             self._attempt.start_s = start_s
-            result = self._inner(self._piece(batch, first + number), update=is_last)
+            result = self._inner(self._pieces(batch, first + number), update=is_last)
             if not is_last:
                 self._attempt.own_loss += result.loss
                 self._attempt.spent_s += time.perf_counter() - start_s
@@ -207,40 +171,6 @@ class ElasticStep(StepAround):
             buffer.copy_(mean)
         return [dict(zip(gradients, pieces[: len(gradients)], strict=True))]
 
-    def _learn(self, current: Round) -> None:
-        """Deals by the speeds that were measured, and names who is slow."""
-        self._dealer.learn(self._attempt.times_s)
-        for place, slowness in enumerate(self._dealer.slowness):
-            if slowness > SLOW and place not in self._warned:
-                self._warned.add(place)
-                message = (
-                    f"process {place} of {current.num} takes {slowness:.1f} times as long as the fastest for the same "
-                    f"work, so it gets {self._dealer.counts[place]} of {self._num_pieces} pieces of every batch. Look "
-                    "at what else runs there"
-                )
-                warnings.warn(message, SlowProcessWarning, stacklevel=3)
-                emit(WarningRaised(subject="slow process", message=message))
-
-    # Batches and states ----------------------------------------------------------------------------------------------
-
-    def _check(self, batch: Any, update: bool) -> None:
-        if not update:
-            raise InputError("an elastic step must update, since it counts for all or for none; use larger batches")
-        if isinstance(batch, ShardedBatch):
-            raise InputError("an elastic step needs whole batches; pass the loader's as they are")
-        rows = take_apart(batch).rows
-        if rows != self._num_rows:
-            raise InputError(
-                f"every batch must have {self._num_rows} rows, as the first one, so that pieces are equal, but got "
-                f"{rows}; drop the last one (drop_last=True)"
-            )
-
-    def _piece(self, batch: Any, index: int) -> Any:
-        """The rows of one piece."""
-        rows = self._num_rows // self._num_pieces
-        start = (index % self._num_pieces) * rows
-        return cut_rows(batch, self._num_rows, start, start + rows)
-
     def _state_for_peers(self) -> dict[str, Any]:
         """What whoever comes in must have. Called while the step waits for its quorum."""
         return {
@@ -256,10 +186,6 @@ class ElasticStep(StepAround):
                 own[name].copy_(value)
         self._setup.optimizer.load_state_dict(state["optimizer"])
         set_random_state(state["random"])
-
-
-class SlowProcessWarning(UserWarning):
-    """A process takes several times as long as the others; the message says which, and what was done."""
 
 
 @dataclasses.dataclass

@@ -55,11 +55,11 @@ class Keeper:
         source = dataclasses.replace(source, method=self._method, extra={"also": states})
         return self._saver.save(path, source, in_background=in_background, **keep)
 
-    def save_if_due(self, step: int, source: Callable[[], Source]) -> None:
-        """Begins to write a checkpoint in the background, if the settings have one after this step. A disk that refuses
-        is warned of; training goes on."""
+    def save_if_due(self, step: int, source: Callable[[], Source], *, since: int | None = None) -> None:
+        """Begins to write a checkpoint in the background, if the settings have one after this step or one of those
+        after step `since`. A disk that refuses is warned of; training goes on."""
         every = self._settings.every_steps if self._settings is not None else None
-        if every is None or step % every:
+        if every is None or step // every == (step - 1 if since is None else since) // every:
             return
         try:
             self.save(source(), None, None, in_background=True)

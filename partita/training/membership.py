@@ -40,7 +40,7 @@ LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"
 FEW_PIECES = 12  # 1, 2, 3, 4 or 6 processes share them evenly
 HEARTBEAT_S = 0.1
 SILENT_S = 0.6  # without a heartbeat a process counts as gone
-JOIN_S = 1.0  # that living processes which have not asked for a quorum yet are waited for
+JOIN_S = 1.0
 KEPT_STEPS = 10  # that a state is offered for
 State = dict[str, Any]
 
@@ -109,8 +109,9 @@ class Elastic:
         return found
 
 
-def lighthouse(host: str = "", port: int = 0, min_replicas: int = 1) -> Any:
-    """Starts the lighthouse of a job; it ends with `shutdown()`. `address()` is what processes are told.
+def lighthouse(host: str = "", port: int = 0, min_replicas: int = 1, join_s: float = JOIN_S) -> Any:
+    """Starts the lighthouse of a job; it ends with `shutdown()`. `address()` is what processes are told. `join_s`: so
+    long those that live and have not asked for a quorum yet are waited for.
 
     Raises:
         InputError: torchft is not installed.
@@ -119,7 +120,7 @@ def lighthouse(host: str = "", port: int = 0, min_replicas: int = 1) -> Any:
     return server(
         bind=f"{host or '[::]'}:{port}",
         min_replicas=min_replicas,
-        join_timeout_ms=int(JOIN_S * 1e3),
+        join_timeout_ms=int(join_s * 1e3),
         quorum_tick_ms=50,
         heartbeat_timeout_ms=int(SILENT_S * 1e3),
     )

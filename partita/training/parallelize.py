@@ -35,6 +35,7 @@ from partita.training.checkpoint.settings import Checkpoints
 from partita.training.choosing import choose, shared_sum_cost
 from partita.training.described import described_plan, described_planner, is_described_gpus
 from partita.training.elastic import ElasticStep
+from partita.training.elastic_replicas import ElasticReplicas, check_elastic_method
 from partita.training.events import PlanChosen, SyncChosen, WarningRaised, emit
 from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
@@ -55,7 +56,7 @@ from partita.training.replicated import ReplicatedStep
 from partita.training.runners import LossFn, named_state
 from partita.training.setup import StepSetup, make_runner
 from partita.training.step import Step
-from partita.training.sync import Exact, GradientMethod, Method, ReplicaMethod, method_of
+from partita.training.sync import DiLoCo, Exact, GradientMethod, LocalSGD, Method, ReplicaMethod, method_of
 from partita.training.sync.choice import TOLERANCES, Tolerance
 from partita.training.trial import fits
 
@@ -197,7 +198,8 @@ def parallelize(
             under every plan; `StepResult.grad_norm` tells the norm before. `math.inf` only tells it. Replicas clip each
             its own.
         ema: decay of an exponential moving average of the weights, e.g. 0.999, which `Step.ema_to` gives.
-        elastic: processes may come, go and crash while training goes on; each is started by itself.
+        elastic: processes may come, go and crash while training goes on, exactly or by LocalSGD or DiLoCo; each is
+            started by itself.
         checkpoints: a folder for them, or `Checkpoints`, which says when they are written.
         resume: "auto" goes on from the latest checkpoint there if there is one, with the step count, random states and
             whatever was saved besides; "never" starts anew and leaves them alone.
@@ -269,8 +271,10 @@ def parallelize(
     def make(setup: StepSetup, batch: Any) -> Step:
         return _made(setup, batch, request, start_s)
 
-    if elastic is not None:
-        step: Step = ElasticStep(setup, elastic, batch, make)
+    if elastic is not None and isinstance(method, LocalSGD | DiLoCo):
+        step: Step = ElasticReplicas(setup, elastic, method, batch, make)
+    elif elastic is not None:
+        step = ElasticStep(setup, elastic, batch, make)
     elif isinstance(method, ReplicaMethod) and not team.is_alone:
         step = ReplicatedStep(setup, method, batch, make)
     else:
@@ -304,9 +308,11 @@ def _check_elastic(elastic: object, method: Method | None) -> None:
             f"elastic must be partita.Elastic or None, but got {told(elastic)}. Pass e.g. partita.Elastic("
             'lighthouse="http://10.0.0.1:29510").'
         )
-    if not isinstance(method, Exact):
-        given = method.name if method is not None else "auto"
-        raise InputError(f'elastic training is exact: use sync="exact", but got {given!r}')
+    if method is None:
+        raise InputError(
+            'elastic training needs a method that is known beforehand: sync="exact" or partita.sync.DiLoCo()'
+        )
+    check_elastic_method(method)
     job = current_job()
     if job is not None:
         raise InputError(

@@ -19,6 +19,11 @@ NEVER = 10**9
 ROWS = 24
 STEP_TIME_S = 0.03
 PLAN = Constraints(num_workers=1, compiled=False)
+EVERY = 5
+METHODS = {
+    "exact": partita.sync.Exact(),
+    "diloco": partita.sync.DiLoCo(every=EVERY, outer_lr=0.8, outer_momentum=0.5),
+}
 
 
 def build(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -53,12 +58,14 @@ def end_of(folder: Path) -> int:
     return int(path.read_text()) if path.exists() else NEVER
 
 
-def main(folder: Path, name: str, lighthouse: str, min_replicas: int) -> None:
+def main(folder: Path, name: str, lighthouse: str, min_replicas: int, method: str) -> None:
     model, optimizer = build(7 if name == "late" else 0)  # who is late receives the others' weights
     elastic = Elastic(lighthouse=lighthouse, timeout_s=5.0, wait_s=60.0, min_replicas=min_replicas)
     with (
         (folder / f"{name}.jsonl").open("a") as log,
-        partita.parallelize(model, optimizer, loss_fn, batch_of(0), plan=PLAN, elastic=elastic) as step,
+        partita.parallelize(
+            model, optimizer, loss_fn, batch_of(0), plan=PLAN, elastic=elastic, sync=METHODS[method]
+        ) as step,
     ):
         while step.num_steps < end_of(folder):
             number = step.num_steps
@@ -80,4 +87,4 @@ def main(folder: Path, name: str, lighthouse: str, min_replicas: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]), sys.argv[5])

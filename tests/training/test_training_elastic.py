@@ -39,15 +39,15 @@ ROOT = Path(__file__).parents[2]
 class Job:
     """A lighthouse, and processes of `elastic_job.py`."""
 
-    def __init__(self, folder: Path, *, min_replicas: int = 1) -> None:
-        self._folder, self._min_replicas = folder, min_replicas
+    def __init__(self, folder: Path, *, min_replicas: int = 1, method: str = "exact") -> None:
+        self._folder, self._min_replicas, self._method = folder, min_replicas, method
         self._lighthouse = membership.lighthouse("127.0.0.1", 0, min_replicas)
         self._address = f"http://127.0.0.1:{self._lighthouse.address().rsplit(':', 1)[1]}"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        arguments = [str(self._folder), name, self._address, str(self._min_replicas)]
+        arguments = [str(self._folder), name, self._address, str(self._min_replicas), self._method]
         command = [sys.executable, elastic_job.__file__, *arguments]
         with self._output(name).open("a") as output:  # a pipe that nobody reads would hold the job up
             self.processes[name] = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -71,7 +71,7 @@ class Job:
     def ends(self, *names: str) -> list[list[list[float]]]:
         """The final weights of processes, which end some steps later."""
         steps = [self.lines(name)[-1]["step"] for name in names if self.lines(name)]
-        self.last_step = max(steps, default=0) + 10
+        self.last_step = -(-max(steps, default=0) // 5) * 5 + 20
         (self._folder / "end").write_text(str(self.last_step))
         for name in names:
             self.processes[name].wait(timeout=120)
@@ -219,7 +219,13 @@ def test_the_state_is_told_to_the_job_only(monkeypatch: pytest.MonkeyPatch) -> N
     ("options", "words"),
     [
         ({"elastic": 3}, "must be partita.Elastic"),
-        ({"elastic": Elastic(), "sync": "int8"}, 'use sync="exact"'),
+        ({"elastic": Elastic(), "sync": "int8"}, "elastic training is exact, or by replicas"),
+        ({"elastic": Elastic(), "sync": "auto"}, "a method that is known beforehand"),
+        ({"elastic": Elastic(), "sync": partita.sync.LocalSGD(after=3)}, "leave after out"),
+        (
+            {"elastic": Elastic(), "sync": partita.sync.DiLoCo(compress=partita.sync.Rounded())},
+            "must not be compressed",
+        ),
         ({"elastic": Elastic()}, "lighthouse must be an address"),
         ({"elastic": Elastic(lighthouse="http://127.0.0.1:9", pieces=5)}, "multiple of pieces=5"),
     ],

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,12 +48,23 @@ from partita.training.sync.replica import (
     ReplicaSync,
     check_every,
     mean_in_place,
+    take_state,
 )
 from partita.training.sync.rounded import Rounded
 
 LEAST_NESTEROV_STEPS = 10  # between outer steps with momentum, by default
 LEAST_PAPER_STEPS = 100  # from which on the paper's momentum is the default
 _LR, _MOMENTUM, _LESS_MOMENTUM = 0.7, 0.9, 0.5
+
+
+@dataclass(frozen=True)
+class OuterSettings:
+    """H, eta, mu, and how outer gradients are added."""
+
+    every: int
+    lr: float
+    momentum: float
+    compress: GradientMethod
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +97,15 @@ class LocalSGD(ReplicaMethod):
         return "post_local_sgd" if self.after else "local_sgd"
 
     @property
+    def outer(self) -> OuterSettings:
+        return OuterSettings(self.every, 1.0, 0.0, self.compress)
+
+    @property
     def exact_steps(self) -> int:
         return self.after
 
     def sync_of(self, replica: Replica) -> ReplicaSync:
-        return OuterSync(replica, _Outer(self.every, 1.0, 0.0, self.compress))
+        return OuterSync(replica, self.outer)
 
     def sent_bytes(self, parts: Sequence[Part], peers: Peers) -> float:
         return self.compress.sent_bytes(parts, peers) / self.every
@@ -127,9 +142,12 @@ class DiLoCo(ReplicaMethod):
     def name(self) -> str:
         return "diloco"
 
+    @property
+    def outer(self) -> OuterSettings:
+        return OuterSettings(self.every, *outer_settings(self.outer_lr, self.outer_momentum, self.every), self.compress)
+
     def sync_of(self, replica: Replica) -> ReplicaSync:
-        lr, momentum = outer_settings(self.outer_lr, self.outer_momentum, self.every)
-        return OuterSync(replica, _Outer(self.every, lr, momentum, self.compress))
+        return OuterSync(replica, self.outer)
 
     def sent_bytes(self, parts: Sequence[Part], peers: Peers) -> float:
         return self.compress.sent_bytes(parts, peers) / self.every
@@ -231,24 +249,17 @@ def fragments_of(parts: Sequence[Part], num: int) -> list[list[int]]:
     return [own for own in found if own]
 
 
-@dataclass(frozen=True)
-class _Outer:
-    every: int
-    lr: float
-    momentum: float
-    compress: GradientMethod
-
-
 class OuterOptimizer:
     """What replicas agree on of some parameters, and how an outer gradient moves it."""
 
-    def __init__(self, replica: Replica, names: Sequence[str], settings: _Outer) -> None:
-        self._settings = settings
-        self._share = replica.share
-        self.values = [replica.parameters[name] for name in names]  # of the replica
+    def __init__(
+        self, parameters: Mapping[str, Tensor], settings: OuterSettings, peers: Peers, share: float = 1.0
+    ) -> None:
+        self._settings, self._share = settings, share
+        self.values = list(parameters.values())  # of the replica
         self.agreed = [value.detach().clone() for value in self.values]
-        parts = [Part(name, tuple(replica.parameters[name].shape)) for name in names]
-        self.sums = settings.compress.sum_of(parts, replica.peers)
+        parts = [Part(name, tuple(value.shape)) for name, value in parameters.items()]
+        self.sums = settings.compress.sum_of(parts, peers)
         self.velocity = [torch.zeros_like(value) for value in self.values] if settings.momentum else []
 
     def gradient(self) -> list[Tensor]:
@@ -284,12 +295,17 @@ class OuterOptimizer:
         found |= {f"{prefix}.velocity.{i}": value for i, value in enumerate(self.velocity)}
         return found | {f"{prefix}.sums.{name}": value for name, value in self.sums.state().items()}
 
+    def resume(self, prefix: str, state: Mapping[str, Tensor] | None) -> None:
+        """Goes on from a state, as far as it is one of these parameters, else from the replica's weights."""
+        self.restart()
+        take_state(self.state(prefix), state)
+
 
 class OuterSync(ReplicaSync):
-    def __init__(self, replica: Replica, settings: _Outer) -> None:
+    def __init__(self, replica: Replica, settings: OuterSettings) -> None:
         super().__init__(replica)
         self._every = settings.every
-        self._outer = OuterOptimizer(replica, list(replica.parameters), settings)
+        self._outer = OuterOptimizer(replica.parameters, settings, replica.peers, replica.share)
 
     def after_step(self, step: int) -> None:
         if step % self._every == 0:
@@ -318,10 +334,10 @@ class StreamingSync(ReplicaSync):
         super().__init__(replica)
         self._method = method
         lr, momentum = outer_settings(method.outer_lr, method.outer_momentum, method.every)
-        settings = _Outer(method.every, lr, momentum, method.compress)
-        names = list(replica.parameters)
+        settings = OuterSettings(method.every, lr, momentum, method.compress)
+        named = list(replica.parameters.items())
         self._fragments = [
-            OuterOptimizer(replica, [names[i] for i in own], settings)
+            OuterOptimizer(dict(named[i] for i in own), settings, replica.peers, replica.share)
             for own in fragments_of(replica.parts, method.fragments)
         ]
         self._begun: tuple[int, int, Begun] | None = None  # fragment, step, exchange

@@ -97,10 +97,7 @@ class ReplicaSync(abc.ABC):
         """Goes on after weights were loaded: from a state, as far as it is one of this method and these parameters,
         else from the weights as they are."""
         self.restart()
-        for name, value in self.state().items():
-            found = (state or {}).get(name)
-            if found is not None and found.shape == value.shape:
-                value.copy_(found)
+        take_state(self.state(), state)
 
     def restart(self) -> None:  # noqa: B027  most have nothing to do
         """The replica's weights are new, and equal on all replicas."""
@@ -128,6 +125,14 @@ class ReplicaMethod(abc.ABC):
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027  most have nothing to say
         """Raise `InputError` if the method must not be used with the optimizer."""
+
+
+def take_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor] | None) -> None:
+    """Overwrites the tensors of a state by those of another one, as far as they have the same name and shape."""
+    for name, value in own.items():
+        found = (state or {}).get(name)
+        if found is not None and found.shape == value.shape:
+            value.copy_(found)
 
 
 def check_every(every: int) -> None:

@@ -1,0 +1,258 @@
+"""Local SGD and DiLoCo among processes that come, go and crash.
+
+Every process trains for itself for H steps, on its pieces of every batch. Then those that are there form a quorum, add
+up their outer gradients, weighted by the rows that they have trained on, and vote. If one is lost meanwhile, nothing
+has moved, and the others agree again without it: what is lost is its window of at most H steps. Whoever comes in, or
+was away, receives what was agreed on, the outer momentum, the step count and an optimizer's state from one of the
+others, when they agree next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partita.errors import InputError
+from partita.training.checkpoint.saver import Saving, Source
+from partita.training.elastic_around import MOST_TRIES, ElasticAround
+from partita.training.keeping import Also, Folder
+from partita.training.membership import Elastic, Round
+from partita.training.setup import StepResult, StepSetup
+from partita.training.step import Step
+from partita.training.sync.exact import Exact
+from partita.training.sync.method import Peers, flat_of, unflat
+from partita.training.sync.outer import DiLoCo, LocalSGD, OuterOptimizer
+
+
+def check_elastic_method(method: object) -> None:
+    """Raise `InputError` unless processes that come and go can be synchronised by the method."""
+    if isinstance(method, Exact):
+        return
+    if not isinstance(method, (LocalSGD, DiLoCo)):
+        raise InputError(
+            "elastic training is exact, or by replicas that agree all at once, sync=partita.sync.LocalSGD(...) or "
+            f"DiLoCo(...), but got {method!r}"
+        )
+    if not isinstance(method.compress, Exact):
+        raise InputError(
+            "what elastic replicas send must not be compressed, since errors are fed back to a fixed set of processes; "
+            f"leave compress out, and use a larger every than {method.every}, but got {method!r}"
+        )
+    if isinstance(method, LocalSGD) and method.after:
+        raise InputError(f"elastic replicas train apart from the beginning: leave after out, but got {method.after}")
+
+
+class ElasticReplicas(ElasticAround):
+    """Trains one replica, and agrees with whoever is there: ``result = step(batch)``, as any `Step`.
+
+    `result.loss` is that of the replica's own rows; in the first call of a process that comes later, which trains
+    nothing, it is the others' mean. `sync_to` and checkpoints give what replicas have agreed on last.
+
+    Args:
+        setup: of this process alone.
+        settings: of the job.
+        method: how replicas agree.
+        batch: a global batch.
+        make: makes the inner step from a setup and its part of a batch.
+    """
+
+    def __init__(
+        self,
+        setup: StepSetup,
+        settings: Elastic,
+        method: LocalSGD | DiLoCo,
+        batch: Any,
+        make: Callable[[StepSetup, Any], Step],
+    ) -> None:
+        super().__init__(setup, settings, batch, method)
+        self._every = method.every
+        named = {name: value.detach() for name, value in setup.model.named_parameters() if value.requires_grad}
+        self._outer = OuterOptimizer(named, method.outer, Peers((0,), 0))
+        self._buffers = [value for value in setup.model.buffers() if value.is_floating_point()]
+        self._num_steps = self._agreed_step = 0
+        self._has_joined = False
+        self._window = _Window()
+        inner = dataclasses.replace(setup, checkpoints=None, tells=False)
+        self._inner = make(inner, self._pieces(batch, 0, max(self._num_pieces // settings.min_replicas, 1)))
+        self._join(self._state_for_peers, self._load_state_of_peer)
+
+    # As any step -----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_steps(self) -> int:
+        return self._num_steps
+
+    def __call__(self, batch: Any, *, update: bool = True) -> StepResult:
+        """Trains one step on this replica's pieces of the global batch; after every H of them all agree.
+
+        Raises:
+            InputError: the batch has other rows than the first one.
+            NonFiniteLossError: the loss is NaN or infinite; nothing was updated.
+            StepError: the lighthouse is gone.
+        """
+        start_s = time.perf_counter()
+        self._check(batch, update)
+        if not self._has_joined:
+            before = self._num_steps
+            told = self._agree()
+            self._has_joined = True
+            if self._num_steps != before:  # it was behind: the batch is not the next one
+                return self._result(told.loss, start_s, told.bytes_sent)
+        assert self._round is not None
+        place = self._round.place or 0
+        counts = [max(count, 1) for count in self._dealer.counts]
+        result = self._inner(self._pieces(batch, sum(counts[:place]), counts[place]))
+        self._num_steps += 1
+        self._window.add(result, counts[place], time.perf_counter() - start_s)
+        told = self._agree() if self._num_steps - self._agreed_step >= self._every else _Told()
+        return self._result(result.loss, start_s, told.bytes_sent)
+
+    def sync_to(self, model: nn.Module) -> None:
+        """Copies what replicas have agreed on last into `model`, and this replica's buffers."""
+        if model is self._setup.model:
+            self._outer.take()
+        with self._as_agreed():
+            self._inner.sync_to(model)
+
+    def source(self) -> Source:
+        """What a checkpoint is written from, by this process alone."""
+        source = dataclasses.replace(self._inner.source(), step=self._agreed_step)
+        return dataclasses.replace(source, sync={"replica": self._outer.state("outer")})
+
+    def save(self, folder: Folder | None = None, *, also: Also | None = None) -> str:
+        """Writes a checkpoint of what replicas have agreed on last."""
+        with self._as_agreed():
+            return super().save(folder, also=also)
+
+    def save_async(self, folder: Folder | None = None, *, also: Also | None = None) -> Saving:
+        """As `save`, in the background."""
+        with self._as_agreed():
+            return super().save_async(folder, also=also)
+
+    def load(self, folder: Folder | None = None, *, also: Also | None = None) -> None:
+        """Continues from the latest checkpoint in `folder`; processes that have an older one receive the newest state
+        when they agree next."""
+        loaded = self._keeper.load(folder, also)
+        self._inner.take_loaded(dataclasses.replace(loaded, sync={}))
+        with torch.no_grad():
+            self._outer.resume("outer", loaded.sync.get("replica"))
+        self._start_window(loaded.step)
+
+    # Agreements ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _agree(self) -> _Told:
+        """Moves what is agreed on by the outer gradient of all that are there, and goes on from it."""
+        num_trained = sum(value.numel() for value in self._outer.values)
+        for _ in range(MOST_TRIES):
+            current = self._gather()
+            flat = self._told(current)
+            self._members.sum(flat)
+            if self._members.vote():
+                break
+        else:
+            raise InputError(f"replicas must agree within {MOST_TRIES} tries, but every time a process was lost")
+        body, (rows, loss, *times_s) = flat[: -2 - current.num], flat[-2 - current.num :].tolist()
+        if rows:
+            body /= rows
+            self._outer.move(unflat(body[:num_trained], self._outer.values))
+            for buffer, mean in zip(self._buffers, unflat(body[num_trained:], self._buffers), strict=True):
+                buffer.copy_(mean)
+            self._learn(times_s)
+        self._outer.take()
+        since = self._agreed_step
+        self._start_window(self._num_steps)
+        if current.place == 0 and rows:  # one of them writes
+            self._keeper.save_if_due(self._num_steps, self.source, since=since)
+        sent = int(2 * (current.num - 1) / current.num * flat.nbytes)
+        return _Told(loss=loss / rows if rows else math.nan, bytes_sent=sent)
+
+    def _told(self, current: Round) -> Tensor:
+        """What this replica adds: its outer gradient and buffers, rows and loss, each times its rows; and its time for
+        a piece. Nothing if it was behind."""
+        window, times_s = self._window, torch.zeros(current.num)
+        if current.place is None or not window.num_steps:
+            size = sum(value.numel() for value in (*self._outer.values, *self._buffers))
+            return torch.zeros(size + 2 + current.num)
+        times_s[current.place] = window.time_s / window.num_pieces
+        values = flat_of([*self._outer.gradient(), *self._buffers]).mul_(window.num_pieces)
+        facts = torch.tensor([float(window.num_pieces), window.loss])
+        return torch.cat([values, facts, times_s])
+
+    def _start_window(self, step: int) -> None:
+        """All have agreed after so many steps. torchft knows who is behind by the number."""
+        self._num_steps = self._agreed_step = self._members.step = step
+        self._window = _Window()
+
+    @contextlib.contextmanager
+    def _as_agreed(self) -> Iterator[None]:
+        """Meanwhile the model has the weights that were agreed on last."""
+        with torch.no_grad():
+            own = [value.clone() for value in self._outer.values]
+            self._outer.take()
+            try:
+                yield
+            finally:
+                for value, before in zip(self._outer.values, own, strict=True):
+                    value.copy_(before)
+
+    def _result(self, loss: float, start_s: float, bytes_sent: int) -> StepResult:
+        result = StepResult(
+            loss=loss,
+            step=self._num_steps,
+            step_time_s=time.perf_counter() - start_s,
+            num_samples=self._num_rows,
+            bytes_sent=bytes_sent,
+        )
+        self._tell(result)
+        return result
+
+    # States ----------------------------------------------------------------------------------------------------------
+
+    def _state_for_peers(self) -> dict[str, Any]:
+        """What whoever comes in must have. Called while this replica waits for its quorum."""
+        return {
+            "outer": self._outer.state("outer"),
+            "buffers": list(self._setup.model.buffers()),
+            "optimizer": self._setup.optimizer.state_dict(),
+            "num_steps": self._num_steps,
+        }
+
+    @torch.no_grad()
+    def _load_state_of_peer(self, state: dict[str, Any]) -> None:
+        self._outer.resume("outer", state["outer"])
+        for buffer, value in zip(self._setup.model.buffers(), state["buffers"], strict=True):
+            buffer.copy_(value)
+        self._setup.optimizer.load_state_dict(state["optimizer"])
+        self._num_steps = int(state["num_steps"])
+
+
+@dataclasses.dataclass
+class _Window:
+    """What a replica has trained since all agreed: pieces, the sum of their losses, and seconds."""
+
+    num_steps: int = 0
+    num_pieces: int = 0
+    loss: float = 0.0
+    time_s: float = 0.0
+
+    def add(self, result: StepResult, num_pieces: int, time_s: float) -> None:
+        self.num_steps += 1
+        self.num_pieces += num_pieces
+        self.loss += result.loss * num_pieces
+        self.time_s += time_s
+
+
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """What an agreement has told: the mean loss of the window, and bytes that this process sent."""
+
+    loss: float = math.nan
+    bytes_sent: int = 0

@@ -1,0 +1,150 @@
+"""Replicas that come, go and crash while they train apart and agree now and then."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import elastic_job
+from elastic_job import EVERY, METHODS, batch_of, build, loss_fn
+
+import partita
+from partita import Elastic
+
+pytest.importorskip("torchft", reason="torchft is not installed: pip install 'partita[elastic]'")
+from test_training_elastic import Job
+
+from partita.training import membership
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    made = Job(tmp_path, method="diloco")
+    yield made
+    made.close()
+
+
+def plain(num_replicas: int, num_windows: int) -> list[torch.Tensor]:
+    """What replicas of plain PyTorch agree on, each of which trains on an equal part of every batch."""
+    model, _ = build()
+    agreed = [value.detach().clone() for value in model.parameters()]
+    velocity = [torch.zeros_like(value) for value in agreed]
+    replicas = []
+    for _ in range(num_replicas):
+        own = copy.deepcopy(model)
+        replicas.append((own, torch.optim.AdamW(own.parameters(), lr=1e-2)))
+    for window in range(num_windows):
+        for place, (own, optimizer) in enumerate(replicas):
+            with torch.no_grad():
+                for value, y in zip(own.parameters(), agreed, strict=True):
+                    value.copy_(y)
+            for number in range(window * EVERY, (window + 1) * EVERY):
+                x, y = (part.chunk(num_replicas)[place] for part in batch_of(number))
+                optimizer.zero_grad()
+                loss_fn(own, (x, y)).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        with torch.no_grad():
+            for i, y in enumerate(agreed):
+                mean = sum(y - list(own.parameters())[i] for own, _ in replicas) / num_replicas
+                velocity[i] = 0.5 * velocity[i] + mean
+                y -= 0.8 * (mean + 0.5 * velocity[i])
+    return agreed
+
+
+def same(weights: list[list[list[float]]]) -> bool:
+    return all(found == weights[0] for found in weights)
+
+
+def test_undisturbed_replicas_agree_as_those_of_plain_pytorch(tmp_path: Path) -> None:
+    job = Job(tmp_path, min_replicas=2, method="diloco")
+    try:
+        (tmp_path / "end").write_text(str(2 * EVERY))
+        for name in ("a", "b"):
+            job.start(name)
+        for name in ("a", "b"):
+            job.processes[name].wait(timeout=90)
+        lines = job.lines("a")
+        assert [line["step"] for line in lines] == list(range(1, 2 * EVERY + 1)) and lines[-1]["num"] == 2
+        job.last_step = 2 * EVERY
+        weights = [elastic_job.json.loads((tmp_path / f"{name}.json").read_text())["weights"] for name in ("a", "b")]
+    finally:
+        job.close()
+    assert same(weights)
+    for value, wanted in zip(weights[0], plain(2, 2), strict=True):
+        torch.testing.assert_close(torch.tensor(value), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_one_that_is_killed_loses_its_window_and_receives_what_was_agreed(job: Job) -> None:
+    for name in ("a", "b", "c"):
+        job.start(name)
+    job.until(lambda: any(line["num"] == 3 for line in job.lines("a")))
+    job.processes["b"].send_signal(signal.SIGKILL)
+    killed_s = time.time()
+    job.processes["b"].wait()
+    job.until(lambda: job.lines("a")[-1]["num"] == 2)
+    steps = [line["step"] for line in job.lines("a")]
+    assert steps == list(range(1, len(steps) + 1))  # the others lost nothing
+    job.start("b")
+    job.until(lambda: job.lines("a")[-1]["num"] == 3)
+    weights = job.ends("a", "b", "c")
+    assert same(weights)
+    again = [line for line in job.lines("b") if line["start_s"] > killed_s]
+    assert again[0]["given"] == 0 and again[0]["step"] % EVERY == 0 and again[0]["step"] > 0
+    assert again[1]["given"] == again[0]["step"] and again[1]["step"] == again[0]["step"] + 1
+
+
+def test_one_that_stands_still_is_left_out_and_comes_back(job: Job) -> None:
+    for name in ("a", "b"):
+        job.start(name)
+    job.until(lambda: any(line["num"] == 2 for line in job.lines("a")))
+    job.processes["b"].send_signal(signal.SIGSTOP)
+    stopped_s = time.time()
+    job.until(lambda: job.lines("a")[-1]["num"] == 1 and job.lines("a")[-1]["end_s"] > stopped_s)
+    job.processes["b"].send_signal(signal.SIGCONT)
+    job.until(lambda: job.lines("a")[-1]["num"] == 2)
+    assert same(job.ends("a", "b"))
+
+
+def test_alone_it_trains_agrees_with_itself_and_resumes_from_what_was_agreed(tmp_path: Path) -> None:
+    server = membership.lighthouse("127.0.0.1", 0)
+    try:
+        address = f"http://127.0.0.1:{server.address().rsplit(':', 1)[1]}"
+        options: dict[str, Any] = {
+            "plan": elastic_job.PLAN,
+            "sync": METHODS["diloco"],
+            "elastic": Elastic(lighthouse=address, timeout_s=5.0),
+        }
+        model, optimizer = build()
+        merged, _ = build(9)
+        with partita.parallelize(model, optimizer, loss_fn, batch_of(0), **options) as step:
+            for number in range(EVERY + 2):
+                result = step(batch_of(number))
+                assert result.step == step.num_steps == number + 1
+            own = [value.detach().clone() for value in model.parameters()]
+            step.sync_to(merged)
+            path = step.save(tmp_path)
+            assert path.endswith(f"{EVERY}")
+            for value, before in zip(model.parameters(), own, strict=True):
+                assert torch.equal(value, before)  # training goes on from the replica's own
+        wanted = plain(1, 1)
+        for value, agreed in zip(merged.parameters(), wanted, strict=True):
+            torch.testing.assert_close(value.detach(), agreed, rtol=1e-3, atol=1e-4)
+        other, other_optimizer = build(3)
+        with partita.parallelize(other, other_optimizer, loss_fn, batch_of(0), checkpoints=tmp_path, **options) as step:
+            assert step.num_steps == EVERY
+            for value, agreed in zip(other.parameters(), wanted, strict=True):
+                torch.testing.assert_close(value.detach(), agreed, rtol=1e-3, atol=1e-4)
+            for number in range(EVERY, 2 * EVERY):
+                step(batch_of(number))
+            assert step.num_steps == 2 * EVERY
+    finally:
+        server.shutdown()
