@@ -1,23 +1,28 @@
 """One process of an elastic job, started by `benchmarks.faults`: trains until it is told to end, and logs every step.
 
-    python -m benchmarks.fault_job FOLDER NAME LIGHTHOUSE SLOWNESS
+    python -m benchmarks.fault_job FOLDER NAME LIGHTHOUSE SLOWNESS METHOD
 
-The file FOLDER/end has the number of the step after which all end. Losses of every step are those of plain PyTorch
-(`plain_losses`), whoever made it. SLOWNESS is added to the time of every piece of a batch, in seconds.
+The file FOLDER/end has the number of the step after which all end. With METHOD "exact" losses of every step are those
+of plain PyTorch (`plain_losses`), whoever made it; with "diloco" processes agree every `EVERY` steps, and what they
+agree on at the end goes to FOLDER/NAME.pt. SLOWNESS is added to the time of every piece of a batch, in seconds.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROWS = 24
 STEP_TIME_S = 0.02
 NEVER = 10**9
+EVERY = 20
+NUM_JUDGED = 50
 
 
 def build() -> tuple[Any, Any]:
@@ -62,7 +67,18 @@ def end_of(folder: Path) -> int:
     return int(path.read_text()) if path.exists() else NEVER
 
 
-def main(folder: Path, name: str, lighthouse: str, slowness: float) -> None:
+def judge(weights: Sequence[Any]) -> float:
+    """The loss of weights on batches that no training sees."""
+    import torch
+
+    model, _ = build()
+    with torch.no_grad():
+        for value, found in zip(model.parameters(), weights, strict=True):
+            value.copy_(found)
+        return statistics.fmean(loss_fn(model, batch_of(NEVER + number)).item() for number in range(NUM_JUDGED))
+
+
+def main(folder: Path, name: str, lighthouse: str, slowness: float, method: str) -> None:
     import torch
 
     import partita
@@ -77,11 +93,12 @@ def main(folder: Path, name: str, lighthouse: str, slowness: float) -> None:
         loss = loss_fn(model, batch)
         return loss * 2 if loss.item() > 1e6 else loss  # not to be captured: a graph would not sleep
 
+    sync: Any = partita.sync.DiLoCo(every=EVERY) if method == "diloco" else "exact"
     plan: Any = "auto" if slowness else partita.Constraints(num_workers=1, compiled=False)
     function = slow_loss if slowness else loss_fn
     with (
         (folder / f"{name}.jsonl").open("a") as log,
-        partita.parallelize(model, optimizer, function, batch_of(0), plan=plan, elastic=elastic) as step,
+        partita.parallelize(model, optimizer, function, batch_of(0), plan=plan, elastic=elastic, sync=sync) as step,
     ):
         while step.num_steps < end_of(folder):
             time.sleep(STEP_TIME_S)
@@ -90,7 +107,9 @@ def main(folder: Path, name: str, lighthouse: str, slowness: float) -> None:
                     "time_s": result.step_time_s}  # fmt: skip
             log.write(json.dumps(line) + "\n")
             log.flush()
+        step.sync_to(model)
+        torch.save([value.detach() for value in model.parameters()], folder / f"{name}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4]))
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4]), sys.argv[5])
