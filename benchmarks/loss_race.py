@@ -152,6 +152,11 @@ class Timed:
     wire: list[list[int]] = dataclasses.field(default_factory=list)
     facts: list[Row] = dataclasses.field(default_factory=list)  # of each process
 
+    @property
+    def method(self) -> str:
+        """With its settings; "" of peers."""
+        return str(self.facts[0].get("method", "")) if self.facts else ""
+
     def row(self) -> Row:
         """What does not depend on how many steps are needed."""
         bytes_by_process = self.sent or self.wire

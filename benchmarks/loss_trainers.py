@@ -82,10 +82,11 @@ class Partita(Trainer):
             assert entry.make is not None
             optimizer = task.optimizer(self._model, momentum=entry.momentum, name=entry.optimizer, lr=entry.lr)
             self._method = entry.make()
-            self.every = getattr(self._method, "every", 1)
             data = num if isinstance(self._method, partita.sync.GradientMethod) else 1
             options = {"sync": self._method, "plan": _side_by_side(data)}
         self._step = partita.parallelize(self._model, optimizer, loss_of, first, **options)
+        self._chosen = self._step.choice.method if self._method is None else self._method
+        self.every = getattr(self._chosen, "every", 1)
 
     def step(self, batch: Batch) -> float:
         result = self._step(batch)
@@ -107,9 +108,10 @@ class Partita(Trainer):
     def facts(self) -> Row:
         plan = self._step.plan
         told = f"{plan.mode}{' compiled' if plan.compiled else ''} {plan.axes} x{plan.num_microbatches}"
+        facts: Row = {"plan": told, "method": repr(self._chosen)}
         if self._method is None:
-            return {"plan": told, "reasons": list(plan.reasons)}
-        return {"plan": told, **_formulas(self._step, self._method, self._model, self._num)}
+            return {**facts, "why": self._step.choice.explain(), "reasons": list(plan.reasons)}
+        return {**facts, **_formulas(self._step, self._method, self._model, self._num)}
 
     def close(self) -> None:
         self._step.close()

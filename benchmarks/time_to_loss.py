@@ -13,12 +13,13 @@ steps   Every way trains three seeds, without a limited network, and is judged o
         that does not count. The target is what exact training keeps from 80 % of its steps on, 2 % above; a way has
         reached it where the mean over seeds, a trailing mean over three judgings, stays at or below (between judgings
         by interpolation). Ways that have not by then may make twice as many steps as exact training. Exact ways have
-        the losses of exact training; what "auto equivalent-loss" does depends on the network, where it is judged.
+        the losses of exact training; "auto equivalent-loss" has those of the method that it has chosen on a network,
+        and is judged there if that is none of the others.
 time    All ways are prepared on the network's machines and step in turns, in rounds of whole turns of what they do, in
-        an order that rotates; only one steps at a time. The time of a round is that of its slowest machine; judged is
-        the median over rounds of the mean step, once partita's plan is settled (`step_time_s`). `first_time_to_loss_s`
-        counts from the first step, with those that try candidates. Judged is the former: these trainings last seconds,
-        trials last a fixed number of steps, and what they find is remembered.
+        an order that rotates; only one steps at a time. The time of a round is that of its slowest machine;
+        `step_time_s` is the median over rounds of the mean step, once partita's plan has settled. By this time ways are
+        judged: these trainings last seconds, the trials of candidates last a fixed number of steps, and what they find
+        is remembered. `first_time_to_loss_s` counts from the first step, with the trials.
 
 So that both are of one training, the losses of the first steps are compared (`loss_error`). `bytes_per_step` is what a
 process says it has sent, in the mean, or for peers what its interface has (without headers); `peak_bytes` the most of
@@ -36,14 +37,14 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Report, Row, median, option_parser, show
 from benchmarks.loss_curves import mean_of, target_of
-from benchmarks.loss_race import AUTO_EXACT, AUTO_LOSS, ROLES, WAYS, Curves, Learnt, Way, learn, outcome, race
+from benchmarks.loss_race import AUTO_EXACT, AUTO_LOSS, ROLES, WAYS, Curves, Learnt, Timed, Way, learn, outcome, race
 from benchmarks.method_tasks import TASKS
 from benchmarks.slow_field import Field
 from benchmarks.slow_machines import Machines, why_not
@@ -73,7 +74,7 @@ NETWORKS = tuple(
     for num in (2, 4)
     for name, rate in (("1 Gbit/s", 1000), ("100 Mbit/s", 100), ("10 Mbit/s", 10))
 )
-HERE = (Network("none, 2 processes", 2, None), Network("none, 4 processes", 4, None))
+HERE = (Network("none: 2 processes", 2, None), Network("none: 4 processes", 4, None))
 
 
 def judge(rows: Sequence[Row]) -> None:
@@ -226,16 +227,27 @@ def rows_of(field: Field, task: str, ways: Sequence[Way], known: Known, options:
     timed = race(field, ways, task, options.rounds, options.round_seconds, options.settle)
     rows = []
     for way in ways:
-        if way.chooses and not isinstance(timed[way.name], str):
-            learnt = learn(field, way, task, steps, options.seeds, target)
-        else:
-            learnt = exact if way.exact else known.get((field.num, task, way.name), Learnt(error="not judged"))
         found = timed[way.name]
-        if way.chooses and isinstance(found, str):
+        if isinstance(found, str):
             learnt = Learnt(error=found)
+        elif way.chooses:
+            learnt = learnt_by(found.method, field.num, task, timed, known) or learn(
+                field, way, task, steps, options.seeds, target
+            )
+        else:
+            learnt = exact if way.exact else known[field.num, task, way.name]
         rows.append(outcome(way, steps, target, learnt, found))
     judge(rows)
     return rows
+
+
+def learnt_by(method: str, num: int, task: str, timed: Mapping[str, Timed | str], known: Known) -> Learnt | None:
+    """What is known of a method that was chosen, if it is one of those that were judged."""
+    for name, found in timed.items():
+        learnt = known.get((num, task, name))
+        if learnt is not None and not learnt.error and isinstance(found, Timed) and found.method == method:
+            return learnt
+    return None
 
 
 def _interpreters(options: Any) -> dict[str, str]:

@@ -28,7 +28,7 @@ from benchmarks.loss_race import (
     race,
 )
 from benchmarks.slow_machines import Traffic
-from benchmarks.time_to_loss import STREAMING, WHOLE, fewer_at_peak, judge, misses_of, summarise
+from benchmarks.time_to_loss import STREAMING, WHOLE, fewer_at_peak, judge, learnt_by, misses_of, summarise
 
 FALLING = [(step, 10.0 / step) for step in range(1, 21)]
 losses = st.lists(st.floats(0.1, 10.0), min_size=3, max_size=30).map(
@@ -222,6 +222,19 @@ def test_every_limit_that_is_missed_is_told() -> None:
     assert misses_of({**method, **good}, "partita") == []
     bad = {"bytes_error": 0.1, "formula": 1.0, "bytes_per_step": 1.1, "peak_bytes": 11, "peak_formula": 10.0}
     assert len(misses_of({**method, **bad, "loss_error": 0.5}, "partita")) == 3
+
+
+def test_a_chosen_method_that_was_judged_has_its_losses() -> None:
+    def timed(method: str) -> Timed:
+        return Timed(1.0, [1.0], facts=[{"method": method}])
+
+    learnt = Learnt(curves=[FALLING])
+    known = {(2, "chars", "bf16"): learnt, (2, "chars", "int8"): Learnt(error="lost")}
+    found = {"bf16": timed("Rounded(to='bf16')"), "int8": timed("Rounded(to='int8')"), AUTO_LOSS: timed("Exact()")}
+    assert learnt_by("Rounded(to='bf16')", 2, "chars", found, known) is learnt
+    assert learnt_by("Rounded(to='bf16')", 4, "chars", found, known) is None
+    assert learnt_by("Rounded(to='int8')", 2, "chars", found, known) is None
+    assert learnt_by("Exact()", 2, "chars", {**found, "bf16": "lost"}, known) is None
 
 
 def test_peaks_of_fragments_are_held_against_those_of_the_whole() -> None:
