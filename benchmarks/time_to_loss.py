@@ -100,6 +100,8 @@ def misses_of(row: Row, kind: str) -> list[str]:
         elif row.get("ratio", 0.0) > LARGEST_RATIO:
             misses.append(f"{where}: must take at most {LARGEST_RATIO} times as long as {row['best']}, but takes "
                           f"{row['ratio']:.3f} times")  # fmt: skip
+    if row.get("is_settled") is False:
+        misses.append(f"{where}: the plan must settle before steps are timed; give it longer (--settle)")
     if row.get("bytes_error", 0.0) > LARGEST_BYTES_ERROR:
         misses.append(f"{where}: bytes a step must be {row['formula']:.0f}, but are {row['bytes_per_step']:.0f}")
     if row.get("peak_bytes", 0.0) > row.get("peak_formula", float("inf")) * (1 + LARGEST_BYTES_ERROR):
@@ -144,7 +146,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=0, help="instead of the task's own number")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--round-seconds", type=float, default=1.0, help="of steps of one way in one round")
-    parser.add_argument("--settle", type=float, default=120.0, help="seconds that a plan has to settle")
+    parser.add_argument("--settle", type=float, default=300.0, help="seconds that a plan has to settle")
     parser.add_argument("--curves", type=Path, metavar="FILE", help="losses by steps, read and added to")
     parser.add_argument("--only-curves", action="store_true", help="train what is missing in --curves, time nothing")
     parser.add_argument("--hivemind", default=sys.executable, metavar="PYTHON", help="an interpreter that has hivemind")

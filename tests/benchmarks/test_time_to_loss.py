@@ -221,7 +221,7 @@ def test_every_limit_that_is_missed_is_told() -> None:
     good = {"bytes_error": 0.0, "peak_bytes": 10, "peak_formula": 10.0, "loss_error": 0.001}
     assert misses_of({**method, **good}, "partita") == []
     bad = {"bytes_error": 0.1, "formula": 1.0, "bytes_per_step": 1.1, "peak_bytes": 11, "peak_formula": 10.0}
-    assert len(misses_of({**method, **bad, "loss_error": 0.5}, "partita")) == 3
+    assert len(misses_of({**method, **bad, "loss_error": 0.5, "is_settled": False}, "partita")) == 4
 
 
 def test_a_chosen_method_that_was_judged_has_its_losses() -> None:
