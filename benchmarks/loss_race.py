@@ -18,7 +18,7 @@ from benchmarks.slow_field import Field
 WARM_UP = 3  # steps at least; DDP's PowerSGD begins with the third
 JUDGE_EVERY = 10
 MOST_FACTOR = 2  # of a task's steps, for ways that have not reached the target by then
-SAME_STEPS = 20  # whose losses must be those of the training that was judged
+SAME_STEPS = 60  # whose losses must be those of the training that was judged
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,19 @@ class Way:
     Args:
         kind: of its trainer.
         role: whose processes it shares; "": those of its kind.
-        exact: whether it has the mathematics of plain PyTorch, and so its losses.
+        like: the way whose mathematics it has, and so its losses; "": its own.
         chooses: whether what it does depends on the network, so that it is judged on each.
     """
 
     name: str
     kind: str
     role: str = ""
-    exact: bool = False
+    like: str = ""
     chooses: bool = False
+
+    @property
+    def exact(self) -> bool:
+        return "exact" in (self.name, self.like)
 
     @property
     def place(self) -> str:
@@ -48,19 +52,19 @@ METHODS = (
     "bf16", "int8", "powersgd r4", "topk 1%", "local sgd H=5", "diloco H=20", "diloco H=50", "diloco H=50, int4",
     "streaming diloco H=50, int4",
 )  # fmt: skip
-EXACT = Way("exact", "partita", exact=True)
+EXACT = Way("exact", "partita")
 WAYS = (
     EXACT,
-    Way(AUTO_EXACT, "partita", AUTO_EXACT, exact=True),
+    Way(AUTO_EXACT, "partita", AUTO_EXACT, like="exact"),
     Way(AUTO_LOSS, "partita", AUTO_LOSS, chooses=True),
-    Way("plain", "plain", exact=True),
-    Way("ddp", "ddp", exact=True),
+    Way("plain", "plain", like="exact"),
+    Way("ddp", "ddp", like="exact"),
     *(Way(name, "partita") for name in METHODS),
     Way("ddp fp16", "ddp"),
     Way("ddp bf16", "ddp", "ddp bf16"),  # each with processes of its own: the hook may bring them down
     Way("ddp powersgd", "ddp", "ddp powersgd"),
-    Way("torchft diloco H=20", "torchft"),
-    Way("torchft diloco H=50", "torchft"),
+    Way("torchft diloco H=20", "torchft", like="diloco H=20"),
+    Way("torchft diloco H=50", "torchft", like="diloco H=50"),
     Way("hivemind H=50", "hivemind"),
 )
 ROLES = tuple(dict.fromkeys(way.place for way in WAYS))

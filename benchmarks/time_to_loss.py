@@ -13,8 +13,8 @@ steps   Every way trains three seeds, without a limited network, and is judged o
         that does not count. The target is what exact training keeps from 80 % of its steps on, 2 % above; a way has
         reached it where the mean over seeds, a trailing mean over three judgings, stays at or below (between judgings
         by interpolation). Ways that have not by then may make twice as many steps as exact training. Exact ways have
-        the losses of exact training; "auto equivalent-loss" has those of the method that it has chosen on a network,
-        and is judged there if that is none of the others.
+        the losses of exact training, torchft's DiLoCo those of partita's; "auto equivalent-loss" has those of the
+        method that it has chosen on a network, and is judged there if that is none of the others.
 time    All ways are prepared on the network's machines and step in turns, in rounds of whole turns of what they do, in
         an order that rotates; only one steps at a time. The time of a round is that of its slowest machine;
         `step_time_s` is the median over rounds of the mean step, once partita's plan has settled. By this time ways are
@@ -164,7 +164,8 @@ def main() -> int:
     if reason is not None and not options.only_curves and any(one.rate for one in networks):
         print(f"time_to_loss: skipped; {reason}", file=sys.stderr)
         return 0
-    settings = {name: str(value) for name, value in vars(options).items() if name not in ("json", "child", "families")}
+    told = ("networks", "tasks", "entries", "seeds", "steps", "rounds", "round_seconds", "settle")
+    settings = {name: getattr(options, name) or "all" for name in told}
     report = Report("time_to_loss", settings, path=options.json)
     learnt = learn_all(networks, tasks, ways, options)
     if options.only_curves:
@@ -182,6 +183,7 @@ Known = dict[tuple[int, str, str], Learnt]  # by number of processes, task and w
 def learn_all(networks: Sequence[Network], tasks: Sequence[str], ways: Sequence[Way], options: Any) -> Known:
     """What is known of each way before any network, and of exact training in any case."""
     curves, found = Curves(options.curves), Known()
+    needed = {"exact", *(way.like or way.name for way in ways if not way.chooses)}
     for num in sorted({network.num for network in networks}):
         with tempfile.TemporaryDirectory() as cache:
             field = Field("benchmarks.loss_child", ROLES, num, Path(cache), options.timeout, _interpreters(options))
@@ -189,7 +191,7 @@ def learn_all(networks: Sequence[Network], tasks: Sequence[str], ways: Sequence[
                 for task in tasks:
                     steps = options.steps or TASKS[task].steps
                     for way in WAYS:
-                        if way.name == "exact" or (way in ways and not way.exact and not way.chooses):
+                        if way.name in needed:
                             found[num, task, way.name] = curves.of(field, way, task, steps, options.seeds)
                             told = found[num, task, way.name]
                             print(f"{num} processes, {task}, {way.name}: {told.error or told.at(steps)}",
@@ -237,7 +239,7 @@ def rows_of(field: Field, task: str, ways: Sequence[Way], known: Known, options:
                 field, way, task, steps, options.seeds, target
             )
         else:
-            learnt = exact if way.exact else known[field.num, task, way.name]
+            learnt = known[field.num, task, way.like or way.name]
         rows.append(outcome(way, steps, target, learnt, found))
     judge(rows)
     return rows

@@ -136,7 +136,7 @@ def test_curves_are_kept(tmp_path: Path) -> None:
 
 
 def test_ways_step_in_turns_and_a_failed_one_does_not_take_others_with_it() -> None:
-    ways = [EXACT, Way("bad", "partita"), Way("ddp", "ddp", exact=True)]
+    ways = [EXACT, Way("bad", "partita"), Way("ddp", "ddp", like="exact")]
     field = Scripted(fails="bad")
     found = race(field, ways, "digits", rounds=2, round_s=1.0, settle_s=1.0)
     assert found["bad"] == "TypeError: cannot"
@@ -189,6 +189,12 @@ def test_what_an_emulated_machine_has_sent_is_read_from_its_interface(tmp_path: 
 
 
 # Judging -------------------------------------------------------------------------------------------------------------
+
+
+def test_ways_that_share_losses_share_those_of_one_that_is_judged() -> None:
+    judged = {way.name for way in WAYS if not way.like and not way.chooses}
+    assert all(way.like in judged for way in WAYS if way.like)
+    assert {way.name for way in WAYS if way.exact} == {"exact", AUTO_EXACT, "plain", "ddp"}
 
 
 def rows_of(**times: float | None) -> list[dict[str, Any]]:
