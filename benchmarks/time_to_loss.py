@@ -35,6 +35,8 @@ or one of partita's ways does not run.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -184,20 +186,14 @@ def learn_all(networks: Sequence[Network], tasks: Sequence[str], ways: Sequence[
     """What is known of each way before any network, and of exact training in any case."""
     curves, found = Curves(options.curves), Known()
     needed = {"exact", *(way.like or way.name for way in ways if not way.chooses)}
+    judged = [way for way in WAYS if way.name in needed]
     for num in sorted({network.num for network in networks}):
-        with tempfile.TemporaryDirectory() as cache:
-            field = Field("benchmarks.loss_child", ROLES, num, Path(cache), options.timeout, _interpreters(options))
-            try:
-                for task in tasks:
-                    steps = options.steps or TASKS[task].steps
-                    for way in WAYS:
-                        if way.name in needed:
-                            found[num, task, way.name] = curves.of(field, way, task, steps, options.seeds)
-                            told = found[num, task, way.name]
-                            print(f"{num} processes, {task}, {way.name}: {told.error or told.at(steps)}",
-                                  file=sys.stderr, flush=True)  # fmt: skip
-            finally:
-                field.close()
+        with tempfile.TemporaryDirectory() as cache, contextlib.closing(_field(num, cache, options)) as field:
+            for task, way in itertools.product(tasks, judged):
+                steps = options.steps or TASKS[task].steps
+                learnt = found[num, task, way.name] = curves.of(field, way, task, steps, options.seeds)
+                told = learnt.error or f"{learnt.at(steps)[0]:.4f}"
+                print(f"{num} processes, {task}, {way.name}: {told}", file=sys.stderr, flush=True)
     return found
 
 
@@ -205,22 +201,21 @@ def run_network(
     report: Report, network: Network, tasks: Sequence[str], ways: Sequence[Way], known: Known, options: Any
 ) -> None:
     """Adds the rows of one network. The caches of its machines start empty, as on machines that are new to partita."""
-    with tempfile.TemporaryDirectory() as cache:
-        machines = Machines((network.rate,) * network.num) if network.rate else None
-        field = Field(
-            "benchmarks.loss_child", ROLES, machines or network.num, Path(cache), options.timeout,
-            _interpreters(options),
-        )  # fmt: skip
-        try:
-            for task in tasks:
-                for row in rows_of(field, task, ways, known, options):
-                    report.add({"network": network.name, "task": task, **row})
-                    told = {name: row.get(name) for name in COLUMNS if row.get(name) is not None}
-                    print(f"{network.name}, {task}: {told}", file=sys.stderr, flush=True)
-        finally:
-            field.close()
-            if machines is not None:
-                machines.close()
+    with contextlib.ExitStack() as opened:
+        cache = opened.enter_context(tempfile.TemporaryDirectory())
+        rates = (network.rate,) * network.num if network.rate else ()
+        machines = opened.enter_context(Machines(rates)) if rates else network.num
+        field = opened.enter_context(contextlib.closing(_field(machines, cache, options)))
+        for task in tasks:
+            for row in rows_of(field, task, ways, known, options):
+                report.add({"network": network.name, "task": task, **row})
+                told = {name: row.get(name) for name in COLUMNS if row.get(name) is not None}
+                print(f"{network.name}, {task}: {told}", file=sys.stderr, flush=True)
+
+
+def _field(machines: Machines | int, cache: str, options: Any) -> Field:
+    interpreters = {"hivemind": options.hivemind}
+    return Field("benchmarks.loss_child", ROLES, machines, Path(cache), options.timeout, interpreters)
 
 
 def rows_of(field: Field, task: str, ways: Sequence[Way], known: Known, options: Any) -> list[Row]:
@@ -252,10 +247,6 @@ def learnt_by(method: str, num: int, task: str, timed: Mapping[str, Timed | str]
         if learnt is not None and not learnt.error and isinstance(found, Timed) and found.method == method:
             return learnt
     return None
-
-
-def _interpreters(options: Any) -> dict[str, str]:
-    return {"hivemind": options.hivemind}
 
 
 if __name__ == "__main__":
