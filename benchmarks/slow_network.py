@@ -21,13 +21,15 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import Report, Row, first_line, median, option_parser, show
-from benchmarks.processes import ChildError, Group, Message, serve
-from benchmarks.slow_machines import PORT, Machines, why_not
+from benchmarks.common import Report, Row, median, option_parser, show
+from benchmarks.processes import serve
+from benchmarks.slow_field import Field
+from benchmarks.slow_machines import Machines, why_not
 from benchmarks.slow_peers import FORCED, INEXACT, MODELS, PARAMETER_HEAVY, PARTITA, PEERS, Peer
 
 MBIT = 125_000.0  # bytes a second
@@ -57,56 +59,18 @@ NETWORKS = (
 )
 
 
-class Field:
-    """The processes of all peers on the machines of one network."""
-
-    def __init__(self, machines: Machines, names: tuple[str, ...], cache: Path, timeout_s: float) -> None:
-        self.machines, self.names, self.cache, self.timeout_s = machines, names, cache, timeout_s
-        self._groups: dict[str, Group] = {}
-
-    def ask(self, name: str, message: Message) -> list[Row] | str:
-        """The replies of all machines, or what went wrong."""
-        if name not in self._groups:
-            self._groups[name] = self._start(name)
-        try:
-            replies = self._groups[name].ask(message, self.timeout_s)
-        except ChildError as error:
-            self._groups.pop(name).close()
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            return f"{first_line(error, 80)} {lines[-1][:200]}"
-        failed = [reply for reply in replies if "error" in reply]
-        if failed:
-            self._groups.pop(name).close()
-            return f"{failed[0]['error_type']}: {first_line(failed[0]['error'])}"
-        return replies
-
-    def _start(self, name: str) -> Group:
-        port = {"MASTER_PORT": str(PORT + PEERS.index(name))}
-        places = [
-            (
-                self.machines.prefix(machine),
-                self.machines.environment(machine) | port | {"PARTITA_CACHE": str(self.cache / str(machine))},
-            )
-            for machine in range(len(self.machines))
-        ]
-        return Group("benchmarks.slow_network", name, num_processes=len(places), places=places)
-
-    def close(self) -> None:
-        for group in self._groups.values():
-            group.close()
-
-
 def step_times(replies: list[Row]) -> list[float]:
     """Of each step the time on the slowest machine."""
     return [max(times) for times in zip(*(reply["times_s"] for reply in replies), strict=True)]
 
 
-def compare(field: Field, model: str, *, num_rounds: int, round_s: float) -> Row:
+def compare(field: Field, names: Sequence[str], model: str, *, num_rounds: int, round_s: float) -> Row:
     """One row: every peer's median, what was sent, and the plan."""
+    assert isinstance(field.machines, Machines)
     errors: dict[str, str] = {}
     facts: dict[str, Row] = {}
     num_steps: dict[str, int] = {}
-    for name in field.names:
+    for name in names:
         replies = field.ask(name, {"do": "prepare", "model": model})
         if isinstance(replies, str):
             errors[name] = replies
@@ -256,10 +220,10 @@ def run_network(
 ) -> None:
     """Adds a row for each model. The caches of the machines start empty, as on machines that are new to partita."""
     with tempfile.TemporaryDirectory() as cache, Machines(network.rates) as machines:
-        field = Field(machines, names, Path(cache), options.timeout)
+        field = Field("benchmarks.slow_network", PEERS, machines, Path(cache), options.timeout)
         try:
             for model in models:
-                row = compare(field, model, num_rounds=options.rounds, round_s=options.round_seconds)
+                row = compare(field, names, model, num_rounds=options.rounds, round_s=options.round_seconds)
                 report.add({"network": network.name, **row})
                 told = {name: row.get(name) for name in ("ratio", "gain_over_ddp", "bytes_error", "plan", "errors")}
                 print(f"{network.name}, {model}: {told}", file=sys.stderr, flush=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import partita  # before torch: it makes waiting threads sleep instead of spin
 from benchmarks.common import Row
+from benchmarks.ddp_hooks import register_hook
 from benchmarks.processes import Message
 
 PARTITA = "partita"
@@ -145,19 +146,9 @@ def prepare_ddp(model: Any, batches: list[Batch], hook: str = "") -> Prepared:
     from torch.nn.parallel import DistributedDataParallel
 
     rank, size = _group()
-    # PowerSGD's hook starts collectives of several buckets from callbacks, in an order that may differ between
-    # processes, which gloo does not survive: one bucket.
     options = {"bucket_cap_mb": 1000} if hook == "powersgd" else {}
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
-    if hook == "fp16":
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-
-        wrapped.register_comm_hook(None, fp16_compress_hook)
-    elif hook == "powersgd":
-        from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as power
-
-        state = power.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
-        wrapped.register_comm_hook(state, power.powerSGD_hook)
+    register_hook(wrapped, hook, rank=1)
     return Prepared(_plain_step(wrapped, make_optimizer(wrapped.parameters())), _own_rows(batches, rank, size), {})
 
 

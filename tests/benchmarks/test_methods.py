@@ -8,8 +8,9 @@ import pytest
 
 from benchmarks.fault_job import plain_losses
 from benchmarks.faults import misses_of
+from benchmarks.method_entries import entries, formula, parts_of_model
 from benchmarks.method_outcomes import MOST_FACTOR, OUTCOMES, steps_factor
-from benchmarks.methods import entries, formula, parts_of_model, summarise
+from benchmarks.methods import summarise
 
 CURVE = [(10, 4.0), (20, 3.0), (30, 3.5), (40, 2.0)]
 
