@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +21,8 @@ from partita.errors import InputError, NonFiniteLossError
 from partita.training.around import StepAround
 from partita.training.checkpoint.contents import random_state, set_random_state
 from partita.training.checkpoint.saver import Source
-from partita.training.dealing import Dealer
-from partita.training.events import MembersChanged, WarningRaised, emit
+from partita.training.dealing import Dealer, warn_of_slow
+from partita.training.events import MembersChanged, emit
 from partita.training.inputs import cut_rows, take_apart
 from partita.training.keeping import Also, Folder
 from partita.training.loading import ShardedBatch
@@ -218,8 +217,7 @@ class ElasticStep(StepAround):
                     f"work, so it gets {self._dealer.counts[place]} of {self._num_pieces} pieces of every batch. Look "
                     "at what else runs there"
                 )
-                warnings.warn(message, SlowProcessWarning, stacklevel=3)
-                emit(WarningRaised(subject="slow process", message=message))
+                warn_of_slow(message, stacklevel=3)
 
     # Batches and states ----------------------------------------------------------------------------------------------
 
@@ -256,10 +254,6 @@ class ElasticStep(StepAround):
                 own[name].copy_(value)
         self._setup.optimizer.load_state_dict(state["optimizer"])
         set_random_state(state["random"])
-
-
-class SlowProcessWarning(UserWarning):
-    """A process takes several times as long as the others; the message says which, and what was done."""
 
 
 @dataclasses.dataclass

@@ -82,7 +82,15 @@ class MembersChanged:
     step: int
 
 
-Event = PlanChosen | CandidateMeasured | StepFinished | WarningRaised | Checkpointed | MembersChanged
+@dataclass(frozen=True, kw_only=True)
+class SharesChanged:
+    """From `step` on the rows of a batch are dealt so: to the data coordinates of the plan, or to replicas."""
+
+    shares: tuple[int, ...]
+    step: int
+
+
+Event = PlanChosen | CandidateMeasured | StepFinished | WarningRaised | Checkpointed | MembersChanged | SharesChanged
 Callback = Callable[[Event], None]
 
 

@@ -239,6 +239,7 @@ def parallelize(
         clip_norm=clip_grad_norm,
         decay=ema,
         checkpoints=settings,
+        shares_move=not isinstance(plan, Plan),
     )
     _equalise(setup, method)
     request = _Request(plan=plan, compile=compile)

@@ -13,6 +13,7 @@ from partita.cluster import Cluster
 from partita.graph import Graph
 from partita.plan import Plan
 from partita.runtime.transport import Transport
+from partita.training.balance import Balance
 from partita.training.checkpoint.settings import Checkpoints
 from partita.training.job import Team
 from partita.training.keeping import Keeper
@@ -61,6 +62,7 @@ class StepSetup:
     clip_norm: float | None = None  # limit of the norm of all gradients
     decay: float | None = None  # of the average of the weights
     checkpoints: Checkpoints | None = None
+    shares_move: bool = True  # whether rows may be dealt anew while training: not where the plan was given
     tells: bool = True  # whether the step emits `StepFinished`
 
     @functools.cached_property
@@ -74,6 +76,16 @@ class StepSetup:
         """Of the step's checkpoints; `method` is how processes are synchronised (None: exactly)."""
         text = "" if method is None else repr(method)
         return Keeper(self.model, self.optimizer, self.team, self.transport, self.timeout_s, self.checkpoints, text)
+
+    def balance(self) -> Balance | None:
+        """What deals the rows by the speed of the processes; None if there is one process only."""
+        if self.team.is_alone:
+            return None
+
+        def make(runner: GraphRunner, plan: Plan) -> GraphRunner | BlockRunner:
+            return make_runner(self, plan, runner.graph, self.model, self.optimizer)
+
+        return Balance(self.team, self.cluster, lambda: self.facts, make, moves=self.shares_move)
 
 
 def make_runner(

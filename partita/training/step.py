@@ -28,14 +28,16 @@ from partita.program.timeline import Timeline
 from partita.runtime.allocator import let_go_of_garbage
 from partita.runtime.large_pages import use_large_pages
 from partita.training.adopt import Adoption
+from partita.training.ahead import Preparation
 from partita.training.arguments import check_sync_target
 from partita.training.averages import averaged
+from partita.training.balance import with_shares
 from partita.training.checkpoint.loader import Loaded
 from partita.training.checkpoint.saver import Saving, Source
 from partita.training.collecting import collect_all, copy_state, ownership_of
-from partita.training.diagnose import first_non_finite
-from partita.training.events import StepFinished, WarningRaised, emit, is_heard
-from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure
+from partita.training.diagnose import check_before
+from partita.training.events import SharesChanged, StepFinished, WarningRaised, emit, is_heard
+from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure, take_apart
 from partita.training.keeping import Also, Folder
 from partita.training.loading import ShardedBatch, whole_shape
 from partita.training.optimizers import check_optimizer
@@ -90,6 +92,8 @@ class Step:
         self._take_apart = TakenApart()
         self._compiles = False  # whether the next graph is worth compiling
         self._overflow: BlockRunner | GraphRunner | None = None
+        self._balance = setup.balance()
+        self._prepared: tuple[tuple[BatchKey, str], Preparation] | None = None
         self._adopting_key = (first.key, self._state)
         runner = self._make(plan, graph) if adoption is None else adoption.next_runner()
         self._first = self._runners[self._adopting_key] = runner
@@ -167,6 +171,8 @@ class Step:
             self._timeline = outcome.timeline or self._timeline
         self._mark_stepped()
         self._move_to_large_pages()
+        if self._balance is not None and update and self.is_settled:
+            self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
         result = StepResult(
             loss=outcome.loss,
             step=self._num_steps,
@@ -197,7 +203,7 @@ class Step:
         runner = self._first
         if self._adoption is not None or isinstance(runner, BlockRunner) or runner.graph.batch_size != num_rows:
             return 0, num_rows
-        return runner.rows_needed()
+        return runner.rows_needed() if self._balance is None else self._balance.rows_needed(runner)
 
     def timeline(self) -> Timeline | None:
         """The measured timeline of the last recorded step. The first call starts recording, so call it, make a step,
@@ -291,6 +297,10 @@ class Step:
             hook.remove()
         if self._adoption is not None:
             self._adoption.close()
+        if self._balance is not None:
+            self._balance.close()
+        if self._prepared is not None:
+            self._prepared[1].close()
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()
@@ -387,6 +397,7 @@ class Step:
     def _runner(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
         if self._is_adopting(leaves) and not self._is_accumulating:
             self._next_of_adoption()
+        self._take_shares(leaves)
         runner = self._runners.get((leaves.key, self._state))
         if self._is_accumulating and runner is not self._current:
             self._is_accumulating = False
@@ -396,7 +407,7 @@ class Step:
             )
         if runner is None:
             check_structure(leaves.key, self._first_key)
-            runner = self._adapt(leaves, batch)
+            runner = self._prepared_for(leaves) or self._adapt(leaves, batch)
             self._runners[leaves.key, self._state] = runner
         return self._switch(runner)
 
@@ -421,6 +432,27 @@ class Step:
         new.load_sync(old.sync_states())
         if isinstance(old, BlockRunner):
             self._setup.optimizer.zero_grad(set_to_none=True)  # nobody else would free these gradients
+
+    def _take_shares(self, leaves: BatchLeaves) -> None:
+        """Goes on with the runner that has other shares of the rows, once all processes can."""
+        balance, key = self._balance, (leaves.key, self._state)
+        if balance is None or balance.coming is None or self._is_accumulating:
+            return
+        old = self._runners.get(key)
+        if old is not balance.runner or not balance.agree(leaves):
+            return
+        new = balance.take()
+        self._first = new if self._first is old else self._first
+        self._switch(new)
+        self._runners[key] = new
+        old.close()
+        self._keep_only(new)  # those for other batch shapes have the old shares
+        self._plan = with_shares(self._plan, new.plan.shares)
+        emit(SharesChanged(shares=new.plan.shares, step=self._num_steps + 1))
+
+    def _keep_only(self, runner: GraphRunner | BlockRunner) -> None:
+        for key in [key for key, other in self._runners.items() if other is not runner]:
+            self._runners.pop(key).close()
 
     def _move_to_large_pages(self) -> None:
         """Once, when everything that lives from step to step has been made."""
@@ -456,8 +488,7 @@ class Step:
             self._first = self._runners[self._adopting_key] = adoption.runner
         self._switch(self._first)
         adoption.close(keep=self._first)
-        for key in [key for key, runner in self._runners.items() if runner is not self._first]:
-            self._runners.pop(key).close()  # other batch shapes ran by what was best then
+        self._keep_only(self._first)  # other batch shapes ran by what was best then
         let_go_of_garbage()  # of the candidates that were not adopted
         if self._plan.mode == "block":
             self._watch = None  # plain PyTorch follows by itself
@@ -486,9 +517,10 @@ class Step:
 
     def _once(self, runner: GraphRunner | BlockRunner, leaves: BatchLeaves, batch: Any, update: bool) -> Outcome:
         if self._setup.check_finite == "op":
-            self._check_before(runner, batch, leaves)
+            check_before(runner, batch, leaves, self._num_steps + 1, self._collect)
         finite_only = self._setup.check_finite != "off"
-        record = self._record or (self._adoption is not None and self._adoption.records)
+        records = self._adoption or self._balance
+        record = self._record or (records is not None and records.records)
         return runner.step(
             batch,
             leaves,
@@ -528,6 +560,36 @@ class Step:
 
     # Other batches ---------------------------------------------------------------------------------------------
 
+    def prepare(self, batch: Any) -> None:
+        """Makes ready, beside the steps, for batches like this one (its tensors may be on `meta`), which are the usual
+        ones from the first one on. Only for a settled step of one process.
+
+        Raises:
+            CaptureError, PlanError: the plan cannot be had for it.
+        """
+        if self._plan.mode == "block":
+            return
+        if self._prepared is not None:
+            self._prepared[1].close()
+        graph = capture(self._setup.model, self._setup.loss_fn, batch)
+        plan = msgspec.structs.replace(adapted_plan(self._plan, graph), compiled=self._plan.compiled)
+        self._prepared = (take_apart(batch).key, self._state), Preparation(self._setup.facts, graph, plan, 0)
+
+    def is_prepared(self) -> bool:
+        """Whether it is."""
+        return self._prepared is None or self._prepared[1].is_ready
+
+    def _prepared_for(self, leaves: BatchLeaves) -> GraphRunner | BlockRunner | None:
+        """The runner for batches that were prepared for."""
+        if self._prepared is None or self._prepared[0] != (leaves.key, self._state):
+            return None
+        made, self._prepared = self._prepared[1], None
+        runner = self._switch(self._make(made.plan, made.graph))
+        made.close()
+        self._first, self._first_key, self._plan = runner, leaves.key, made.plan
+        self._keep_only(runner)
+        return runner
+
     def _adapt(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
         """A runner for another batch shape, or for the same one after something else has changed: the same split,
         captured anew."""
@@ -559,24 +621,6 @@ class Step:
         warnings.warn(message, stacklevel=6)
         emit(WarningRaised(subject="batch", message=message))
         return block_plan(self._setup.cluster, graph=None, reasons=(reason,))
-
-    def _check_before(self, runner: GraphRunner | BlockRunner, batch: Any, leaves: BatchLeaves) -> None:
-        """Runs the step without its update first, and names the op that made the loss NaN or infinite."""
-        random_state = torch.get_rng_state()
-        loss = runner.step(batch, leaves, update=False).loss
-        torch.set_rng_state(random_state)
-        if math.isfinite(loss):
-            return
-        found = ""
-        if isinstance(runner, GraphRunner):
-            if runner.held:  # the op is looked for with whole weights
-                self._collect()
-            found = first_non_finite(runner.graph, runner.parameters, runner.buffers, batch)
-            torch.set_rng_state(random_state)
-        raise NonFiniteLossError(
-            f"the loss must be finite, but got {loss} in step {self._num_steps + 1}; nothing was updated. "
-            f"{found or 'The model runs as one block, so the op is not known.'}"
-        )
 
     def _mark_stepped(self) -> None:
         if isinstance(self._current, GraphRunner):

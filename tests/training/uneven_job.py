@@ -1,0 +1,159 @@
+"""One process of a job of two, started by `test_training_balance.py`: process 1 is slow, and later recovers."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import partita
+from partita import Constraints
+from partita.program.instructions import Run
+from partita.runtime.binding import Binder
+from partita.training import balance
+from partita.training.dealing import SlowProcessWarning
+
+ROWS, NUM_BATCHES = 16, 8
+ROW_TIME_S = 0.001
+SLOWNESS = 3.0
+MOST_STEPS = 4000
+PLAN = Constraints(data=2, pipeline=1, num_workers=2, num_microbatches=1, threads_per_worker=1, compiled=False)
+COMPILED = Constraints(data=2, pipeline=1, num_workers=2, num_microbatches=1, threads_per_worker=1, compiled=True)
+
+
+class Delay:
+    """What the first segment takes besides, for a row."""
+
+    row_s = ROW_TIME_S
+
+    @classmethod
+    def install(cls) -> None:
+        original = Binder._run
+
+        def slowed(binder: Binder, run: Any) -> Callable[[Any], None]:
+            op, plan = original(binder, run), binder.around.plan  # type: ignore[attr-defined]
+            if run is not next(item for item in binder.program.instructions if isinstance(item, Run)):
+                return op
+            rows = balance.shares_of(plan, ROWS)[plan.workers[binder.worker].data]
+
+            def slow(registers: Any) -> None:
+                op(registers)
+                time.sleep(cls.row_s * rows)
+
+            return slow
+
+        Binder._run = slowed  # type: ignore[method-assign]
+
+
+def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(2)
+    layers = (nn.Linear(6, 16, bias=False), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 3))
+    model = nn.Sequential(*layers)
+    return model, torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.5)
+
+
+def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def loader() -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(5)
+    num = ROWS * NUM_BATCHES
+    x, y = torch.randn(num, 6, generator=generator), torch.randint(0, 3, (num,), generator=generator)
+    return DataLoader(TensorDataset(x, y), batch_size=ROWS)
+
+
+def ahead(batches: Iterator[Any], depth: int) -> Iterator[Any]:
+    """Reads some batches before they are wanted."""
+    read: deque[Any] = deque()
+    for batch in batches:
+        read.append(batch)
+        if len(read) > depth:
+            yield read.popleft()
+    yield from read
+
+
+def plain_losses(num_steps: int) -> list[float]:
+    model, optimizer = build()
+    torch.manual_seed(9)
+    losses: list[float] = []
+    while len(losses) < num_steps:
+        for batch in loader():
+            optimizer.zero_grad()
+            loss = loss_fn(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(loss.item())
+    return losses[:num_steps]
+
+
+class Trainer:
+    def __init__(self, step: partita.Step, corner: str) -> None:
+        self.step, self.corner = step, corner
+        self.losses: list[float] = []
+        self.rows: list[int] = []
+        self.shares: list[tuple[int, ...]] = []
+
+    def train(self, until: Callable[[], bool]) -> None:
+        """Whole epochs, until it is so; all processes see the same."""
+        while not until() and len(self.losses) < MOST_STEPS:
+            batches = partita.data.sharded(loader(), self.step)
+            for batch in ahead(batches, 3) if self.corner == "ahead" else batches:
+                self.losses.append(self.step(batch).loss)
+                self.rows.append(len(getattr(batch, "batch", batch)[0]))
+                self.shares.append(self.step.plan.shares)
+
+
+def main(corner: str, folder: str, rank: int) -> None:
+    Delay.install()
+    balance.LOOK_TIME_S = 0.1
+    balance.MAKING_TIME_S = balance.COMPILING_TIME_S = 0.2
+    events: list[Any] = []
+    partita.subscribe(events.append)
+    model, optimizer = build()
+    first = next(iter(loader()))
+    plan: Any = COMPILED if corner == "compiled" else PLAN
+    if corner == "given":
+        plan = partita.plan(model, loss_fn, first, optimizer=optimizer, constraints=PLAN)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with partita.parallelize(model, optimizer, loss_fn, first, plan=plan, timeout_s=60) as step:
+            torch.manual_seed(9)
+            trainer = Trainer(step, corner)
+            Delay.row_s = ROW_TIME_S * (SLOWNESS if rank == 1 else 1.0)
+            start = len(trainer.losses) + 400
+            trainer.train(lambda: bool(trainer.shares) and trainer.shares[-1] not in ((), (8, 8))
+                          if corner != "given" else len(trainer.losses) >= start)  # fmt: skip
+            slow = step.plan.shares
+            Delay.row_s = ROW_TIME_S
+            if corner in ("steps", "ahead"):
+                patience = step._balance._patience  # type: ignore[union-attr]
+                patience.cost_s = balance.MAKING_TIME_S  # type: ignore[union-attr]  # as where nothing else runs
+                trainer.train(lambda: step.plan.shares[0] <= 10)
+            step.sync_to(model)
+    found = {
+        "losses": trainer.losses,
+        "rows": trainer.rows,
+        "shares": trainer.shares,
+        "slow": slow,
+        "end": step.plan.shares,
+        "compiled": step.plan.compiled,
+        "named": [str(one.message) for one in caught if one.category is SlowProcessWarning],
+        "changes": [event.shares for event in events if type(event).__name__ == "SharesChanged"],
+        "messages": [event.message for event in events if type(event).__name__ == "WarningRaised"],
+        "weights": [value.tolist() for value in model.state_dict().values()],
+    }
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(found, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
