@@ -64,3 +64,21 @@ def test_a_plan_that_was_given_stays_and_the_slow_process_is_named(tmp_path: Pat
         assert one["changes"] == [] and one["end"] in ([], [8, 8])
         [named] = one["named"]
         assert "process 1 (host " in named and "all wait for it, as the plan was given" in named
+
+
+def test_a_slow_replica_gets_fewer_rows_and_all_rows_count_alike(tmp_path: Path) -> None:
+    found = run_job("replicas", tmp_path, SCRIPT)
+    first, second = found
+    assert first["shares"] == second["shares"] and first["changes"] == second["changes"]
+    assert first["weights"] == second["weights"]
+    num_steps = len(first["losses"])
+    held = [[8, 8], *first["shares"]][:num_steps]  # what was known before the step
+    together = [
+        (rows[0] * one + rows[1] * other) / 16
+        for rows, one, other in zip(held, first["losses"], second["losses"], strict=True)
+    ]
+    assert together == pytest.approx(uneven_job.plain_losses(num_steps, coupled=False), abs=1e-5)
+    assert 11 <= first["slow"][0] <= 13 and 6 <= first["end"][0] <= 10
+    for rank, one in enumerate(found):
+        assert any("replica 1 (host " in text for text in one["named"])
+        assert all(rows >= dealt[rank] for rows, dealt in zip(one["rows"], held, strict=True))

@@ -18,14 +18,16 @@ import partita
 from partita import Constraints
 from partita.program.instructions import Run
 from partita.runtime.binding import Binder
-from partita.training import balance
+from partita.training import balance, replica_balance
 from partita.training.dealing import SlowProcessWarning
+from partita.training.replica_balance import ReplicaBalance
 
 ROWS, NUM_BATCHES = 16, 8
 ROW_TIME_S = 0.001
 SLOWNESS = 3.0
 MOST_STEPS = 4000
 PLAN = Constraints(data=2, pipeline=1, num_workers=2, num_microbatches=1, threads_per_worker=1, compiled=False)
+ALONE = Constraints(data=1, pipeline=1, num_microbatches=1, threads_per_worker=1, compiled=False)
 COMPILED = Constraints(data=2, pipeline=1, num_workers=2, num_microbatches=1, threads_per_worker=1, compiled=True)
 
 
@@ -39,12 +41,12 @@ class Delay:
         original = Binder._run
 
         def slowed(binder: Binder, run: Any) -> Callable[[Any], None]:
-            op, plan = original(binder, run), binder.around.plan  # type: ignore[attr-defined]
+            op = original(binder, run)
             if run is not next(item for item in binder.program.instructions if isinstance(item, Run)):
                 return op
-            rows = balance.shares_of(plan, ROWS)[plan.workers[binder.worker].data]
 
             def slow(registers: Any) -> None:
+                rows = max(value.shape[0] for name, value in registers.items() if name.startswith("x:"))
                 op(registers)
                 time.sleep(cls.row_s * rows)
 
@@ -53,10 +55,11 @@ class Delay:
         Binder._run = slowed  # type: ignore[method-assign]
 
 
-def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(*, coupled: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`coupled`: with statistics of the whole batch, and random numbers."""
     torch.manual_seed(2)
-    layers = (nn.Linear(6, 16, bias=False), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 3))
-    model = nn.Sequential(*layers)
+    between = (nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1)) if coupled else (nn.Tanh(),)
+    model = nn.Sequential(nn.Linear(6, 16, bias=False), *between, nn.Linear(16, 3))
     return model, torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.5)
 
 
@@ -81,8 +84,8 @@ def ahead(batches: Iterator[Any], depth: int) -> Iterator[Any]:
     yield from read
 
 
-def plain_losses(num_steps: int) -> list[float]:
-    model, optimizer = build()
+def plain_losses(num_steps: int, *, coupled: bool = True) -> list[float]:
+    model, optimizer = build(coupled=coupled)
     torch.manual_seed(9)
     losses: list[float] = []
     while len(losses) < num_steps:
@@ -100,7 +103,12 @@ class Trainer:
         self.step, self.corner = step, corner
         self.losses: list[float] = []
         self.rows: list[int] = []
-        self.shares: list[tuple[int, ...]] = []
+        self.shares: list[tuple[int, ...]] = []  # after each step
+
+    def now(self) -> tuple[int, ...]:
+        """The rows of each process, by the plan or of replicas; () where nobody has said."""
+        dealt = getattr(self.step, "_balance", None)
+        return dealt.counts if isinstance(dealt, ReplicaBalance) else self.step.plan.shares
 
     def train(self, until: Callable[[], bool]) -> None:
         """Whole epochs, until it is so; all processes see the same."""
@@ -109,42 +117,44 @@ class Trainer:
             for batch in ahead(batches, 3) if self.corner == "ahead" else batches:
                 self.losses.append(self.step(batch).loss)
                 self.rows.append(len(getattr(batch, "batch", batch)[0]))
-                self.shares.append(self.step.plan.shares)
+                self.shares.append(self.now())
 
 
 def main(corner: str, folder: str, rank: int) -> None:
     Delay.install()
     balance.LOOK_TIME_S = 0.1
-    balance.MAKING_TIME_S = balance.COMPILING_TIME_S = 0.2
+    balance.MAKING_TIME_S = balance.COMPILING_TIME_S = replica_balance.MAKING_TIME_S = 0.2
     events: list[Any] = []
     partita.subscribe(events.append)
-    model, optimizer = build()
+    is_replica = corner == "replicas"
+    model, optimizer = build(coupled=not is_replica)
     first = next(iter(loader()))
-    plan: Any = COMPILED if corner == "compiled" else PLAN
+    plan: Any = COMPILED if corner == "compiled" else ALONE if is_replica else PLAN
     if corner == "given":
         plan = partita.plan(model, loss_fn, first, optimizer=optimizer, constraints=PLAN)
+    sync = partita.sync.LocalSGD(every=1) if is_replica else "exact"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with partita.parallelize(model, optimizer, loss_fn, first, plan=plan, timeout_s=60) as step:
+        with partita.parallelize(model, optimizer, loss_fn, first, plan=plan, sync=sync, timeout_s=60) as step:
             torch.manual_seed(9)
             trainer = Trainer(step, corner)
             Delay.row_s = ROW_TIME_S * (SLOWNESS if rank == 1 else 1.0)
             start = len(trainer.losses) + 400
             trainer.train(lambda: bool(trainer.shares) and trainer.shares[-1] not in ((), (8, 8))
                           if corner != "given" else len(trainer.losses) >= start)  # fmt: skip
-            slow = step.plan.shares
+            slow = trainer.now()
             Delay.row_s = ROW_TIME_S
-            if corner in ("steps", "ahead"):
+            if corner in ("steps", "ahead", "replicas"):
                 patience = step._balance._patience  # type: ignore[union-attr]
                 patience.cost_s = balance.MAKING_TIME_S  # type: ignore[union-attr]  # as where nothing else runs
-                trainer.train(lambda: step.plan.shares[0] <= 10)
+                trainer.train(lambda: trainer.now()[0] <= 10)
             step.sync_to(model)
     found = {
         "losses": trainer.losses,
         "rows": trainer.rows,
         "shares": trainer.shares,
         "slow": slow,
-        "end": step.plan.shares,
+        "end": trainer.now(),
         "compiled": step.plan.compiled,
         "named": [str(one.message) for one in caught if one.category is SlowProcessWarning],
         "changes": [event.shares for event in events if type(event).__name__ == "SharesChanged"],
