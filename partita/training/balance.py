@@ -149,10 +149,8 @@ class Balance:
         dealer = Dealer(runner.graph.batch_size // unit, least=1)
         counts = [rows // unit for rows in shares_of(runner.plan, runner.graph.batch_size)]
         dealer.start(len(counts))
-        if sum(counts) == runner.graph.batch_size // unit and min(counts) >= 1:
-            dealer.take(counts)
-        expected_s = COMPILING_TIME_S if runner.plan.compiled else MAKING_TIME_S
-        return Patience(dealer, expected_s if self._cost_s is None else self._cost_s)
+        dealer.take(counts)
+        return Patience(dealer, expected_s(runner.plan) if self._cost_s is None else self._cost_s)
 
     def _look(self, patience: Patience) -> None:
         """All tell what a row took, and how far they are with a change; and decide."""
@@ -249,6 +247,11 @@ class Balance:
             warn_of_slow(message, stacklevel=7)
 
 
+def expected_s(plan: Plan) -> float:
+    """What it is expected to take to make the runner of a plan like this one."""
+    return COMPILING_TIME_S if plan.compiled else MAKING_TIME_S
+
+
 def columns_of(plan: Plan) -> list[tuple[int, ...]]:
     """The processes of each data coordinate."""
     found: list[set[int]] = [set() for _ in range(plan.axes.get("data", 1))]
@@ -269,7 +272,8 @@ def shares_of(plan: Plan, num_rows: int) -> tuple[int, ...]:
 
 def unit_of(plan: Plan, num_rows: int) -> int:
     """Rows that are dealt together: one of every microbatch, where these are equal."""
-    return plan.num_microbatches if num_rows % plan.num_microbatches == 0 else 1
+    equal = all(rows % plan.num_microbatches == 0 for rows in shares_of(plan, num_rows))
+    return plan.num_microbatches if equal else 1
 
 
 def with_shares(plan: Plan, shares: Sequence[int]) -> Plan:

@@ -11,6 +11,7 @@ from partita.units import split_evenly
 GAIN = 0.1  # of the step's time, from which on pieces are dealt anew
 SMOOTHING = 0.3  # weight of the newest time
 NUM_FIRST = 2  # steps of a new round of processes that are not looked at
+FORGETTING = 0.5  # of what waiting has cost, with every look at which it costs nothing
 NUM_SURE = 12  # after so many, a speed is no chance
 
 
@@ -150,7 +151,7 @@ class Patience:
         self.dealer.note(times_s)
         wanted, counts = self.dealer.wanted, self.dealer.counts
         if wanted == counts:
-            self._lost_s = 0.0
+            self._lost_s *= FORGETTING
             return None
         self._lost_s += num_steps * (ready_s(counts, self.dealer.times_s) - ready_s(wanted, self.dealer.times_s))
         return wanted if self._lost_s >= self.cost_s else None

@@ -63,7 +63,7 @@ class WarningRaised:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointed:
-    """A checkpoint is complete on disk (`action` "saved") or was read back ("loaded")."""
+    """A checkpoint is complete on disk (`action` "saved"), or in memory ("copied"), or was read back ("loaded")."""
 
     action: str
     path: str

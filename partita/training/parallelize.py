@@ -213,6 +213,11 @@ def parallelize(
     check_optimizer(optimizer, dict(model.named_parameters()))
     method.check(optimizer)
     _check_elastic(elastic, method)
+    if elastic is not None and settings is not None and settings.memory is not None:
+        raise InputError(
+            "copies in memory are for jobs whose processes end together, but this one is elastic: there a living "
+            "process gives its state. Leave Checkpoints(memory=...) out"
+        )
     override = current_override()
     if override.plan is not None:
         plan = override.plan

@@ -12,7 +12,6 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
@@ -20,7 +19,7 @@ from partita.cluster import Cluster
 from partita.errors import PartitaError
 from partita.runtime.background import Errand
 from partita.runtime.transport import Line
-from partita.training.balance import MAKING_TIME_S, SLOW, host_of
+from partita.training.balance import SLOW, host_of
 from partita.training.dealing import Dealer, Patience, warn_of_slow
 from partita.training.events import SharesChanged, WarningRaised, emit
 from partita.units import proportional, split_evenly
@@ -28,13 +27,6 @@ from partita.units import proportional, split_evenly
 MIN_STEPS = 20  # from one meeting at which speeds are told to the next
 NUM_MEASURED = 9  # steps before it whose median counts
 _NOT_YET, _READY, _IMPOSSIBLE = 0.0, 1.0, -1.0
-
-
-class Preparable(Protocol):
-    """What makes a replica ready for another number of rows."""
-
-    def prepare(self, num_rows: int) -> None: ...
-    def is_prepared(self) -> bool: ...
 
 
 class ReplicaBalance:
@@ -47,7 +39,9 @@ class ReplicaBalance:
         meets_every: steps from one meeting of the replicas to the next.
         cluster: names their machines.
         errand: begins an exchange in the background.
-        own: makes this replica ready for other numbers of rows.
+        prepare: begins to make this replica ready for another number of rows.
+        is_prepared: whether it is.
+        expected_s: what making ready is expected to take before it was done once.
         moves: whether rows may move; else who is slow is only named.
     """
 
@@ -60,15 +54,18 @@ class ReplicaBalance:
         meets_every: int,
         cluster: Cluster,
         errand: Callable[[str, Callable[[Line], list[torch.Tensor]]], Errand],
-        own: Preparable,
+        prepare: Callable[[int], None],
+        is_prepared: Callable[[], bool],
+        expected_s: Callable[[], float],
         moves: bool,
     ) -> None:
-        self._rank, self._num, self._cluster, self._errand, self._own = rank, num_replicas, cluster, errand, own
+        self._rank, self._num, self._cluster, self._errand = rank, num_replicas, cluster, errand
+        self._prepare, self._is_prepared, self._expected_s = prepare, is_prepared, expected_s
         self._every = meets_every * -(-MIN_STEPS // meets_every)
         self._moves = moves
         dealer = Dealer(num_rows, least=1)
         dealer.start(num_replicas)
-        self._patience = Patience(dealer, MAKING_TIME_S)
+        self._patience = Patience(dealer, 0.0)
         self.counts = dealer.counts
         self.coming: tuple[int, ...] = ()  # counts that are made ready
         self._told: Errand | None = None
@@ -115,7 +112,8 @@ class ReplicaBalance:
         """Begins to tell the time for a row (0: not known yet), the state of preparation, and what a change takes."""
         self._look_whether_prepared()
         known = is_settled and bool(self._rows_s)
-        own = [statistics.median(self._rows_s) if known else 0.0, self._readiness, self._cost_s]
+        cost_s = self._cost_s or self._expected_s()
+        own = [statistics.median(self._rows_s) if known else 0.0, self._readiness, cost_s]
         told = torch.zeros(self._num, len(own), dtype=torch.float64)
         told[self._rank] = torch.tensor(own, dtype=torch.float64)
 
@@ -128,7 +126,7 @@ class ReplicaBalance:
     def _hear(self, step: int) -> bool:
         assert self._told is not None
         rows_s, readiness, costs_s = self._told.wait()[0].T.tolist()
-        self._patience.cost_s = max(costs_s) or self._patience.cost_s
+        self._patience.cost_s = max(costs_s)
         if self.coming:
             return self._settle(readiness, step)
         if min(rows_s) <= 0:  # some are still adopting a plan
@@ -145,7 +143,7 @@ class ReplicaBalance:
             return
         self.coming, self._readiness, self._begun_s = counts, _NOT_YET, time.perf_counter()
         try:
-            self._own.prepare(counts[self._rank])
+            self._prepare(counts[self._rank])
         except PartitaError as error:
             self._readiness = _IMPOSSIBLE
             message = f"the rows stay dealt as they are: {counts[self._rank]} rows cannot be had here: {error}"
@@ -153,7 +151,7 @@ class ReplicaBalance:
         self._look_whether_prepared()
 
     def _look_whether_prepared(self) -> None:
-        if self.coming and self._readiness == _NOT_YET and self._own.is_prepared():
+        if self.coming and self._readiness == _NOT_YET and self._is_prepared():
             self._readiness, self._cost_s = _READY, time.perf_counter() - self._begun_s
 
     def _settle(self, readiness: Sequence[float], step: int) -> bool:

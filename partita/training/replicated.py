@@ -14,6 +14,7 @@ from partita.cluster import Cluster
 from partita.cluster.model import Process
 from partita.errors import InputError
 from partita.training.around import StepAround
+from partita.training.balance import expected_s
 from partita.training.checkpoint.contents import Ownership
 from partita.training.checkpoint.saver import Source
 from partita.training.exchanges import Exchanges
@@ -27,6 +28,7 @@ from partita.training.setup import StepResult, StepSetup
 from partita.training.step import Step
 from partita.training.sync.method import Peers
 from partita.training.sync.replica import Gradients, Replica, ReplicaMethod, ReplicaSync
+from partita.units import split_evenly
 
 MakeInner = Callable[[StepSetup, Any], Step]  # from the setup and a batch of the inner step
 
@@ -64,7 +66,7 @@ class ReplicatedStep(StepAround):
         self._keeper = setup.keeper(method)
         self._sync: ReplicaSync | None = None
         self._replica: Replica | None = None
-        self._balance: ReplicaBalance | None = None
+        self._rows: ReplicaBalance | None = None
         self._waited_s = 0.0  # for others, in this step
         self._last: Any = None  # batch
         together = dataclasses.replace(setup, checkpoints=None, tells=False)  # the inner step is nobody's
@@ -110,10 +112,13 @@ class ReplicatedStep(StepAround):
     def rows_needed(self, num_rows: int) -> tuple[int, int]:
         """First and last (excluded) row of a global batch that this replica trains on."""
         if self._sync is None:
-            return self._inner.rows_needed(num_rows)
-        assert self._balance is not None
+            first, last = self._inner.rows_needed(num_rows)
+            counts = split_evenly(num_rows, self._num_replicas)  # of this step, if it is the first one apart
+            start = sum(counts[: self._rank])
+            return min(first, start), max(last, start + counts[self._rank])
+        assert self._rows is not None
         self._check_rows(num_rows)
-        return self._balance.rows_needed(num_rows)
+        return self._rows.rows_needed(num_rows)
 
     def sync_to(self, model: nn.Module) -> None:
         """Copies what the replicas would agree on now, the mean of their weights, into `model`, on every process.
@@ -180,30 +185,26 @@ class ReplicatedStep(StepAround):
         """This replica's part of a step."""
         if self._sync is None:
             return self._inner(batch, update=update)
-        assert self._balance is not None
+        assert self._rows is not None
         own = self._own_rows(batch)
         self._waited_s, start_s = 0.0, time.perf_counter()
         result = self._inner(own, update=update)
         if self._is_usual(batch):
-            self._balance.made_step(time.perf_counter() - start_s - self._waited_s)
+            self._rows.made_step(time.perf_counter() - start_s - self._waited_s)
         return result
 
     def _deal_rows(self, batch: Any) -> None:
         """Rows follow the speed of the replicas."""
-        balance, replica = self._balance, self._replica
+        balance, replica = self._rows, self._replica
         assert balance is not None and replica is not None
         self._last = batch
         if balance.after_step(self._num_steps, self._inner.is_settled):
             replica.share = balance.counts[self._rank] / sum(balance.counts)
 
-    def prepare(self, num_rows: int) -> None:
+    def _prepare_rows(self, num_rows: int) -> None:
         """Makes the inner step ready for batches of so many rows."""
         whole, _ = whole_shape(ShardedBatch(self._own_rows(self._last), 0, num_rows))
         self._inner.prepare(whole)
-
-    def is_prepared(self) -> bool:
-        """Whether it is."""
-        return self._inner.is_prepared()
 
     def _apart(self, batch: Any) -> Step:
         """The inner step of this replica alone."""
@@ -212,17 +213,19 @@ class ReplicatedStep(StepAround):
         buffers = {name: value for name, value in setup.model.named_buffers() if value.is_floating_point()}
         num_rows = _rows_in(batch)
         self._check_rows(num_rows)
-        self._balance = ReplicaBalance(
+        self._rows = ReplicaBalance(
             num_rows,
             rank=self._rank,
             num_replicas=self._num_replicas,
             meets_every=self._method.meets_every,
             cluster=setup.cluster,
             errand=self._exchanges.errand,
-            own=self,
+            prepare=self._prepare_rows,
+            is_prepared=lambda: self._inner.is_prepared(),
+            expected_s=lambda: expected_s(self._inner.plan),
             moves=setup.shares_move and self._method.weighs_rows,
         )
-        start, end = self._balance.rows(num_rows, self._rank)
+        start, end = self._rows.rows(num_rows, self._rank)
         self._replica = Replica(
             parameters={name: value.detach() for name, value in named.items()},
             buffers=buffers,
@@ -259,18 +262,18 @@ class ReplicatedStep(StepAround):
             )
 
     def _is_usual(self, batch: Any) -> bool:
-        assert self._balance is not None
-        return _rows_in(batch) == sum(self._balance.counts)
+        assert self._rows is not None
+        return _rows_in(batch) == sum(self._rows.counts)
 
     def _own_rows(self, batch: Any) -> Any:
         """The rows of a global batch that this replica trains on."""
-        assert self._balance is not None
+        assert self._rows is not None
         first, num_rows = 0, _rows_in(batch)
         self._check_rows(num_rows)
         if isinstance(batch, ShardedBatch):
             batch, first = batch.batch, batch.first_row
         here = take_apart(batch).rows
-        start, end = self._balance.rows(num_rows, self._rank)
+        start, end = self._rows.rows(num_rows, self._rank)
         if start < first or end > first + here:
             raise InputError(
                 f"this replica needs rows {start} to {end} of the batch, but rows {first} to {first + here} were read: "

@@ -75,7 +75,11 @@ class StepSetup:
     def keeper(self, method: object) -> Keeper:
         """Of the step's checkpoints; `method` is how processes are synchronised (None: exactly)."""
         text = "" if method is None else repr(method)
-        return Keeper(self.model, self.optimizer, self.team, self.transport, self.timeout_s, self.checkpoints, text)
+        ranks = sorted(self.cluster.processes, key=lambda process: process.rank)
+        machines = [process.machine for process in ranks[: self.team.num_processes]]
+        return Keeper(
+            self.model, self.optimizer, self.team, self.transport, self.timeout_s, self.checkpoints, text, machines
+        )
 
     def balance(self) -> Balance | None:
         """What deals the rows by the speed of the processes; None if there is one process only."""

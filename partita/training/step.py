@@ -290,7 +290,7 @@ class Step:
     def close(self) -> None:
         """Ends the workers, and completes a checkpoint that is being written. The model and optimizer keep what was
         trained."""
-        self._keeper.close()
+        self._keeper.close(failed=self._failure is not None)
         if self._failure is None and self._current is not None:
             self._current.collect()
         for hook in self._hooks:
@@ -439,7 +439,7 @@ class Step:
         if balance is None or balance.coming is None or self._is_accumulating:
             return
         old = self._runners.get(key)
-        if old is not balance.runner or not balance.agree(leaves):
+        if old is None or old is not balance.runner or not balance.agree(leaves):
             return
         new = balance.take()
         self._first = new if self._first is old else self._first

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import uneven_job
 from test_training_processes import run_job
 
+from partita.training.planning import has_compiler
+
 SCRIPT = Path(uneven_job.__file__)
 
 
@@ -27,7 +29,7 @@ def check(found: Sequence[dict[str, Any]]) -> None:
 
 def check_is_relieved(one: dict[str, Any]) -> None:
     assert one["shares"][0] in ([], [8, 8])
-    assert 11 <= one["slow"][0] <= 13 and sum(one["slow"]) == 16  # 12 to 4 would make both ready at once
+    assert 11 <= one["slow"][0] <= 13 and sum(one["slow"]) == 16  # 12 to 4 makes both ready at once
     assert one["changes"][0] == one["slow"]
     [named] = [text for text in one["named"] if "process 1 (host " in text]
     assert (
@@ -41,7 +43,7 @@ def test_a_slow_process_gets_fewer_rows_until_it_recovers(corner: str, tmp_path:
     check(found)
     for one in found:
         check_is_relieved(one)
-        assert 6 <= one["end"][0] <= 10
+        assert 7 <= one["end"][0] <= 9
     if corner == "steps":  # each reads its own rows: those of before or after, or of both while they change
         for rank, one in enumerate(found):
             assert one["rows"][0] == 8
@@ -49,6 +51,7 @@ def test_a_slow_process_gets_fewer_rows_until_it_recovers(corner: str, tmp_path:
             assert sum(rows == shares[rank] for rows, shares in pairs if shares) >= len(one["rows"]) - 40
 
 
+@pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
 def test_compiled_segments_of_the_new_shares_are_made_before_they_are_used(tmp_path: Path) -> None:
     found = run_job("compiled", tmp_path, SCRIPT)
     check(found)
@@ -62,8 +65,8 @@ def test_a_plan_that_was_given_stays_and_the_slow_process_is_named(tmp_path: Pat
     check(found)
     for one in found:
         assert one["changes"] == [] and one["end"] in ([], [8, 8])
-        [named] = one["named"]
-        assert "process 1 (host " in named and "all wait for it, as the plan was given" in named
+        [named] = [text for text in one["named"] if "process 1 (host " in text]
+        assert "all wait for it, as the plan was given" in named
 
 
 def test_a_slow_replica_gets_fewer_rows_and_all_rows_count_alike(tmp_path: Path) -> None:
@@ -78,7 +81,7 @@ def test_a_slow_replica_gets_fewer_rows_and_all_rows_count_alike(tmp_path: Path)
         for rows, one, other in zip(held, first["losses"], second["losses"], strict=True)
     ]
     assert together == pytest.approx(uneven_job.plain_losses(num_steps, coupled=False), abs=1e-5)
-    assert 11 <= first["slow"][0] <= 13 and 6 <= first["end"][0] <= 10
+    assert 11 <= first["slow"][0] <= 13 and 7 <= first["end"][0] <= 9
     for rank, one in enumerate(found):
         assert any("replica 1 (host " in text for text in one["named"])
         assert all(rows >= dealt[rank] for rows, dealt in zip(one["rows"], held, strict=True))

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,17 +19,16 @@ import partita
 from partita import Constraints
 from partita.program.instructions import Run
 from partita.runtime.binding import Binder
-from partita.training import balance, replica_balance
+from partita.training import balance
 from partita.training.dealing import SlowProcessWarning
 from partita.training.replica_balance import ReplicaBalance
 
 ROWS, NUM_BATCHES = 16, 8
-ROW_TIME_S = 0.001
+ROW_TIME_S = 0.004  # much more than what else happens on a busy machine
 SLOWNESS = 3.0
-MOST_STEPS = 4000
+MOST_STEPS = 800
 PLAN = Constraints(data=2, pipeline=1, num_workers=2, num_microbatches=1, threads_per_worker=1, compiled=False)
 ALONE = Constraints(data=1, pipeline=1, num_microbatches=1, threads_per_worker=1, compiled=False)
-COMPILED = Constraints(data=2, pipeline=1, num_workers=2, num_microbatches=1, threads_per_worker=1, compiled=True)
 
 
 class Delay:
@@ -56,11 +56,11 @@ class Delay:
 
 
 def build(*, coupled: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """`coupled`: with statistics of the whole batch, and random numbers."""
+    """`coupled`: with statistics of the whole batch, random numbers and a history of gradients."""
     torch.manual_seed(2)
     between = (nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1)) if coupled else (nn.Tanh(),)
     model = nn.Sequential(nn.Linear(6, 16, bias=False), *between, nn.Linear(16, 3))
-    return model, torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.5)
+    return model, torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.5 if coupled else 0.0)
 
 
 def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Trainer:
 
     def now(self) -> tuple[int, ...]:
         """The rows of each process, by the plan or of replicas; () where nobody has said."""
-        dealt = getattr(self.step, "_balance", None)
+        dealt = getattr(self.step, "_rows", None)
         return dealt.counts if isinstance(dealt, ReplicaBalance) else self.step.plan.shares
 
     def train(self, until: Callable[[], bool]) -> None:
@@ -123,31 +123,33 @@ class Trainer:
 def main(corner: str, folder: str, rank: int) -> None:
     Delay.install()
     balance.LOOK_TIME_S = 0.1
-    balance.MAKING_TIME_S = balance.COMPILING_TIME_S = replica_balance.MAKING_TIME_S = 0.2
+    balance.MAKING_TIME_S = balance.COMPILING_TIME_S = 0.2
     events: list[Any] = []
     partita.subscribe(events.append)
     is_replica = corner == "replicas"
     model, optimizer = build(coupled=not is_replica)
     first = next(iter(loader()))
-    plan: Any = COMPILED if corner == "compiled" else ALONE if is_replica else PLAN
-    if corner == "given":
+    plan: Any = ALONE if is_replica else PLAN
+    if corner in ("given", "compiled"):
         plan = partita.plan(model, loss_fn, first, optimizer=optimizer, constraints=PLAN)
+        plan = msgspec.structs.replace(plan, compiled=corner == "compiled")
     sync = partita.sync.LocalSGD(every=1) if is_replica else "exact"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with partita.parallelize(model, optimizer, loss_fn, first, plan=plan, sync=sync, timeout_s=60) as step:
+        with partita.parallelize(model, optimizer, loss_fn, first, plan=plan, sync=sync, timeout_s=120) as step:
             torch.manual_seed(9)
             trainer = Trainer(step, corner)
+            if corner == "compiled":  # it was given so that only its own segments are compiled
+                step._balance._moves = True  # type: ignore[union-attr]
             Delay.row_s = ROW_TIME_S * (SLOWNESS if rank == 1 else 1.0)
-            start = len(trainer.losses) + 400
             trainer.train(lambda: bool(trainer.shares) and trainer.shares[-1] not in ((), (8, 8))
-                          if corner != "given" else len(trainer.losses) >= start)  # fmt: skip
+                          if corner != "given" else len(trainer.losses) >= 80)  # fmt: skip
             slow = trainer.now()
             Delay.row_s = ROW_TIME_S
             if corner in ("steps", "ahead", "replicas"):
-                patience = step._balance._patience  # type: ignore[union-attr]
-                patience.cost_s = balance.MAKING_TIME_S  # type: ignore[union-attr]  # as where nothing else runs
-                trainer.train(lambda: trainer.now()[0] <= 10)
+                dealt: Any = step._rows if is_replica else step._balance  # type: ignore[attr-defined]
+                dealt._cost_s = dealt._patience.cost_s = balance.MAKING_TIME_S  # as where nothing else runs
+                trainer.train(lambda: trainer.now()[0] <= 9)
             step.sync_to(model)
     found = {
         "losses": trainer.losses,
