@@ -221,7 +221,7 @@ class ReplicatedStep(StepAround):
             cluster=setup.cluster,
             errand=self._exchanges.errand,
             prepare=self._prepare_rows,
-            is_prepared=lambda: self._inner.is_prepared(),
+            is_prepared=lambda: self._inner.is_prepared,
             expected_s=lambda: expected_s(self._inner.plan),
             moves=setup.shares_move and self._method.weighs_rows,
         )

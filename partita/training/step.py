@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 
@@ -18,7 +16,6 @@ from partita.errors import (
     InputError,
     NonFiniteLossError,
     PeerLostError,
-    PlanError,
     StepError,
     WaitTimeoutError,
 )
@@ -27,8 +24,8 @@ from partita.plan import Plan
 from partita.program.timeline import Timeline
 from partita.runtime.allocator import let_go_of_garbage
 from partita.runtime.large_pages import use_large_pages
+from partita.training.adapting import Adapter
 from partita.training.adopt import Adoption
-from partita.training.ahead import Preparation
 from partita.training.arguments import check_sync_target
 from partita.training.averages import averaged
 from partita.training.balance import with_shares
@@ -36,14 +33,13 @@ from partita.training.checkpoint.loader import Loaded
 from partita.training.checkpoint.saver import Saving, Source
 from partita.training.collecting import collect_all, copy_state, ownership_of
 from partita.training.diagnose import check_before
-from partita.training.events import SharesChanged, StepFinished, WarningRaised, emit, is_heard
+from partita.training.events import SharesChanged, StepFinished, emit, is_heard
 from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure, take_apart
 from partita.training.keeping import Also, Folder
 from partita.training.loading import ShardedBatch, whole_shape
 from partita.training.optimizers import check_optimizer
-from partita.training.planning import TooFewRowsError, adapted_plan, block_plan
 from partita.training.runners import BlockRunner, GraphRunner, Outcome, owners_differ
-from partita.training.setup import StepResult, StepSetup, make_runner
+from partita.training.setup import StepResult, StepSetup
 from partita.training.torch_adapter import mark_stepped
 from partita.training.trial import Snapshot
 from partita.training.watch import Watch
@@ -51,7 +47,6 @@ from partita.units import MIB
 
 CALM_STEPS = 3  # by the adopted plan; afterwards its memory is where it stays
 LEAST_PAGED_BYTES = 16 * MIB  # of parameters, gradients and states: below, they fit the caches
-MAX_GRAPHS = 8  # batch shapes and states of the model that are captured; further ones run as one block
 
 
 class Step:
@@ -91,11 +86,10 @@ class Step:
         self._num_calm = 0
         self._take_apart = TakenApart()
         self._compiles = False  # whether the next graph is worth compiling
-        self._overflow: BlockRunner | GraphRunner | None = None
         self._balance = setup.balance()
-        self._prepared: tuple[tuple[BatchKey, str], Preparation] | None = None
+        self._adapter = Adapter(setup)
         self._adopting_key = (first.key, self._state)
-        runner = self._make(plan, graph) if adoption is None else adoption.next_runner()
+        runner = self._adapter.make(plan, graph) if adoption is None else adoption.next_runner()
         self._first = self._runners[self._adopting_key] = runner
         # Whoever loads a state into his optimizer while training goes on means the shards that do its work.
         self._hooks = (
@@ -299,8 +293,7 @@ class Step:
             self._adoption.close()
         if self._balance is not None:
             self._balance.close()
-        if self._prepared is not None:
-            self._prepared[1].close()
+        self._adapter.close()
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()
@@ -347,9 +340,6 @@ class Step:
     def _load_state(self) -> None:
         for runner in self._runners.values():
             runner.load_state()
-
-    def _make(self, plan: Plan, graph: Graph | None) -> GraphRunner | BlockRunner:
-        return make_runner(self._setup, plan, graph, self._setup.model, self._setup.optimizer)
 
     def _follow(self, leaves: BatchLeaves, batch: Any) -> None:
         """Notices what has changed outside of the graph since the last step, and has the next graph made for it."""
@@ -407,7 +397,7 @@ class Step:
             )
         if runner is None:
             check_structure(leaves.key, self._first_key)
-            runner = self._prepared_for(leaves) or self._adapt(leaves, batch)
+            runner = self._adapt(leaves, batch)
             self._runners[leaves.key, self._state] = runner
         return self._switch(runner)
 
@@ -560,6 +550,18 @@ class Step:
 
     # Other batches ---------------------------------------------------------------------------------------------
 
+    def _adapt(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
+        if self._plan.mode == "block":
+            return self._first if isinstance(self._first, BlockRunner) else self._adapter.make(self._plan, None)
+        prepared = self._adapter.prepared((leaves.key, self._state))
+        if prepared is not None:  # the usual batches from now on
+            self._plan, self._first = prepared
+            self._first_key = leaves.key
+            self._keep_only(self._switch(self._first))
+            return self._first
+        compiled = self._plan.compiled and leaves.key == self._first_key and self._compiles
+        return self._adapter.adapt(self._plan, batch, self._fresh, compiled=compiled, num_known=len(self._runners))
+
     def prepare(self, batch: Any) -> None:
         """Makes ready, beside the steps, for batches like this one (its tensors may be on `meta`), which are the usual
         ones from the first one on. Only for a settled step of one process.
@@ -567,60 +569,13 @@ class Step:
         Raises:
             CaptureError, PlanError: the plan cannot be had for it.
         """
-        if self._plan.mode == "block":
-            return
-        if self._prepared is not None:
-            self._prepared[1].close()
-        graph = capture(self._setup.model, self._setup.loss_fn, batch)
-        plan = msgspec.structs.replace(adapted_plan(self._plan, graph), compiled=self._plan.compiled)
-        self._prepared = (take_apart(batch).key, self._state), Preparation(self._setup.facts, graph, plan, 0)
+        if self._plan.mode == "graph":
+            self._adapter.prepare(self._plan, batch, (take_apart(batch).key, self._state))
 
+    @property
     def is_prepared(self) -> bool:
-        """Whether it is."""
-        return self._prepared is None or self._prepared[1].is_ready
-
-    def _prepared_for(self, leaves: BatchLeaves) -> GraphRunner | BlockRunner | None:
-        """The runner for batches that were prepared for."""
-        if self._prepared is None or self._prepared[0] != (leaves.key, self._state):
-            return None
-        made, self._prepared = self._prepared[1], None
-        runner = self._switch(self._make(made.plan, made.graph))
-        made.close()
-        self._first, self._first_key, self._plan = runner, leaves.key, made.plan
-        self._keep_only(runner)
-        return runner
-
-    def _adapt(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
-        """A runner for another batch shape, or for the same one after something else has changed: the same split,
-        captured anew."""
-        if self._plan.mode == "block":
-            return self._first if isinstance(self._first, BlockRunner) else self._make(self._plan, None)
-        if self._overflow is not None:
-            return self._overflow
-        if len(self._runners) >= MAX_GRAPHS:
-            reason = f"more than {MAX_GRAPHS} batch shapes or states of the model were seen"
-            self._overflow = self._make(self._block(reason), None)
-            return self._overflow
-        try:
-            graph = self._fresh or capture(self._setup.model, self._setup.loss_fn, batch)
-            plan = adapted_plan(self._plan, graph)
-            if leaves.key == self._first_key and self._compiles:
-                plan = msgspec.structs.replace(plan, compiled=self._plan.compiled)
-            return self._make(plan, graph)
-        except TooFewRowsError as error:  # the rest of an epoch: nothing that the user should care about
-            return self._make(block_plan(self._setup.cluster, graph=None, reasons=(str(error),)), None)
-        except (CaptureError, PlanError) as error:
-            return self._make(self._block(str(error)), None)
-
-    def _block(self, reason: str) -> Plan:
-        message = (
-            "from this step on, batches of this kind run as one block of plain PyTorch, which is right but not split: "
-            f"{reason}. Pad or bucket batches to few shapes, and pass what changes from step to step as a tensor in "
-            "the batch"
-        )
-        warnings.warn(message, stacklevel=6)
-        emit(WarningRaised(subject="batch", message=message))
-        return block_plan(self._setup.cluster, graph=None, reasons=(reason,))
+        """Whether all that is to be prepared is."""
+        return self._adapter.is_prepared
 
     def _mark_stepped(self) -> None:
         if isinstance(self._current, GraphRunner):
