@@ -9,8 +9,8 @@ steps that nobody reports. The soak makes so many random faults one after the ot
 interface down, and needs root (`benchmarks.slow_machines`).
 
 DiLoCo's replicas agree every `fault_job.EVERY` steps: `loss_ratio` is what they have agreed on at the end beside what
-undisturbed replicas have after as many steps, `windows_missed` counts agreements that a process has missed, and all must
-end with the same weights.
+undisturbed replicas have after as many steps, `windows_missed` counts agreements that a process has missed, and all
+must end with the same weights.
 
 Checkpoints are damaged file by file, written to a full disk (a tmpfs, needs root), and killed at random moments.
 

@@ -17,7 +17,7 @@ if "torch" not in _sys.modules:
     _os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 from partita import checkpoint, data, errors, sync
-from partita.api import Checkpoints, Elastic, FallbackWarning, Saving, Step, StepResult, parallelize, plan
+from partita.api import Checkpoints, Elastic, FallbackWarning, InMemory, Saving, Step, StepResult, parallelize, plan
 from partita.cluster import Cluster
 from partita.errors import (
     CaptureError,
@@ -49,6 +49,7 @@ __all__ = [
     "Constraints",
     "Elastic",
     "FallbackWarning",
+    "InMemory",
     "InfeasibleError",
     "InputError",
     "NonFiniteLossError",

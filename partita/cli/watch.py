@@ -23,6 +23,7 @@ from partita.training.events import (
     Event,
     MembersChanged,
     PlanChosen,
+    SharesChanged,
     StepFinished,
     SyncChosen,
     WarningRaised,
@@ -71,6 +72,8 @@ def describe(event: Event) -> str:
         case MembersChanged():
             place = "receives the state" if event.place is None else f"is number {event.place}"
             return f"members: {event.num_replicas} from step {event.step} on; this process {place}"
+        case SharesChanged():
+            return f"rows: {', '.join(map(str, event.shares))} from step {event.step} on"
         case Checkpointed():
             return f"checkpoint {event.action}: {event.path}, step {event.step}, {format_bytes(event.num_bytes)}"
 

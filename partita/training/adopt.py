@@ -15,16 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
-import torch
 
 from partita.errors import PartitaError
 from partita.graph.graph import Graph
 from partita.plan import Alternative, Plan
 from partita.program import ProgramSet
-from partita.program.instructions import Run
 from partita.program.timeline import Timeline
 from partita.runtime.compiling import Background
-from partita.runtime.segments import compile_ahead
+from partita.training.ahead import compile_segments
 from partita.training.events import CandidateMeasured, PlanChosen, emit
 from partita.training.job import Team
 from partita.training.optimizers import OptimizerFacts
@@ -222,20 +220,9 @@ class Adoption:
             return
         self._background = Background()
         for candidate in wanted:
-            plan = candidate.plan
-            gpu = plan.workers[0].gpu
-            device = torch.device("cpu") if gpu is None else torch.device("cuda", gpu)
-            programs = self._facts.lowered(self.graph, plan)
-            runs = [item for p in programs.programs if p.process == self._team.rank for item in p.instructions]
-            keys = dict.fromkeys(item.segment for item in runs if isinstance(item, Run))
-            with torch.random.fork_rng(devices=[]):  # kernels may be measured, on random values
-                futures = [
-                    compile_ahead(
-                        programs.segments[key], self._background, device=device, num_threads=plan.threads_per_worker
-                    )
-                    for key in keys
-                ]
-            candidate.compiling += [future for future in futures if future is not None]
+            candidate.compiling += compile_segments(
+                self._facts, self.graph, candidate.plan, self._team.rank, self._background
+            )
 
     def _exchange(self) -> list[bool]:
         """Tells the others, and records what rank 0 has measured; for every candidate whether all have compiled it."""

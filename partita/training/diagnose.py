@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from partita.errors import NonFiniteLossError
 from partita.graph.execute import graph_arguments
 from partita.graph.graph import Graph, OpInfo
+from partita.training.inputs import BatchLeaves
+from partita.training.runners import BlockRunner, GraphRunner
 
 
 class _Watch(fx.Interpreter):
@@ -51,3 +55,33 @@ def first_non_finite(
     if isinstance(info, OpInfo):
         place = f" in module {info.module or 'loss_fn'!r} at {info.source or 'unknown source'} ({info.phase.value})"
     return f"The first op with a NaN or infinite result is {watch.found.name} ({watch.found.target}){place}."
+
+
+def check_before(
+    runner: GraphRunner | BlockRunner,
+    batch: Any,
+    leaves: BatchLeaves,
+    number: int,
+    collect: Callable[[], None],
+) -> None:
+    """Runs step `number` without its update first, and names the op that made the loss NaN or infinite; `collect`
+    brings whole weights here.
+
+    Raises:
+        NonFiniteLossError: the loss is not finite.
+    """
+    random_state = torch.get_rng_state()
+    loss = runner.step(batch, leaves, update=False).loss
+    torch.set_rng_state(random_state)
+    if math.isfinite(loss):
+        return
+    found = ""
+    if isinstance(runner, GraphRunner):
+        if runner.held:  # the op is looked for with whole weights
+            collect()
+        found = first_non_finite(runner.graph, runner.parameters, runner.buffers, batch)
+        torch.set_rng_state(random_state)
+    raise NonFiniteLossError(
+        f"the loss must be finite, but got {loss} in step {number}; nothing was updated. "
+        f"{found or 'The model runs as one block, so the op is not known.'}"
+    )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from partita.errors import InputError
 from partita.training.around import StepAround
-from partita.training.dealing import Dealer
-from partita.training.events import MembersChanged, WarningRaised, emit
+from partita.training.dealing import Dealer, warn_of_slow
+from partita.training.events import MembersChanged, emit
 from partita.training.inputs import cut_rows, take_apart
 from partita.training.loading import ShardedBatch
 from partita.training.membership import Elastic, Members, Round, State
@@ -17,10 +16,6 @@ from partita.training.setup import StepSetup
 
 MOST_TRIES = 100  # of one step; each ends with the loss of a process
 SLOW = 3.0  # times the fastest process' time: whoever takes longer is named
-
-
-class SlowProcessWarning(UserWarning):
-    """A process takes several times as long as the others; the message says which, and what was done."""
 
 
 class ElasticAround(StepAround):
@@ -85,8 +80,7 @@ class ElasticAround(StepAround):
                     f"work, so it gets {self._dealer.counts[place]} of {self._num_pieces} pieces of every batch. Look "
                     "at what else runs there"
                 )
-                warnings.warn(message, SlowProcessWarning, stacklevel=4)
-                emit(WarningRaised(subject="slow process", message=message))
+                warn_of_slow(message, stacklevel=4)
 
     def _check(self, batch: Any, update: bool) -> None:
         if not update:

@@ -71,7 +71,7 @@ class WarningRaised:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointed:
-    """A checkpoint is complete on disk (`action` "saved") or was read back ("loaded")."""
+    """A checkpoint is complete on disk (`action` "saved"), or in memory ("copied"), or was read back ("loaded")."""
 
     action: str
     path: str
@@ -90,7 +90,24 @@ class MembersChanged:
     step: int
 
 
-Event = PlanChosen | SyncChosen | CandidateMeasured | StepFinished | WarningRaised | Checkpointed | MembersChanged
+@dataclass(frozen=True, kw_only=True)
+class SharesChanged:
+    """From `step` on the rows of a batch are dealt so: to the data coordinates of the plan, or to replicas."""
+
+    shares: tuple[int, ...]
+    step: int
+
+
+Event = (
+    PlanChosen
+    | SyncChosen
+    | CandidateMeasured
+    | StepFinished
+    | WarningRaised
+    | Checkpointed
+    | MembersChanged
+    | SharesChanged
+)
 Callback = Callable[[Event], None]
 
 

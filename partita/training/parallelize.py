@@ -233,6 +233,11 @@ def parallelize(
     if method is not None:
         method.check(optimizer)
     _check_elastic(elastic, method)
+    if elastic is not None and settings is not None and settings.memory is not None:
+        raise InputError(
+            "copies in memory are for jobs whose processes end together, but this one is elastic: there a living "
+            "process gives its state. Leave Checkpoints(memory=...) out"
+        )
     override = current_override()
     if override.plan is not None:
         plan = override.plan
@@ -258,6 +263,7 @@ def parallelize(
         clip_norm=clip_grad_norm,
         decay=ema,
         checkpoints=settings,
+        shares_move=not isinstance(plan, Plan),
     )
     _equalise(setup, repr((method, tolerance)))
     request = _Request(plan=plan, compile=compile)

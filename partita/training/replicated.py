@@ -14,13 +14,15 @@ from partita.cluster import Cluster
 from partita.cluster.model import Process
 from partita.errors import InputError
 from partita.training.around import StepAround
+from partita.training.balance import expected_s
 from partita.training.checkpoint.contents import Ownership
 from partita.training.checkpoint.saver import Source
 from partita.training.exchanges import Exchanges
 from partita.training.inputs import cut_rows, take_apart
 from partita.training.job import Team
 from partita.training.keeping import Also, Folder
-from partita.training.loading import ShardedBatch
+from partita.training.loading import ShardedBatch, whole_shape
+from partita.training.replica_balance import ReplicaBalance
 from partita.training.runners import apply_gradients
 from partita.training.setup import StepResult, StepSetup
 from partita.training.step import Step
@@ -63,6 +65,10 @@ class ReplicatedStep(StepAround):
         self._exchanges = Exchanges(setup.transport, setup.timeout_s, "replicas")
         self._keeper = setup.keeper(method)
         self._sync: ReplicaSync | None = None
+        self._replica: Replica | None = None
+        self._rows: ReplicaBalance | None = None
+        self._waited_s = 0.0  # for others, in this step
+        self._last: Any = None  # batch
         together = dataclasses.replace(setup, checkpoints=None, tells=False)  # the inner step is nobody's
         self._inner = make(together, batch) if method.exact_steps else self._apart(batch)
         self._num_steps = 0
@@ -84,11 +90,12 @@ class ReplicatedStep(StepAround):
             self._inner.sync_to(self._setup.model)
             self._inner.close()
             self._inner = self._apart(batch)
-        result = self._inner(batch if self._sync is None else self._own_rows(batch), update=update)
+        result = self._computed(batch, update)
         self._num_steps += update
         if self._sync is not None and update:
             with torch.no_grad():
                 self._sync.after_step(self._num_steps)
+            self._deal_rows(batch)
         result = dataclasses.replace(
             result,
             step=self._num_steps,
@@ -105,8 +112,13 @@ class ReplicatedStep(StepAround):
     def rows_needed(self, num_rows: int) -> tuple[int, int]:
         """First and last (excluded) row of a global batch that this replica trains on."""
         if self._sync is None:
-            return self._inner.rows_needed(num_rows)
-        return self._rows_of(num_rows)
+            first, last = self._inner.rows_needed(num_rows)
+            counts = split_evenly(num_rows, self._num_replicas)  # of this step, if it is the first one apart
+            start = sum(counts[: self._rank])
+            return min(first, start), max(last, start + counts[self._rank])
+        assert self._rows is not None
+        self._check_rows(num_rows)
+        return self._rows.rows_needed(num_rows)
 
     def sync_to(self, model: nn.Module) -> None:
         """Copies what the replicas would agree on now, the mean of their weights, into `model`, on every process.
@@ -169,23 +181,60 @@ class ReplicatedStep(StepAround):
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
+    def _computed(self, batch: Any, update: bool) -> StepResult:
+        """This replica's part of a step."""
+        if self._sync is None:
+            return self._inner(batch, update=update)
+        assert self._rows is not None
+        own = self._own_rows(batch)
+        self._waited_s, start_s = 0.0, time.perf_counter()
+        result = self._inner(own, update=update)
+        if self._is_usual(batch):
+            self._rows.made_step(time.perf_counter() - start_s - self._waited_s)
+        return result
+
+    def _deal_rows(self, batch: Any) -> None:
+        """Rows follow the speed of the replicas."""
+        balance, replica = self._rows, self._replica
+        assert balance is not None and replica is not None
+        self._last = batch
+        if balance.after_step(self._num_steps, self._inner.is_settled):
+            replica.share = balance.counts[self._rank] / sum(balance.counts)
+
+    def _prepare_rows(self, num_rows: int) -> None:
+        """Makes the inner step ready for batches of so many rows."""
+        whole, _ = whole_shape(ShardedBatch(self._own_rows(self._last), 0, num_rows))
+        self._inner.prepare(whole)
+
     def _apart(self, batch: Any) -> Step:
         """The inner step of this replica alone."""
         setup = self._setup
         named = {name: value for name, value in setup.model.named_parameters() if value.requires_grad}
         buffers = {name: value for name, value in setup.model.named_buffers() if value.is_floating_point()}
-        num_rows = batch.num_rows if isinstance(batch, ShardedBatch) else take_apart(batch).rows
-        start, end = self._rows_of(num_rows)
-        self._sync = self._method.sync_of(
-            Replica(
-                parameters={name: value.detach() for name, value in named.items()},
-                buffers=buffers,
-                peers=Peers(tuple(range(self._num_replicas)), self._rank),
-                share=(end - start) / num_rows,
-                line=self._exchanges.line,
-                errand=self._exchanges.errand,
-            )
+        num_rows = _rows_in(batch)
+        self._check_rows(num_rows)
+        self._rows = ReplicaBalance(
+            num_rows,
+            rank=self._rank,
+            num_replicas=self._num_replicas,
+            meets_every=self._method.meets_every,
+            cluster=setup.cluster,
+            errand=self._exchanges.errand,
+            prepare=self._prepare_rows,
+            is_prepared=lambda: self._inner.is_prepared,
+            expected_s=lambda: expected_s(self._inner.plan),
+            moves=setup.shares_move and self._method.weighs_rows,
         )
+        start, end = self._rows.rows(num_rows, self._rank)
+        self._replica = Replica(
+            parameters={name: value.detach() for name, value in named.items()},
+            buffers=buffers,
+            peers=Peers(tuple(range(self._num_replicas)), self._rank),
+            share=(end - start) / num_rows,
+            line=self._exchanges.line,
+            errand=self._exchanges.errand,
+        )
+        self._sync = self._method.sync_of(self._replica)
         alone = dataclasses.replace(
             setup,
             cluster=own_cluster(setup.cluster, self._rank),
@@ -200,26 +249,36 @@ class ReplicatedStep(StepAround):
 
     def _due(self, gradients: Gradients, loss: float) -> list[Gradients]:
         assert self._sync is not None
-        return self._sync.due(gradients)
+        start_s = time.perf_counter()
+        found = self._sync.due(gradients)
+        self._waited_s += time.perf_counter() - start_s
+        return found
 
-    def _rows_of(self, num_rows: int) -> tuple[int, int]:
-        """First and last (excluded) row of this replica, of so many."""
+    def _check_rows(self, num_rows: int) -> None:
         if num_rows < self._num_replicas:
             raise InputError(
                 f"every batch must have at least a row for each of {self._num_replicas} replicas, but got {num_rows} "
                 "rows; use larger batches, or drop the last one (drop_last=True)"
             )
-        counts = split_evenly(num_rows, self._num_replicas)
-        start = sum(counts[: self._rank])
-        return start, start + counts[self._rank]
+
+    def _is_usual(self, batch: Any) -> bool:
+        assert self._rows is not None
+        return _rows_in(batch) == sum(self._rows.counts)
 
     def _own_rows(self, batch: Any) -> Any:
         """The rows of a global batch that this replica trains on."""
-        first, num_rows = 0, 0
+        assert self._rows is not None
+        first, num_rows = 0, _rows_in(batch)
+        self._check_rows(num_rows)
         if isinstance(batch, ShardedBatch):
-            batch, first, num_rows = batch.batch, batch.first_row, batch.num_rows
+            batch, first = batch.batch, batch.first_row
         here = take_apart(batch).rows
-        start, end = self._rows_of(num_rows or here)
+        start, end = self._rows.rows(num_rows, self._rank)
+        if start < first or end > first + here:
+            raise InputError(
+                f"this replica needs rows {start} to {end} of the batch, but rows {first} to {first + here} were read: "
+                "the rows were dealt anew since. Do not read batches many steps ahead"
+            )
         return cut_rows(batch, here, start - first, end - first)
 
     def _settle(self) -> None:
@@ -228,3 +287,8 @@ class ReplicatedStep(StepAround):
         parameters = dict(self._setup.model.named_parameters())
         for gradients in self._sync.settle():
             apply_gradients(self._setup.optimizer, parameters, gradients, self._setup.decay)
+
+
+def _rows_in(batch: Any) -> int:
+    """Of a global batch, or of the one that rows were read of."""
+    return batch.num_rows if isinstance(batch, ShardedBatch) else take_apart(batch).rows

@@ -14,6 +14,7 @@ from partita.cost.sums import EXACT_SUM, SumCost
 from partita.graph import Graph
 from partita.plan import Plan
 from partita.runtime.transport import Transport
+from partita.training.balance import Balance
 from partita.training.checkpoint.settings import Checkpoints
 from partita.training.job import Team
 from partita.training.keeping import Keeper
@@ -65,6 +66,7 @@ class StepSetup:
     clip_norm: float | None = None  # limit of the norm of all gradients
     decay: float | None = None  # of the average of the weights
     checkpoints: Checkpoints | None = None
+    shares_move: bool = True  # whether rows may be dealt anew while training: not where the plan was given
     tells: bool = True  # whether the step emits `StepFinished`
 
     @functools.cached_property
@@ -77,7 +79,21 @@ class StepSetup:
     def keeper(self, method: object) -> Keeper:
         """Of the step's checkpoints; `method` is how processes are synchronised (None: exactly)."""
         text = "" if method is None else repr(method)
-        return Keeper(self.model, self.optimizer, self.team, self.transport, self.timeout_s, self.checkpoints, text)
+        ranks = sorted(self.cluster.processes, key=lambda process: process.rank)
+        machines = [process.machine for process in ranks[: self.team.num_processes]]
+        return Keeper(
+            self.model, self.optimizer, self.team, self.transport, self.timeout_s, self.checkpoints, text, machines
+        )
+
+    def balance(self) -> Balance | None:
+        """What deals the rows by the speed of the processes; None if there is one process only."""
+        if self.team.is_alone:
+            return None
+
+        def make(runner: GraphRunner, plan: Plan) -> GraphRunner | BlockRunner:
+            return make_runner(self, plan, runner.graph, self.model, self.optimizer)
+
+        return Balance(self.team, self.cluster, lambda: self.facts, make, moves=self.shares_move)
 
 
 def make_runner(

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 
@@ -18,7 +16,6 @@ from partita.errors import (
     InputError,
     NonFiniteLossError,
     PeerLostError,
-    PlanError,
     StepError,
     WaitTimeoutError,
 )
@@ -27,21 +24,22 @@ from partita.plan import Plan
 from partita.program.timeline import Timeline
 from partita.runtime.allocator import let_go_of_garbage
 from partita.runtime.large_pages import use_large_pages
+from partita.training.adapting import Adapter
 from partita.training.adopt import Adoption
 from partita.training.arguments import check_sync_target
 from partita.training.averages import averaged
+from partita.training.balance import with_shares
 from partita.training.checkpoint.loader import Loaded
 from partita.training.checkpoint.saver import Saving, Source
 from partita.training.collecting import collect_all, copy_state, ownership_of
-from partita.training.diagnose import first_non_finite
-from partita.training.events import StepFinished, WarningRaised, emit, is_heard
-from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure
+from partita.training.diagnose import check_before
+from partita.training.events import SharesChanged, StepFinished, emit, is_heard
+from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure, take_apart
 from partita.training.keeping import Also, Folder
 from partita.training.loading import ShardedBatch, whole_shape
 from partita.training.optimizers import check_optimizer
-from partita.training.planning import TooFewRowsError, adapted_plan, block_plan
 from partita.training.runners import BlockRunner, GraphRunner, Outcome, owners_differ
-from partita.training.setup import StepResult, StepSetup, make_runner
+from partita.training.setup import StepResult, StepSetup
 from partita.training.sync.choice import Choice
 from partita.training.torch_adapter import mark_stepped
 from partita.training.trial import Snapshot
@@ -50,7 +48,6 @@ from partita.units import MIB
 
 CALM_STEPS = 3  # by the adopted plan; afterwards its memory is where it stays
 LEAST_PAGED_BYTES = 16 * MIB  # of parameters, gradients and states: below, they fit the caches
-MAX_GRAPHS = 8  # batch shapes and states of the model that are captured; further ones run as one block
 
 
 class Step:
@@ -90,9 +87,10 @@ class Step:
         self._num_calm = 0
         self._take_apart = TakenApart()
         self._compiles = False  # whether the next graph is worth compiling
-        self._overflow: BlockRunner | GraphRunner | None = None
+        self._balance = setup.balance()
+        self._adapter = Adapter(setup)
         self._adopting_key = (first.key, self._state)
-        runner = self._make(plan, graph) if adoption is None else adoption.next_runner()
+        runner = self._adapter.make(plan, graph) if adoption is None else adoption.next_runner()
         self._first = self._runners[self._adopting_key] = runner
         # Whoever loads a state into his optimizer while training goes on means the shards that do its work.
         self._hooks = (
@@ -173,6 +171,8 @@ class Step:
             self._timeline = outcome.timeline or self._timeline
         self._mark_stepped()
         self._move_to_large_pages()
+        if self._balance is not None and update and self.is_settled:
+            self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
         result = StepResult(
             loss=outcome.loss,
             step=self._num_steps,
@@ -203,7 +203,7 @@ class Step:
         runner = self._first
         if self._adoption is not None or isinstance(runner, BlockRunner) or runner.graph.batch_size != num_rows:
             return 0, num_rows
-        return runner.rows_needed()
+        return runner.rows_needed() if self._balance is None else self._balance.rows_needed(runner)
 
     def timeline(self) -> Timeline | None:
         """The measured timeline of the last recorded step. The first call starts recording, so call it, make a step,
@@ -290,13 +290,16 @@ class Step:
     def close(self) -> None:
         """Ends the workers, and completes a checkpoint that is being written. The model and optimizer keep what was
         trained."""
-        self._keeper.close()
+        self._keeper.close(failed=self._failure is not None)
         if self._failure is None and self._current is not None:
             self._current.collect()
         for hook in self._hooks:
             hook.remove()
         if self._adoption is not None:
             self._adoption.close()
+        if self._balance is not None:
+            self._balance.close()
+        self._adapter.close()
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()
@@ -344,9 +347,6 @@ class Step:
         for runner in self._runners.values():
             runner.load_state()
 
-    def _make(self, plan: Plan, graph: Graph | None) -> GraphRunner | BlockRunner:
-        return make_runner(self._setup, plan, graph, self._setup.model, self._setup.optimizer)
-
     def _follow(self, leaves: BatchLeaves, batch: Any) -> None:
         """Notices what has changed outside of the graph since the last step, and has the next graph made for it."""
         self._fresh = None
@@ -393,6 +393,7 @@ class Step:
     def _runner(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
         if self._is_adopting(leaves) and not self._is_accumulating:
             self._next_of_adoption()
+        self._take_shares(leaves)
         runner = self._runners.get((leaves.key, self._state))
         if self._is_accumulating and runner is not self._current:
             self._is_accumulating = False
@@ -428,6 +429,27 @@ class Step:
         if isinstance(old, BlockRunner):
             self._setup.optimizer.zero_grad(set_to_none=True)  # nobody else would free these gradients
 
+    def _take_shares(self, leaves: BatchLeaves) -> None:
+        """Goes on with the runner that has other shares of the rows, once all processes can."""
+        balance, key = self._balance, (leaves.key, self._state)
+        if balance is None or balance.coming is None or self._is_accumulating:
+            return
+        old = self._runners.get(key)
+        if old is None or old is not balance.runner or not balance.agree(leaves):
+            return
+        new = balance.take()
+        self._first = new if self._first is old else self._first
+        self._switch(new)
+        self._runners[key] = new
+        old.close()
+        self._keep_only(new)  # those for other batch shapes have the old shares
+        self._plan = with_shares(self._plan, new.plan.shares)
+        emit(SharesChanged(shares=new.plan.shares, step=self._num_steps + 1))
+
+    def _keep_only(self, runner: GraphRunner | BlockRunner) -> None:
+        for key in [key for key, other in self._runners.items() if other is not runner]:
+            self._runners.pop(key).close()
+
     def _move_to_large_pages(self) -> None:
         """Once, when everything that lives from step to step has been made."""
         self._num_calm += self.is_settled
@@ -462,8 +484,7 @@ class Step:
             self._first = self._runners[self._adopting_key] = adoption.runner
         self._switch(self._first)
         adoption.close(keep=self._first)
-        for key in [key for key, runner in self._runners.items() if runner is not self._first]:
-            self._runners.pop(key).close()  # other batch shapes ran by what was best then
+        self._keep_only(self._first)  # other batch shapes ran by what was best then
         let_go_of_garbage()  # of the candidates that were not adopted
         if self._plan.mode == "block":
             self._watch = None  # plain PyTorch follows by itself
@@ -492,9 +513,10 @@ class Step:
 
     def _once(self, runner: GraphRunner | BlockRunner, leaves: BatchLeaves, batch: Any, update: bool) -> Outcome:
         if self._setup.check_finite == "op":
-            self._check_before(runner, batch, leaves)
+            check_before(runner, batch, leaves, self._num_steps + 1, self._collect)
         finite_only = self._setup.check_finite != "off"
-        record = self._record or (self._adoption is not None and self._adoption.records)
+        records = self._adoption or self._balance
+        record = self._record or (records is not None and records.records)
         return runner.step(
             batch,
             leaves,
@@ -535,54 +557,31 @@ class Step:
     # Other batches ---------------------------------------------------------------------------------------------
 
     def _adapt(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
-        """A runner for another batch shape, or for the same one after something else has changed: the same split,
-        captured anew."""
         if self._plan.mode == "block":
-            return self._first if isinstance(self._first, BlockRunner) else self._make(self._plan, None)
-        if self._overflow is not None:
-            return self._overflow
-        if len(self._runners) >= MAX_GRAPHS:
-            reason = f"more than {MAX_GRAPHS} batch shapes or states of the model were seen"
-            self._overflow = self._make(self._block(reason), None)
-            return self._overflow
-        try:
-            graph = self._fresh or capture(self._setup.model, self._setup.loss_fn, batch)
-            plan = adapted_plan(self._plan, graph)
-            if leaves.key == self._first_key and self._compiles:
-                plan = msgspec.structs.replace(plan, compiled=self._plan.compiled)
-            return self._make(plan, graph)
-        except TooFewRowsError as error:  # the rest of an epoch: nothing that the user should care about
-            return self._make(block_plan(self._setup.cluster, graph=None, reasons=(str(error),)), None)
-        except (CaptureError, PlanError) as error:
-            return self._make(self._block(str(error)), None)
+            return self._first if isinstance(self._first, BlockRunner) else self._adapter.make(self._plan, None)
+        prepared = self._adapter.prepared((leaves.key, self._state))
+        if prepared is not None:  # the usual batches from now on
+            self._plan, self._first = prepared
+            self._first_key = leaves.key
+            self._keep_only(self._switch(self._first))
+            return self._first
+        compiled = self._plan.compiled and leaves.key == self._first_key and self._compiles
+        return self._adapter.adapt(self._plan, batch, self._fresh, compiled=compiled, num_known=len(self._runners))
 
-    def _block(self, reason: str) -> Plan:
-        message = (
-            "from this step on, batches of this kind run as one block of plain PyTorch, which is right but not split: "
-            f"{reason}. Pad or bucket batches to few shapes, and pass what changes from step to step as a tensor in "
-            "the batch"
-        )
-        warnings.warn(message, stacklevel=6)
-        emit(WarningRaised(subject="batch", message=message))
-        return block_plan(self._setup.cluster, graph=None, reasons=(reason,))
+    def prepare(self, batch: Any) -> None:
+        """Makes ready, beside the steps, for batches like this one (its tensors may be on `meta`), which are the usual
+        ones from the first one on. Only for a settled step of one process.
 
-    def _check_before(self, runner: GraphRunner | BlockRunner, batch: Any, leaves: BatchLeaves) -> None:
-        """Runs the step without its update first, and names the op that made the loss NaN or infinite."""
-        random_state = torch.get_rng_state()
-        loss = runner.step(batch, leaves, update=False).loss
-        torch.set_rng_state(random_state)
-        if math.isfinite(loss):
-            return
-        found = ""
-        if isinstance(runner, GraphRunner):
-            if runner.held:  # the op is looked for with whole weights
-                self._collect()
-            found = first_non_finite(runner.graph, runner.parameters, runner.buffers, batch)
-            torch.set_rng_state(random_state)
-        raise NonFiniteLossError(
-            f"the loss must be finite, but got {loss} in step {self._num_steps + 1}; nothing was updated. "
-            f"{found or 'The model runs as one block, so the op is not known.'}"
-        )
+        Raises:
+            CaptureError, PlanError: the plan cannot be had for it.
+        """
+        if self._plan.mode == "graph":
+            self._adapter.prepare(self._plan, batch, (take_apart(batch).key, self._state))
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether all that is to be prepared is."""
+        return self._adapter.is_prepared
 
     def _mark_stepped(self) -> None:
         if isinstance(self._current, GraphRunner):

@@ -17,7 +17,8 @@ its plan in a pickle, which must not be loaded from a stranger.
 """
 
 from partita.training.checkpoint.loader import load
+from partita.training.checkpoint.memory import InMemory
 from partita.training.checkpoint.saver import Saver, Saving, Source
 from partita.training.checkpoint.settings import Checkpoints, Stateful
 
-__all__ = ["Checkpoints", "Saver", "Saving", "Source", "Stateful", "load"]
+__all__ = ["Checkpoints", "InMemory", "Saver", "Saving", "Source", "Stateful", "load"]

@@ -97,18 +97,28 @@ def commit(temporary: Path, meta: Meta, keep: int = KEEP) -> Path:
         OSError: the disk refuses.
     """
     base = temporary.parent
-    content = msgspec.json.format(msgspec.json.encode(meta), indent=1)
-    signed = _Signed(sha256=hashlib.sha256(content).hexdigest(), content=msgspec.Raw(content))
-    (temporary / META).write_bytes(msgspec.json.encode(signed))
-    flush(temporary / META)
+    write_meta(temporary, meta)
     for folder in {temporary / Path(name).parent for name in meta.files} | {temporary}:
-        flush(folder)
+        if folder.is_dir():  # a process' copies in memory are not all files
+            flush(folder)
     target = _next(base, f"step-{meta.step:08d}")
     temporary.rename(target)
     flush(base)
     for old in complete(base)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def write_meta(folder: Path, meta: Meta) -> None:
+    """Writes what a checkpoint says of itself, with a checksum of that.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    content = msgspec.json.format(msgspec.json.encode(meta), indent=1)
+    signed = _Signed(sha256=hashlib.sha256(content).hexdigest(), content=msgspec.Raw(content))
+    (folder / META).write_bytes(msgspec.json.encode(signed))
+    flush(folder / META)
 
 
 def discard(temporary: Path) -> None:
@@ -123,7 +133,7 @@ def candidates(folder: Path) -> list[Path]:
 
 def complete(base: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted((path for path in base.glob("step-*") if (path / META).exists()), key=_order)
+    return sorted((path for path in base.glob("step-*") if (path / META).exists()), key=order)
 
 
 def read_meta(path: Path) -> Meta:
@@ -177,7 +187,8 @@ def _next(base: Path, name: str) -> Path:
     return base / (f"{name}.{int(last.partition('.')[2] or 0) + 1:03d}" if last else name)
 
 
-def _order(path: Path) -> tuple[int, int]:
+def order(path: Path) -> tuple[int, int]:
+    """The step of a checkpoint by its name, and which one of that step it is."""
     step, _, repeat = path.name.removeprefix("step-").partition(".")
     return (int(step), int(repeat or 0)) if step.isdigit() and (repeat or "0").isdigit() else (-1, 0)
 

@@ -48,10 +48,12 @@ class _Read:
     sync: dict[str, dict[str, Tensor]]
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, team: Team | None = None) -> Loaded:
+def load(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, team: Team | None = None, *, own: bool = False
+) -> Loaded:
     """Brings the latest checkpoint in `folder` (or `folder` itself, if it is one) that is as it was written into the
     model, the optimizer and the generators of random numbers. All processes of the team call it; those that do not see
-    the folder receive what rank 0 reads.
+    the folder receive what rank 0 reads. `own`: each has a folder of its own, with equal content.
 
     Raises:
         CheckpointError: there is none, all are damaged, or the latest belongs to another model or optimizer. Nothing
@@ -59,7 +61,7 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, team:
     """
     team = team or Team()
     names = Names.of(model, optimizer)
-    path, meta, is_shared = _latest(folder, team)
+    path, meta, is_shared = _latest(folder, team, own)
     error = ""
     try:
         _check_belongs(path, meta, names, optimizer)
@@ -81,18 +83,21 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, team:
     )
 
 
-def has_any(folder: Path, team: Team) -> bool:
-    """Whether there is a checkpoint to load, on all processes alike."""
-    return bool(team.from_first(bool(folders.candidates(folder)), "whether there is a checkpoint"))
+def latest_step(folder: Path, team: Team) -> int:
+    """The step of the latest checkpoint that rank 0 sees, -1 if there is none; the same on all processes."""
+    found = folders.candidates(folder)[:1]
+    return int(team.from_first(folders.order(found[0])[0] if found else -1, "whether there is a checkpoint"))
 
 
 # Which -----------------------------------------------------------------------------------------------------------
 
 
-def _latest(folder: Path, team: Team) -> tuple[Path, Meta, bool]:
+def _latest(folder: Path, team: Team, own: bool = False) -> tuple[Path, Meta, bool]:
     """The latest checkpoint that is not damaged, and whether all processes see it."""
     found = [str(path.resolve()) for path in folders.candidates(folder)] if team.rank == 0 else []
     paths = [Path(text) for text in team.from_first(found, "the checkpoints in a folder")]
+    if own:
+        paths = [folder / path.name for path in paths]
     if not paths:
         raise CheckpointError(f"{folder} must hold a complete checkpoint, but has none; was anything saved there?")
     problems: list[str] = []

@@ -18,6 +18,8 @@ from partita.runtime.transport import Line, Transport
 from partita.training.checkpoint import folder as folders
 from partita.training.checkpoint.contents import Contents, Names, Ownership, contents_of, plain, random_state, read_rest
 from partita.training.checkpoint.folder import FileFacts, Meta
+from partita.training.checkpoint.memory import KEEP as KEEP_COPIES
+from partita.training.checkpoint.memory import Memory
 from partita.training.checkpoint.shards import Chunk, write_chunks
 from partita.training.events import Checkpointed, WarningRaised, emit
 from partita.training.exchanges import Exchanges, all_tell
@@ -90,6 +92,7 @@ class _Job:
     own_optimizer: bool
     keep: int
     started_s: float
+    memory: Memory | None  # where copies are kept; None: it is a checkpoint on disk
 
 
 class Saver:
@@ -102,6 +105,10 @@ class Saver:
         self._thread: ThreadPoolExecutor | None = None
         self._last: Saving | None = None
 
+    def copy(self, memory: Memory, source: Source) -> Saving:
+        """Begins to write copies into memory, in the background; otherwise as `save`."""
+        return self._save(memory.base, source, memory, keep=KEEP_COPIES, in_background=True)
+
     def save(self, folder: Path, source: Source, *, keep: int = folders.KEEP, in_background: bool) -> Saving:
         """Begins to write a checkpoint, once the last one is over.
 
@@ -110,9 +117,19 @@ class Saver:
         Raises:
             CheckpointError: the disk refuses already.
         """
+        return self._save(folder, source, None, keep=keep, in_background=in_background)
+
+    def _save(self, folder: Path, source: Source, memory: Memory | None, *, keep: int, in_background: bool) -> Saving:
         started_s = time.perf_counter()
         self.settle()
-        temporary, is_shared = self._begin(folder)
+        temporary, is_shared = (
+            self._begin(folder)
+            if memory is None
+            else (
+                self._begin_copies(memory, source.step),
+                True,
+            )
+        )
         rank, num = self._team.rank, self._team.num_processes
         if is_shared:
             ownership = source.ownership()
@@ -148,6 +165,7 @@ class Saver:
             own_optimizer=source.own_optimizer,
             keep=keep,
             started_s=started_s,
+            memory=memory,
         )
         self._last = self._start(job)
         return self._last
@@ -188,6 +206,17 @@ class Saver:
         seen = self._team.gather(folders.is_seen(Path(temporary)), "who sees the folder of a checkpoint")
         return Path(temporary) if seen[self._team.rank] else None, all(seen)
 
+    def _begin_copies(self, memory: Memory, step: int) -> Path | None:
+        temporary, error = None, ""
+        try:
+            temporary = memory.begin(step)
+        except CheckpointError as found:
+            error = str(found)
+        for text in self._team.gather(error, "the folders of copies in memory"):
+            if text:
+                raise CheckpointError(text)
+        return temporary
+
     def _start(self, job: _Job) -> Saving:
         if self._transport is None:
             if self._thread is None:
@@ -226,9 +255,26 @@ def _written_together(job: _Job, line: Line, rank: int, num: int) -> _Report:
     own = _written_part(job, rank, num)
     told = all_tell(line, msgspec.json.encode(own), rank, num)
     reports = [msgspec.json.decode(text, type=_Report) for text in told]
+    if job.memory is not None:
+        return _copied_together(job, job.memory, reports, line, num)
     outcome = _committed(job, reports) if rank == 0 else _Report()
     found = all_tell(line, msgspec.json.encode(outcome), rank, num)[0]
     return msgspec.json.decode(found, type=_Report)
+
+
+def _copied_together(job: _Job, memory: Memory, reports: list[_Report], line: Line, num: int) -> _Report:
+    """Exchanges copies with buddies; they count, on every process, once all have theirs."""
+    errors = [report.error for report in reports if report.error]
+    if not errors:
+        error = ""
+        try:
+            assert job.temporary is not None
+            memory.exchange(job.temporary, [report.files for report in reports], line)
+        except (OSError, folders.DamagedError) as found:
+            error = f"rank {memory.rank}: {found}"
+        told = all_tell(line, msgspec.json.encode(_Report(error=error)), memory.rank, num)
+        errors = [text for one in told if (text := msgspec.json.decode(one, type=_Report).error)]
+    return _committed(job, [_Report(error=text) for text in errors] or reports)
 
 
 def _written_part(job: _Job, rank: int, num: int) -> _Report:
@@ -265,7 +311,7 @@ def _write(job: _Job, temporary: Path, rank: int, num: int) -> dict[str, FileFac
 
 
 def _committed(job: _Job, reports: list[_Report]) -> _Report:
-    """On rank 0: the checkpoint counts if everybody has written his part."""
+    """On rank 0, of copies on every process: the checkpoint counts if everybody has written his part."""
     assert job.temporary is not None
     errors = [report.error for report in reports if report.error]
     files = {name: facts for report in reports for name, facts in report.files.items()}
@@ -279,7 +325,7 @@ def _committed(job: _Job, reports: list[_Report]) -> _Report:
         return _Report(error=str(folders.not_written(job.base, "; ".join(errors))))
     emit(
         Checkpointed(
-            action="saved",
+            action="saved" if job.memory is None else "copied",
             path=str(path),
             step=job.meta.step,
             num_bytes=sum(facts.num_bytes for facts in files.values()),

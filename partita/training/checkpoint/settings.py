@@ -15,6 +15,7 @@ import torch
 from partita.arguments import check_count, path_of, told
 from partita.errors import InputError
 from partita.training.checkpoint.folder import KEEP
+from partita.training.checkpoint.memory import InMemory
 
 
 @runtime_checkable
@@ -34,6 +35,8 @@ class Checkpoints:
         folder: of the checkpoints; in a job one that all processes see, or rank 0 alone writes and reads.
         every_steps: after so many steps each a checkpoint is written in the background; None: only by `Step.save`.
         keep: so many complete ones stay, the latest.
+        memory: how often the state is copied into the memory of this machine and of another one, from where a job that
+            starts again takes it if that is later than the last checkpoint; None: never.
         also: what else is saved and loaded, by name: schedulers, loaders, anything with `state_dict` and
             `load_state_dict`, of rank 0.
 
@@ -46,6 +49,7 @@ class Checkpoints:
     every_steps: int | None = None
     keep: int = KEEP
     also: Mapping[str, Stateful] = field(default_factory=dict)
+    memory: InMemory | None = None
 
     def __post_init__(self) -> None:
         path_of(self.folder, "the folder of Checkpoints")
@@ -53,6 +57,8 @@ class Checkpoints:
             if value is not None:
                 check_count(value, name)
         check_also(self.also)
+        if not isinstance(self.memory, (InMemory, type(None))):
+            raise InputError(f"memory must be partita.InMemory or None, but got {told(self.memory)}. Pass InMemory(20)")
 
     @property
     def path(self) -> Path:

@@ -53,6 +53,15 @@ class Gossip(ReplicaMethod):
     def name(self) -> str:
         return "gossip"
 
+    @property
+    def meets_every(self) -> int:
+        return self.every
+
+    @property
+    def weighs_rows(self) -> bool:
+        """Neighbours take halves of each other, whatever rows they have trained on."""
+        return self.complete
+
     def sync_of(self, replica: Replica) -> ReplicaSync:
         return GossipSync(replica, self)
 

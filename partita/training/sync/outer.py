@@ -1,6 +1,7 @@
 """Replicas that train apart for H steps and then agree: local SGD, DiLoCo and Streaming DiLoCo.
 
-With y the weights that all replicas last agreed on, each makes H steps of its own from y to x_r. Then
+With y the weights that all replicas last agreed on, each makes H steps of its own from y to x_r. Then, w_r being the
+mean of its shares of the rows in these steps,
 
     D = sum over r of w_r (y - x_r)          the outer gradient
     m = mu m + D
@@ -104,6 +105,10 @@ class LocalSGD(ReplicaMethod):
     def exact_steps(self) -> int:
         return self.after
 
+    @property
+    def meets_every(self) -> int:
+        return self.every
+
     def sync_of(self, replica: Replica) -> ReplicaSync:
         return OuterSync(replica, self.outer)
 
@@ -145,6 +150,10 @@ class DiLoCo(ReplicaMethod):
     @property
     def outer(self) -> OuterSettings:
         return OuterSettings(self.every, *outer_settings(self.outer_lr, self.outer_momentum, self.every), self.compress)
+
+    @property
+    def meets_every(self) -> int:
+        return self.every
 
     def sync_of(self, replica: Replica) -> ReplicaSync:
         return OuterSync(replica, self.outer)
@@ -195,6 +204,10 @@ class StreamingDiLoCo(ReplicaMethod):
     @property
     def name(self) -> str:
         return "streaming_diloco"
+
+    @property
+    def meets_every(self) -> int:
+        return self.every
 
     def sync_of(self, replica: Replica) -> ReplicaSync:
         return StreamingSync(replica, self)
@@ -256,15 +269,29 @@ class OuterOptimizer:
         self, parameters: Mapping[str, Tensor], settings: OuterSettings, peers: Peers, share: float = 1.0
     ) -> None:
         self._settings, self._share = settings, share
+        self._shares, self._num_steps = 0.0, 0  # their sum, over the steps since the last agreement
         self.values = list(parameters.values())  # of the replica
         self.agreed = [value.detach().clone() for value in self.values]
         parts = [Part(name, tuple(value.shape)) for name, value in parameters.items()]
         self.sums = settings.compress.sum_of(parts, peers)
         self.velocity = [torch.zeros_like(value) for value in self.values] if settings.momentum else []
 
+    def count(self, share: float) -> None:
+        """The replica has made a step on that share of the rows."""
+        self._share = share
+        self._shares += share
+        self._num_steps += 1
+
+    @property
+    def share(self) -> float:
+        """The mean of the replica's shares since the last agreement."""
+        return self._shares / self._num_steps if self._num_steps else self._share
+
     def gradient(self) -> list[Tensor]:
         """This replica's part of the outer gradient."""
-        return [(y - x).mul_(self._share) for y, x in zip(self.agreed, self.values, strict=True)]
+        share = self.share
+        self._shares, self._num_steps = 0.0, 0
+        return [(y - x).mul_(share) for y, x in zip(self.agreed, self.values, strict=True)]
 
     def move(self, outer: Sequence[Tensor]) -> None:
         """Moves what is agreed on; all replicas do so alike."""
@@ -285,6 +312,7 @@ class OuterOptimizer:
 
     def restart(self) -> None:
         """What is agreed on are the replica's weights."""
+        self._shares, self._num_steps = 0.0, 0
         for y, x in zip(self.agreed, self.values, strict=True):
             y.copy_(x)
         for kept in (*self.velocity, *self.sums.state().values()):
@@ -308,6 +336,7 @@ class OuterSync(ReplicaSync):
         self._outer = OuterOptimizer(replica.parameters, settings, replica.peers, replica.share)
 
     def after_step(self, step: int) -> None:
+        self._outer.count(self.replica.share)
         if step % self._every == 0:
             self._agree()
 
@@ -320,7 +349,8 @@ class OuterSync(ReplicaSync):
 
     def equalise(self) -> None:
         """The mean of the weights as they are; what was agreed on stays the origin of the next outer gradient."""
-        mean_in_place([*self._outer.values, *self.replica.buffers.values()], self.replica.share, self.replica.line)
+        mean_in_place(self._outer.values, self._outer.share, self.replica.line)
+        mean_in_place(list(self.replica.buffers.values()), self.replica.share, self.replica.line)
 
     def restart(self) -> None:
         self._outer.restart()
@@ -343,6 +373,8 @@ class StreamingSync(ReplicaSync):
         self._begun: tuple[int, int, Begun] | None = None  # fragment, step, exchange
 
     def after_step(self, step: int) -> None:
+        for fragment in self._fragments:
+            fragment.count(self.replica.share)
         if self._begun is not None and step >= self._begun[1] + self._method.delay:
             self._take(step)
         for number in range(len(self._fragments)):
@@ -375,8 +407,9 @@ class StreamingSync(ReplicaSync):
     def equalise(self) -> None:
         if self._begun is not None:
             self._take(self._begun[1])
-        values = [value for fragment in self._fragments for value in fragment.values]
-        mean_in_place([*values, *self.replica.buffers.values()], self.replica.share, self.replica.line)
+        for fragment in self._fragments:
+            mean_in_place(fragment.values, fragment.share, self.replica.line)
+        mean_in_place(list(self.replica.buffers.values()), self.replica.share, self.replica.line)
 
     def restart(self) -> None:
         for fragment in self._fragments:

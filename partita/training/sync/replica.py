@@ -40,12 +40,13 @@ class DivergenceWarning(UserWarning):
     """A setting is known to make training diverge; the message says which and what to change."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Replica:
     """What a method works with, on one process.
 
-    `parameters` are those that are trained, and `buffers` the floating-point ones: the tensors in use. `line` joins the
-    replicas; `errand` begins an exchange over another line, in the background and in the order of the calls.
+    `parameters` are those that are trained, and `buffers` the floating-point ones: the tensors in use. `share` is w_r
+    of the step that is made; it may change between steps, on all replicas at once. `line` joins the replicas; `errand`
+    begins an exchange over another line, in the background and in the order of the calls.
     """
 
     parameters: Mapping[str, Tensor]
@@ -115,6 +116,16 @@ class ReplicaMethod(abc.ABC):
     def exact_steps(self) -> int:
         """So many first steps are made together, exactly."""
         return 0
+
+    @property
+    def meets_every(self) -> int:
+        """Steps from one meeting of replicas to the next."""
+        return 1
+
+    @property
+    def weighs_rows(self) -> bool:
+        """Whether a replica counts by its share of the rows, so that shares may differ: all rows count alike."""
+        return True
 
     @abc.abstractmethod
     def sync_of(self, replica: Replica) -> ReplicaSync: ...
