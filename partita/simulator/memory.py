@@ -73,15 +73,9 @@ def shared_bytes(graph: Graph, programs: ProgramSet, *, optimizer_state_bytes_pe
     for process, held in programs.held.items():  # beside the user's own whole ones
         found[process] += sum(box.num_elements * itemsize_of[name] for name, box in held.items())
     for program in programs.programs:
-        for instruction in program.instructions:
-            if not isinstance(instruction, ReduceScatter) or not instruction.slices:
-                continue
-            itemsize = {
-                name: spec.dtype.itemsize for name, spec in zip(instruction.parameters, instruction.specs, strict=True)
-            }
-            for part in instruction.slices[instruction.group.index(program.worker)]:
-                num_bytes = part.num_elements * itemsize[part.parameter]
-                found[program.process] += state_bytes(num_bytes, optimizer_state_bytes_per_element)
+        for part in (part for slices in program.updates for part in slices):
+            num_bytes = part.num_elements * itemsize_of[part.parameter]
+            found[program.process] += state_bytes(num_bytes, optimizer_state_bytes_per_element)
     return found
 
 

@@ -25,6 +25,7 @@ from partita.graph import Graph
 from partita.plan import Plan
 from partita.program import ProgramSet, lower
 from partita.program.instructions import Box, Slice
+from partita.program.ownership import UpdateCosts
 from partita.training.averages import Average
 from partita.training.fused import FusedUpdate
 from partita.training.torch_adapter import clone_optimizer, has_own_step
@@ -124,8 +125,8 @@ class OptimizerFacts:
     """What planning needs to know of an optimizer; `optimizer` itself where there is one.
 
     `update_values`: how many values of a slice's size an update makes on the way. Fused variants make none, most others
-    one at a time. `whole_parameters`: each is updated, and its gradient summed over processes, by one worker. `clips`:
-    gradients are clipped by the norm of all of them. An average of the weights counts as a state.
+    one at a time. `whole_parameters`: each is updated, and its gradient summed over processes, by one worker, shared out
+    by `costs`. `clips`: gradients are clipped by the norm of all of them. An average of the weights counts as a state.
     """
 
     name: str = "SGD"
@@ -134,6 +135,7 @@ class OptimizerFacts:
     update_values: int = 0
     whole_parameters: bool = False
     clips: bool = False
+    costs: UpdateCosts = UpdateCosts()  # noqa: RUF009 - a frozen value
     optimizer: torch.optim.Optimizer | None = None
 
     @classmethod
@@ -144,6 +146,7 @@ class OptimizerFacts:
         whole_parameters: bool = False,
         clips: bool = False,
         averages: bool = False,
+        costs: UpdateCosts | None = None,
     ) -> OptimizerFacts:
         """`whole_parameters`: they must be whole for another reason than the optimizer."""
         if optimizer is None:
@@ -156,12 +159,13 @@ class OptimizerFacts:
             update_values=0 if kind == "element" and fused_agrees(optimizer) else 1,
             whole_parameters=whole_parameters or kind != "element",
             clips=clips,
+            costs=costs or UpdateCosts(),
             optimizer=optimizer,
         )
 
     def lowered(self, graph: Graph, plan: Plan) -> ProgramSet:
         """The programs of a plan for training with the optimizer."""
-        return lower(graph, plan, whole_parameters=self.whole_parameters, clips=self.clips)
+        return lower(graph, plan, whole_parameters=self.whole_parameters, clips=self.clips, costs=self.costs)
 
 
 def state_elements(optimizer: torch.optim.Optimizer) -> int:

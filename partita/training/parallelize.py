@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import os
 import time
@@ -39,7 +40,7 @@ from partita.training.job import Team
 from partita.training.measuring import StepValues
 from partita.training.membership import Elastic
 from partita.training.observing import observed_plan
-from partita.training.optimizers import check_optimizer
+from partita.training.optimizers import check_optimizer, kind_of
 from partita.training.overrides import current_override
 from partita.training.planning import (
     best_plan,
@@ -55,6 +56,7 @@ from partita.training.setup import StepSetup, make_runner
 from partita.training.step import Step
 from partita.training.sync import Exact, GradientMethod, Method, ReplicaMethod, method_of
 from partita.training.trial import fits
+from partita.training.update_costs import agreed_costs
 
 NUM_MEASURED = 4  # graph plans that are run before one is adopted
 # A candidate that needs this many times another one's memory, and so many bytes more (a process without any plan takes
@@ -241,6 +243,9 @@ def parallelize(
         checkpoints=settings,
     )
     _equalise(setup, method)
+    if kind_of(optimizer) == "parameter":
+        costs = agreed_costs(optimizer, dict(model.named_parameters()), where, team)
+        setup = dataclasses.replace(setup, costs=costs)
     request = _Request(plan=plan, compile=compile)
 
     def make(setup: StepSetup, batch: Any) -> Step:

@@ -20,7 +20,8 @@ from partita.errors import InputError
 from partita.graph.graph import Graph, InputKind
 from partita.plan import Plan
 from partita.program import ProgramSet, Timeline, check, lower
-from partita.program.instructions import ReduceScatter, Slice
+from partita.program.instructions import Slice
+from partita.program.ownership import UpdateCosts
 from partita.runtime.allocator import give_back_freed_memory
 from partita.runtime.engine import Engine, State
 from partita.runtime.transport import Transport
@@ -116,6 +117,7 @@ class GraphRunner:
         due: what the optimizer is to apply instead of a step's gradients, one after the other, by parameter's name.
         clip_norm: limit of the norm of all gradients; None: they are not clipped.
         decay: of the average of the weights; None: there is none.
+        costs: of updates of whole parameters.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class GraphRunner:
         due: Due | None = None,
         clip_norm: float | None = None,
         decay: float | None = None,
+        costs: UpdateCosts = UpdateCosts(),  # noqa: B008 - a frozen value
     ) -> None:
         self.graph, self.plan, self.process = graph, plan, process
         self.parameters, self.buffers = named_state(model)
@@ -144,7 +147,11 @@ class GraphRunner:
         self._due, self._clip_norm, self._decay = due, clip_norm, decay
         self.kind: Kind = kind_of(optimizer) if due is None else "coupled"
         needs_whole = self.kind != "element" or (sync is not None and sync.needs_whole_parameters)
-        self.programs: ProgramSet = lower(graph, plan, whole_parameters=needs_whole, clips=clip_norm is not None)
+        if self.kind == "coupled":  # steps once in every process
+            costs = UpdateCosts(time_s=costs.time_s)
+        self.programs: ProgramSet = lower(
+            graph, plan, whole_parameters=needs_whole, clips=clip_norm is not None, costs=costs
+        )
         check(self.programs)
         self.held = dict(self.programs.held.get(process, {}))
         self._stored = {
@@ -343,13 +350,12 @@ def updated_slices(programs: ProgramSet, process: int) -> dict[int, tuple[tuple[
 
 
 def owners_of(programs: ProgramSet) -> Mapping[str, tuple[int, ...]]:
-    """Parameter -> processes that hold its current value after a step (those that update or receive it)."""
+    """Parameter -> processes that update it, and have its state and its current value after a step."""
     owners: dict[str, set[int]] = {}
     for program in programs.programs:
-        for instruction in program.instructions:
-            if isinstance(instruction, ReduceScatter) and instruction.slices:
-                for name in instruction.parameters:
-                    owners.setdefault(name, set()).add(program.process)
+        for slices in program.updates:
+            for part in slices:
+                owners.setdefault(part.parameter, set()).add(program.process)
     return {name: tuple(sorted(found)) for name, found in owners.items()}
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from partita.cluster import Cluster
 from partita.graph import Graph
 from partita.plan import Plan
+from partita.program.ownership import UpdateCosts
 from partita.runtime.transport import Transport
 from partita.training.checkpoint.settings import Checkpoints
 from partita.training.job import Team
@@ -60,6 +61,7 @@ class StepSetup:
     due: Due | None = None  # what the optimizer applies instead of a step's gradients
     clip_norm: float | None = None  # limit of the norm of all gradients
     decay: float | None = None  # of the average of the weights
+    costs: UpdateCosts = UpdateCosts()  # noqa: RUF009 - a frozen value: of updates of whole parameters
     checkpoints: Checkpoints | None = None
     tells: bool = True  # whether the step emits `StepFinished`
 
@@ -68,7 +70,9 @@ class StepSetup:
         """What planning needs to know of the optimizer: found by experiments, once."""
         whole = self.due is not None or (self.sync is not None and self.sync.needs_whole_parameters)
         clips, averages = self.clip_norm is not None, self.decay is not None
-        return OptimizerFacts.of(self.optimizer, whole_parameters=whole, clips=clips, averages=averages)
+        return OptimizerFacts.of(
+            self.optimizer, whole_parameters=whole, clips=clips, averages=averages, costs=self.costs
+        )
 
     def keeper(self, method: object) -> Keeper:
         """Of the step's checkpoints; `method` is how processes are synchronised (None: exactly)."""
@@ -113,4 +117,5 @@ def _runner_of(
         due=setup.due,
         clip_norm=setup.clip_norm,
         decay=setup.decay,
+        costs=setup.costs,
     )
