@@ -27,7 +27,6 @@ from partita.program.instructions import (
     Instruction,
     Recv,
     Send,
-    Slice,
     Start,
     SumSquares,
     TensorSpec,

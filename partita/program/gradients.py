@@ -239,9 +239,7 @@ class Reduction:
             own.sort(key=lambda part: not self.is_updated_in(process, part.parameter))
         return tuple(map(tuple, slices))
 
-    def _dealt(
-        self, group: tuple[int, ...], items: Sequence[Result], sizes: Mapping[str, int]
-    ) -> list[list[Slice]]:
+    def _dealt(self, group: tuple[int, ...], items: Sequence[Result], sizes: Mapping[str, int]) -> list[list[Slice]]:
         """Whole parameters by owner. Values that are cut over workers stay with every process."""
         costs = self.costs.of(sizes)
         moves = self.costs.know(sizes) and not any(self.boxes.is_cut(name) for name in sizes)

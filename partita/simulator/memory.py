@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from partita.cost.memory import state_bytes, weight_bytes
 from partita.graph.graph import Graph, InputKind
-from partita.program.instructions import Instruction, Program, ProgramSet, Recv, ReduceScatter, TensorSpec
+from partita.program.instructions import Instruction, Program, ProgramSet, Recv, TensorSpec
 from partita.program.uses import is_persistent
 from partita.simulator.storages import Address, ProcessMemory, Value, WorkerMemory
 

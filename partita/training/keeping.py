@@ -31,7 +31,7 @@ Also = Mapping[str, Stateful]
 
 class Keeper:
     """Writes and reads the checkpoints of one step; `settings` are those of `parallelize`, `method` is the text of its
-    method of synchronisation ("": exact)."""
+    method of synchronisation ("": exact), `own` what of the step itself is saved besides."""
 
     def __init__(
         self,
@@ -42,9 +42,10 @@ class Keeper:
         timeout_s: float,
         settings: Checkpoints | None,
         method: str,
+        own: Also,
     ) -> None:
         self._model, self._optimizer, self._team = model, optimizer, team
-        self._settings, self._method = settings, method
+        self._settings, self._method, self._own = settings, method, own
         self._saver = Saver(team, transport, timeout_s)
 
     def save(self, source: Source, folder: Folder | None, also: Also | None, *, in_background: bool) -> Saving:
@@ -105,4 +106,4 @@ class Keeper:
 
     def _all(self, also: Also | None) -> dict[str, Stateful]:
         check_also(also or {})
-        return {**(self._settings.also if self._settings is not None else {}), **(also or {})}
+        return {**self._own, **(self._settings.also if self._settings is not None else {}), **(also or {})}

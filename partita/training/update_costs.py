@@ -21,6 +21,7 @@ from torch import nn
 from partita.cluster import Cluster
 from partita.program.ownership import UpdateCosts
 from partita.training.job import Team
+from partita.training.masters import HALF
 from partita.training.torch_adapter import clone_optimizer
 
 LARGEST = 2**18  # elements of what is measured as it is
@@ -29,10 +30,15 @@ _TIMES_S: dict[tuple[object, ...], float | None] = {}
 
 
 def agreed_costs(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], cluster: Cluster, team: Team
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    cluster: Cluster,
+    team: Team,
+    *,
+    masters: bool,
 ) -> UpdateCosts:
     """The costs that all processes of a job go by, as rank 0 measures them: programs must be equal."""
-    told = list(update_times_s(optimizer, parameters).items()) if team.rank == 0 else []
+    told = list(update_times_s(optimizer, parameters, masters=masters).items()) if team.rank == 0 else []
     times = tuple((str(name), float(time_s)) for name, time_s in team.from_first(told, "the costs of updates"))
     if len(cluster.processes) < 2:
         return UpdateCosts(time_s=times)
@@ -42,10 +48,11 @@ def agreed_costs(
 
 
 def update_times_s(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, masters: bool = False
 ) -> dict[str, float]:
-    """Seconds of the update of each parameter that the optimizer holds, on one thread; measured once per class, group's
-    options, shape and type. Nothing if the optimizer cannot update made-up values. Random states stay as they were.
+    """Seconds of the update of each parameter (or its master) that the optimizer holds, on one thread; measured once
+    per class, options of the group, shape and type. Nothing if the optimizer cannot update made-up values. The random
+    state stays as it was.
 
     Example:
         >>> update_times_s(torch.optim.Muon([weight], lr=0.02), {"weight": weight})
@@ -59,7 +66,8 @@ def update_times_s(
         with torch.random.fork_rng(devices=[]):
             for group in optimizer.param_groups:
                 for item in group["params"]:
-                    time_s = _known_time_s(optimizer, group, item)
+                    dtype = torch.float32 if masters and item.dtype in HALF else item.dtype
+                    time_s = _known_time_s(optimizer, group, tuple(item.shape), dtype)
                     if time_s is None:
                         return {}
                     found[name_of[id(item)]] = time_s
@@ -68,12 +76,14 @@ def update_times_s(
     return found
 
 
-def _known_time_s(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], item: torch.Tensor) -> float | None:
+def _known_time_s(
+    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype
+) -> float | None:
     options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
     told = sorted((name, repr(value)) for name, value in options.items() if name not in ("lr", "initial_lr"))
-    key = (type(optimizer), *told, tuple(item.shape), item.dtype)
+    key = (type(optimizer), *told, shape, dtype)
     if key not in _TIMES_S:
-        _TIMES_S[key] = _time_s(optimizer, options, tuple(item.shape), item.dtype)
+        _TIMES_S[key] = _time_s(optimizer, options, shape, dtype)
     return _TIMES_S[key]
 
 
