@@ -141,6 +141,8 @@ class Reduction:
     def moves(self) -> dict[int, list[Instruction]]:
         """What each worker runs after its update: new values of parameters that one process updates go to the others of
         its group, to the workers at the same places."""
+        if not self._updating:
+            return {}
         found: dict[int, list[Instruction]] = {index: [] for index in self.num_reduced}
         place_of = {part.parameter: place for slices in self._slices.values() for place, own in enumerate(slices)
                     for part in own}  # fmt: skip
@@ -228,6 +230,7 @@ class Reduction:
         for group, items in groups.items():
             shapes = {item.target: self.boxes.storage(process, item.target).lengths for item in items}
             sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+            shares: Sequence[Sequence[Slice]]
             if whole_parameters:
                 shares = self._dealt(group, items, sizes)
             else:

@@ -127,7 +127,7 @@ def check_masters(optimizer: torch.optim.Optimizer, master_weights: Any) -> None
     if not held & set(HALF):
         raise InputError(
             "master_weights needs parameters of torch.bfloat16 or torch.float16, but those of the optimizer are of "
-            f"{', '.join(sorted(map(str, held)))}. Make the model so (model.bfloat16()) before its optimizer, or drop it."
+            f"{', '.join(sorted(map(str, held)))}. Make the model so (model.bfloat16()) first, or drop it."
         )
     if has_own_step(optimizer):
         raise InputError(

@@ -1,6 +1,6 @@
 """Weights of bfloat16 or float16 whose updates are made on float32 copies of them, the masters.
 
-    m <- optimizer(m, float32 gradient);  w <- round(m)       (Micikevicius et al. 2018, "Mixed precision training", 3.1)
+    m <- optimizer(m, float32 gradient);  w <- round(m)      (Micikevicius et al. 2018, "Mixed precision training", 3.1)
 
 A weight of 8 bits of mantissa does not change at all when an update is below 1/512 of it; its master does. A master is
 an entry of the parameter's state in the optimizer, as wide as the rest of that state then is: it is cut, handed over,
@@ -102,8 +102,8 @@ class WholeMasters:
 
 
 class ExactLoading:
-    """While it is open, ``optimizer.load_state_dict`` keeps the types of the state that it is given: torch casts states
-    to the type of their parameter, which would round masters and all that belongs to them."""
+    """Until it is removed, ``optimizer.load_state_dict`` keeps the types of the state that it is given: torch casts
+    states to the type of their parameter, which would round masters and what belongs to them."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._given: Mapping[str, Any] = {}
@@ -135,6 +135,6 @@ class ExactLoading:
                 if isinstance(loaded, Tensor) and isinstance(value, Tensor) and loaded.dtype != value.dtype:
                     state[name] = value.detach().to(loaded.device, copy=True)
 
-    def close(self) -> None:
+    def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()

@@ -128,8 +128,8 @@ class OptimizerFacts:
 
     `update_values`: how many values of a slice's size an update makes on the way. Fused variants make none, most others
     one at a time. `whole_parameters`: each is updated, and its gradient summed over processes, by one worker, as
-    `costs` says. `clips`: the norm of all gradients is known before any update. `masters`: half-precision parameters have
-    some. These and an average of the weights count as states.
+    `costs` says. `clips`: the norm of all gradients is known before any update. `masters`: half-precision parameters
+    have some. These and an average of the weights count as states.
     """
 
     name: str = "SGD"

@@ -94,9 +94,10 @@ class Step:
         self._adopting_key = (first.key, self._state)
         runner = self._make(plan, graph) if adoption is None else adoption.next_runner()
         self._first = self._runners[self._adopting_key] = runner
-        self._exact_loading = ExactLoading(setup.optimizer) if setup.masters else None
+        exact = (ExactLoading(setup.optimizer),) if setup.masters else ()
         # Whoever loads a state into his optimizer while training goes on means the shards that do its work.
         self._hooks = (
+            *exact,
             setup.optimizer.register_load_state_dict_post_hook(lambda _: self._load_state()),
             setup.optimizer.register_state_dict_pre_hook(lambda _: self._collect_local()),
         )
@@ -302,8 +303,6 @@ class Step:
             self._current.collect()
         for hook in self._hooks:
             hook.remove()
-        if self._exact_loading is not None:
-            self._exact_loading.close()
         if self._adoption is not None:
             self._adoption.close()
         for runner in self._runners.values():

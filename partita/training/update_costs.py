@@ -50,16 +50,15 @@ def agreed_costs(
 def update_times_s(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, masters: bool = False
 ) -> dict[str, float]:
-    """Seconds of the update of each parameter (or its master) that the optimizer holds, on one thread; measured once
-    per class, options of the group, shape and type. Nothing if the optimizer cannot update made-up values. The random
-    state stays as it was.
+    """Seconds of the update of each parameter (or its master), on one thread; measured once per class, options of the
+    group, shape and type. None at all if the optimizer cannot update made-up values. The random state stays as it was.
 
     Example:
         >>> update_times_s(torch.optim.Muon([weight], lr=0.02), {"weight": weight})
         {'weight': 0.00021}
     """
     name_of = {id(value): name for name, value in parameters.items()}
-    found: dict[str, float] = {}
+    found = dict.fromkeys(parameters, 0.0)  # what the optimizer does not hold, is not updated
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def moved(model: nn.Module, dtype: torch.dtype) -> float:
     """How far the weights are from where they began."""
     first = build("sgd", dtype)[0]
     pairs = zip(model.parameters(), first.parameters(), strict=True)
-    return max(float((one.float() - two.float()).abs().max()) for one, two in pairs)
+    return max(float((one.detach().float() - two.detach().float()).abs().max()) for one, two in pairs)
 
 
 # Whole matrices ------------------------------------------------------------------------------------------------------
@@ -120,6 +121,7 @@ def test_updates_that_are_too_small_for_the_weights_add_up_in_the_masters() -> N
     def trained(masters: bool) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(0)
         model = nn.Linear(4, 1, bias=False).bfloat16()
+        nn.init.constant_(model.weight, 0.5)
         before = copy.deepcopy(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
         batch = torch.ones(2, 4, dtype=torch.bfloat16)
@@ -197,7 +199,7 @@ def test_a_dynamic_scale_is_that_of_grad_scaler(name: str, limit: float | None) 
     losses, scales, reference = plain_scaled(8, limit=limit)
     assert scales[0] > scales[-1]  # some steps are skipped, and others are not
     assert [result.loss_scale for result in results] == scales
-    skipped = [one > two for one, two in zip(scales, scales[1:], strict=False)]
+    skipped = [one > two for one, two in itertools.pairwise(scales)]
     assert [result.skipped for result in results[:-1]] == skipped and not all(skipped)
     assert [result.loss for result in results] == pytest.approx(losses, rel=1e-3)
     assert_close(model, reference, 1e-4)
@@ -303,7 +305,8 @@ def test_matrices_have_one_owner_in_a_job(found: list[dict[str, Any]], kind: str
 def test_masters_in_a_job(found: list[dict[str, Any]], case: str) -> None:
     kind = case.partition(",")[0]
     losses, reference, masters, average = plain_masters(kind, torch.bfloat16, limit=LIMIT)
-    tolerance = 0.06 * moved(reference, torch.bfloat16)
+    # Newton-Schulz turns small singular values of a gradient, and what they are off by, into large ones.
+    tolerance = (0.3 if kind == "muon" else 0.06) * moved(reference, torch.bfloat16)
     name = f"masters of {case}"
     assert found[0][name]["weights"] == found[1][name]["weights"]
     for one in found:
