@@ -24,8 +24,8 @@ from partita.training.job import Team
 from partita.training.masters import HALF
 from partita.training.torch_adapter import clone_optimizer
 
-LARGEST = 2**18  # elements of what is measured as it is
-NUM_TIMED = 3  # updates, after one that makes the state
+LARGEST = 2**16  # elements of what is measured as it is
+NUM_TIMED, BUDGET_S = 3, 0.2  # updates of a shape, after one that makes the state; no further one after so long
 _TIMES_S: dict[tuple[object, ...], float | None] = {}
 
 
@@ -115,7 +115,7 @@ def _measured_s(
     clone = clone_optimizer(optimizer, [{**options, "params": [parameter]}])
     clone.step()
     times_s = []
-    for _ in range(NUM_TIMED):
+    while len(times_s) < NUM_TIMED and sum(times_s) < BUDGET_S:
         start_s = time.perf_counter()
         clone.step()
         times_s.append(time.perf_counter() - start_s)

@@ -69,7 +69,6 @@ class MuonWithAdam(torch.optim.Optimizer):
                 inner: torch.optim.Optimizer = made([weight], lr=group["lr"])  # type: ignore[operator]
                 inner.state[weight] = self.state[weight]
                 inner.step()
-                self.state[weight] = inner.state[weight]
 
 
 def _mixed(model: nn.Module) -> torch.optim.Optimizer:
