@@ -27,6 +27,7 @@ def capture(
     batch: Any,
     *,
     device: torch.device | str | None = None,
+    wide_gradients: bool = False,
 ) -> Graph:
     """One training step of ``model`` as a graph: ``loss_fn(model, batch)``, all gradients, all updated buffers.
 
@@ -41,6 +42,8 @@ def capture(
         batch: any pytree of tensors and plain values; plain values become part of the graph. Shapes are those of the
             whole (global) batch.
         device: where the graph's tensors live. Default: where the model's are; for tensors on ``meta``, the CPU.
+        wide_gradients: gradients of half-precision parameters are cast to float32 where they are made, so that they are
+            added up in float32.
 
     Returns:
         The `Graph`. Buffers, and frozen parameters, that the step updates are BUFFER inputs and outputs; such a frozen
@@ -66,6 +69,7 @@ def capture(
         leaves=[leaf for _, leaf in paths],
         spec=spec,
         device=None if device is None else torch.device(device),
+        wide_gradients=wide_gradients,
     )
     with torch_adapter.new_fake_mode(), Substitution(model) as substitution:
         first = record(model, loss_fn, inputs, substitution)

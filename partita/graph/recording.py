@@ -59,12 +59,14 @@ class StepInputs:
         leaves: all leaves of the batch.
         spec: their tree structure.
         device: where fake tensors live; None: where the real ones are (those on "meta": on the CPU).
+        wide_gradients: gradients of less than 32 bits are cast to float32.
     """
 
     tensors: ModelTensors
     leaves: Sequence[Any]
     spec: pytree.TreeSpec
     device: torch.device | None
+    wide_gradients: bool = False
 
     def originals(self) -> list[torch.Tensor]:
         batch = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
@@ -172,6 +174,8 @@ class _Step:
             gradients = torch.autograd.grad(
                 loss, list(trainable.values()), grad_outputs=seed.to(loss.dtype), allow_unused=True
             )
+            if self.inputs.wide_gradients:
+                gradients = tuple(gradient.float() if _is_half(gradient) else gradient for gradient in gradients)
         reached = {name: gradient for name, gradient in zip(trainable, gradients, strict=True) if gradient is not None}
         if not reached:
             checks.check_loss(loss.detach())  # the loss depends on some tensor, but on no parameter of the model
@@ -214,6 +218,10 @@ class _Step:
 
 def _trains(tensor: torch.Tensor) -> bool:
     return tensor.requires_grad
+
+
+def _is_half(gradient: torch.Tensor | None) -> bool:
+    return gradient is not None and gradient.dtype in (torch.bfloat16, torch.float16)
 
 
 _WHY = (

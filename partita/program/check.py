@@ -152,7 +152,7 @@ def check_flow(programs: ProgramSet) -> None:
 
     Checked: no deadlock; no read of a register without a value; shapes and dtypes where both sides state them; no
     register left over at the end; no message without a receiver; every element of an updated parameter updated
-    exactly once in each process.
+    exactly once in each process, or its new value received.
     """
     states = {program.worker: _State(program, programs.segments) for program in programs.programs}
     mailbox: Mailbox = {}
@@ -281,6 +281,7 @@ def _check_background_order(state: _State, states: Mapping[int, _State]) -> None
 def _check_updates(programs: ProgramSet) -> None:
     reduced: dict[int, dict[str, int]] = defaultdict(dict)
     updated: dict[int, list[Slice]] = defaultdict(list)
+    given: dict[int, set[str]] = defaultdict(set)  # what other processes send instead
     for program in programs.programs:
         received: dict[int, tuple[Slice, ...]] = {}  # by the number of the first
         for instruction in program.instructions:
@@ -291,9 +292,11 @@ def _check_updates(programs: ProgramSet) -> None:
                 received[instruction.first] = instruction.slices[instruction.group.index(program.worker)]
                 assert len(received[instruction.first]) == own_slices(instruction, program.worker)
             elif isinstance(instruction, Update):
-                if instruction.slices != received.get(instruction.first):
+                if instruction.slices != received.get(instruction.first, ())[: len(instruction.slices)]:
                     raise ProgramError(f"worker {program.worker} must update the slices that it reduced")
                 updated[program.process] += instruction.slices
+            elif isinstance(instruction, Recv) and instruction.register.startswith("p:"):
+                given[program.process].add(instruction.register[2:])
     for process, sizes in reduced.items():
         for name, size in sizes.items():
             parts = sorted((part.start, part.end) for part in updated[process] if part.parameter == name)
@@ -302,6 +305,8 @@ def _check_updates(programs: ProgramSet) -> None:
                 if start != position:
                     break
                 position = end
+            if not parts and name in given[process]:
+                continue
             if position != size or sum(end - start for start, end in parts) != size:
                 raise ProgramError(
                     f"every element of parameter {name!r} must be updated exactly once in process {process}, but the "

@@ -7,7 +7,8 @@ weights. Gradients in buckets (`partita.program.buckets`) are reduced and applie
 Where the plan has `bucket_bytes`, sums over processes are started as soon as a bucket is ready and go on in the
 background of what is left of the backward phase; each bucket is awaited and applied at the end of the step, once the
 loss is known, while later ones are still on their way. Where gradients are clipped, all are there before any is
-applied: every worker squares its own slices, and the sum over all workers says how far to scale them.
+applied: every worker squares its own slices, and the sum over all workers says how far to scale them. Whole parameters
+that one process updates (`partita.program.ownership`) go to the others at the very end.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from partita.program.instructions import (
     Instruction,
     Recv,
     Send,
-    Slice,
     Start,
     SumSquares,
     TensorSpec,
     Update,
 )
+from partita.program.ownership import UpdateCosts
 from partita.program.uses import SQUARE, reads
 from partita.sharding.placement import Partial
 
@@ -48,6 +49,7 @@ class StepEnd:
         boxes: Boxes,
         *,
         whole_parameters: bool,
+        costs: UpdateCosts,
         clips: bool = False,
         buckets: Sequence[Bucket] = (),
     ) -> None:
@@ -56,7 +58,9 @@ class StepEnd:
         self.results = results
         self.readers = readers  # persistent register -> workers that read it
         self.boxes = boxes
-        self.whole_parameters = whole_parameters
+        self.whole_parameters, self.costs = whole_parameters, costs
+        self._moves: list[Mapping[int, list[Instruction]]] = []  # by reduction: values that one process updates
+        self._updated_in: dict[str, set[int]] = {}  # parameter -> processes
         self.programs: dict[int, list[Instruction]] = {worker.index: [] for worker in plan.workers}
         self.loss: dict[int, str] = {}
         self.buffers: dict[int, dict[str, str]] = {worker.index: {} for worker in plan.workers}
@@ -78,14 +82,18 @@ class StepEnd:
         for awaited in self._awaited:
             for worker, instructions in awaited.items():
                 self.programs[worker] += instructions
-        for stage_owners in owners:
-            for worker, slices in stage_owners.items():
-                if slices:
-                    self.programs[worker].append(Update(slices, self._num_reduced[worker] - len(slices)))
+        for updates in owners:
+            self._append(updates)
         if self.square:
             self._clip()
+        for moves in self._moves:
+            self._append(moves)
         self._spread_parameters()
         self._spread_buffers()
+
+    def _append(self, instructions: Mapping[int, Sequence[Instruction]]) -> None:
+        for worker, own in instructions.items():
+            self.programs[worker] += own
 
     def _workers(self, stage: int) -> list[Worker]:
         return [worker for worker in self.plan.workers if worker.stage == stage]
@@ -108,7 +116,7 @@ class StepEnd:
 
     def _weight(self, process: int, parameter: str) -> float:
         """One over the number of processes that update the same entries of a parameter."""
-        processes = {worker.process for worker in self._updated_by(parameter)}
+        processes = self._updated_in[parameter]
         mine = self.boxes.storage(process, parameter)
         return 1 / sum(self.boxes.storage(other, parameter) == mine for other in processes)
 
@@ -125,9 +133,7 @@ class StepEnd:
             if number == 0 and not self._overlaps:
                 self._reduce_small(0, OutputKind.LOSS)
             gradients = [i for i in self.results if i.kind is OutputKind.GRADIENT and i.target in bucket.parameters]
-            for worker, slices in self._reduce(0, gradients, f"0.{number}").items():
-                if slices:
-                    self.programs[worker].append(Update(slices, self._num_reduced[worker] - len(slices)))
+            self._append(self._reduce(0, gradients, f"0.{number}"))
             released = {worker: items[before[worker] :] for worker, items in self.programs.items()}
             if self._overlaps:
                 self._awaited.append({worker: _ending(items) for worker, items in released.items()})
@@ -163,8 +169,8 @@ class StepEnd:
                 for worker in group:
                     self.programs[worker].append(instruction)
 
-    def _gradients(self, stage: int) -> dict[int, tuple[Slice, ...]]:
-        """Reduction of the stage's gradients; returns the slices that each worker owns."""
+    def _gradients(self, stage: int) -> dict[int, list[Instruction]]:
+        """Reduction of the stage's gradients; returns each worker's update."""
         gradients = [
             item
             for item in self.results
@@ -172,19 +178,24 @@ class StepEnd:
         ]
         return self._reduce(stage, gradients, str(stage)) if gradients else {}
 
-    def _reduce(self, stage: int, gradients: Sequence[Result], name: str) -> dict[int, tuple[Slice, ...]]:
+    def _reduce(self, stage: int, gradients: Sequence[Result], name: str) -> dict[int, list[Instruction]]:
         reduction = Reduction(
             self._workers(stage),
             gradients,
             self.boxes,
             whole_parameters=self.whole_parameters,
+            costs=self.costs,
+            dtypes={item.target: self._shape[item.target].dtype for item in gradients},
             first=dict(self._num_reduced),
         )
-        for worker, instructions in reduction.instructions(name).items():
-            self.programs[worker] += instructions
-        for worker, slices in reduction.owned.items():
-            self._num_reduced[worker] += len(slices)
-        return reduction.owned
+        self._append(reduction.instructions(name))
+        for worker, num in reduction.num_reduced.items():
+            self._num_reduced[worker] += num
+        self._moves.append(reduction.moves())
+        for item in gradients:
+            everyone = {worker.process for worker in self._updated_by(item.target)}
+            self._updated_in[item.target] = {p for p in everyone if reduction.is_updated_in(p, item.target)}
+        return {worker: [update] for worker, update in reduction.updates.items() if update.slices}
 
     def _updated_by(self, parameter: str) -> list[Worker]:
         """Workers whose stage updates the parameter."""

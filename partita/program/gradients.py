@@ -10,7 +10,8 @@ of a parameter runs over the workers v with, on each axis,
 
 The workers of one process add what they have in shared memory, each for its own slices (`ReduceScatter`); then the
 slices are added (`AllReduce`) over those processes Q that together with w's process P have the sum's workers, each
-once: with the same coordinates as P on every axis that is not Partial.
+once: with the same coordinates as P on every axis that is not Partial. Where parameters must be whole, some may be
+updated by one of these processes, which sends them to the others (`partita.program.ownership`).
 """
 
 from __future__ import annotations
@@ -19,11 +20,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from partita.errors import PlanError
 from partita.graph.graph import OutputKind
 from partita.plan import Worker
 from partita.program.boxes import Boxes
-from partita.program.instructions import AllReduce, Box, Instruction, ReduceScatter, Slice, TensorSpec
+from partita.program.instructions import (
+    AllReduce,
+    Box,
+    Instruction,
+    Recv,
+    ReduceScatter,
+    Send,
+    Slice,
+    TensorSpec,
+    Update,
+)
+from partita.program.ownership import UpdateCosts, deal_over_processes
 from partita.sharding.placement import Partial, Placement, Replicate
 
 
@@ -42,27 +56,16 @@ class Result:
 
 
 def cut_slices(
-    sizes: Sequence[tuple[str, int]],
-    num_owners: int,
-    *,
-    whole_parameters: bool,
-    rows: Mapping[str, int] | None = None,
+    sizes: Sequence[tuple[str, int]], num_owners: int, *, rows: Mapping[str, int] | None = None
 ) -> tuple[tuple[Slice, ...], ...]:
     """Shares parameters (name, number of elements) among owners, as evenly as can be. Those in `rows` are only cut
     between multiples of so many elements.
 
     Example:
-        >>> cut_slices([("w", 3), ("b", 1)], 2, whole_parameters=False)
+        >>> cut_slices([("w", 3), ("b", 1)], 2)
         ((Slice('w', 0, 2),), (Slice('w', 2, 3), Slice('b', 0, 1)))
     """
     owned: list[list[Slice]] = [[] for _ in range(num_owners)]
-    if whole_parameters:
-        load = [0] * num_owners
-        for name, size in sorted(sizes, key=lambda item: (-item[1], item[0])):
-            owner = load.index(min(load))
-            owned[owner].append(Slice(name, 0, size))
-            load[owner] += size
-        return tuple(tuple(items) for items in owned)
     total = sum(size for _, size in sizes)
     bounds = [total * (owner + 1) // num_owners for owner in range(num_owners)]
     position = owner = 0
@@ -83,8 +86,9 @@ def cut_slices(
 class Reduction:
     """The reduction of `gradients` by the `workers` of their stage.
 
-    `owned` are the slices that each worker updates; `first` numbers the first of them by worker, where the step has
-    other reductions.
+    `updates` is what each worker updates: the first ones of the slices that it reduces, of which there are
+    `num_reduced`; `first` numbers the first of them by worker, where the step has other reductions. With
+    `whole_parameters` none is cut, and `costs` says how they are dealt. `dtypes` are those of the parameters.
 
     Raises:
         PlanError: the workers of the processes do not fill a grid of the two axes.
@@ -97,20 +101,29 @@ class Reduction:
         boxes: Boxes,
         *,
         whole_parameters: bool,
+        costs: UpdateCosts,
+        dtypes: Mapping[str, torch.dtype],
         first: Mapping[int, int] | None = None,
     ) -> None:
-        self.gradients, self.boxes = gradients, boxes
+        self.gradients, self.boxes, self.costs, self.dtypes = gradients, boxes, costs, dtypes
         self.first = first or {}
         self.members: dict[int, list[Worker]] = {}
         for worker in workers:
             self.members.setdefault(worker.process, []).append(worker)
         self.num_owners = min(map(len, self.members.values()))
+        self._updating: dict[str, int] = {}  # parameter -> the one process that updates it
         self._slices = {process: self._shares(process, whole_parameters) for process in self.members}
-        self.owned = {
-            worker.index: slices
+        reduced = {
+            worker.index: (process, slices)
             for process, members in self.members.items()
             for worker, slices in zip(members, self._slices[process], strict=True)
         }
+        self.num_reduced = {worker: len(slices) for worker, (_, slices) in reduced.items()}
+        self.updates = {
+            worker: Update(tuple(part for part in slices if self.is_updated_in(process, part.parameter)),
+                           self.first.get(worker, 0))
+            for worker, (process, slices) in reduced.items()
+        }  # fmt: skip
 
     def instructions(self, name: str) -> dict[int, list[Instruction]]:
         """What each worker runs; `name` tells the keys from those of other reductions."""
@@ -124,6 +137,32 @@ class Reduction:
                 for owner in range(self.num_owners):
                     self._across(group, owner, f"gradients:{name}:owner{owner}", found)
         return found
+
+    def moves(self) -> dict[int, list[Instruction]]:
+        """What each worker runs after its update: new values of parameters that one process updates go to the others of
+        its group, to the workers at the same places."""
+        if not self._updating:
+            return {}
+        found: dict[int, list[Instruction]] = {index: [] for index in self.num_reduced}
+        place_of = {part.parameter: place for slices in self._slices.values() for place, own in enumerate(slices)
+                    for part in own}  # fmt: skip
+        for item in self.gradients:
+            source = self._updating.get(item.target)
+            if source is None:
+                continue
+            place, spec = place_of[item.target], TensorSpec(item.spec.shape, self.dtypes[item.target])
+            owner = self.members[source][place].index
+            for process in self._group(source, item):
+                reader = self.members[process][place].index
+                if process != source:
+                    key = f"updated:{item.target}:{reader}"
+                    found[owner].append(Send(f"p:{item.target}", reader, key, spec))
+                    found[reader].append(Recv(f"p:{item.target}", owner, key, spec))
+        return found
+
+    def is_updated_in(self, process: int, parameter: str) -> bool:
+        """Whether the process updates the parameter, instead of receiving its new value."""
+        return self._updating.get(parameter, process) == process
 
     # Who adds what ---------------------------------------------------------------------------------------------------
 
@@ -182,20 +221,35 @@ class Reduction:
 
     def _shares(self, process: int, whole_parameters: bool) -> tuple[tuple[Slice, ...], ...]:
         """The slices of each worker of a process: those parameters together that are added over the same processes,
-        since these must cut them alike."""
+        since these must cut them alike. What the process itself updates comes first."""
         groups: dict[tuple[int, ...], list[Result]] = {}
         for item in self.gradients:
             groups.setdefault(self._group(process, item), []).append(item)
         members = self.members[process]
-        slices: list[tuple[Slice, ...]] = [()] * len(members)
-        for items in groups.values():
+        slices: list[list[Slice]] = [[] for _ in members]
+        for group, items in groups.items():
             shapes = {item.target: self.boxes.storage(process, item.target).lengths for item in items}
-            sizes = [(name, math.prod(shape)) for name, shape in shapes.items()]
-            rows = {name: math.prod(shape[1:]) for name, shape in shapes.items() if self.boxes.is_cut(name)}
-            shares = cut_slices(sizes, self.num_owners, whole_parameters=whole_parameters, rows=rows)
+            sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+            shares: Sequence[Sequence[Slice]]
+            if whole_parameters:
+                shares = self._dealt(group, items, sizes)
+            else:
+                rows = {name: math.prod(shape[1:]) for name, shape in shapes.items() if self.boxes.is_cut(name)}
+                shares = cut_slices(list(sizes.items()), self.num_owners, rows=rows)
             for index, share in enumerate(shares):
                 slices[index] += share
-        return tuple(slices)
+        for own in slices:
+            own.sort(key=lambda part: not self.is_updated_in(process, part.parameter))
+        return tuple(map(tuple, slices))
+
+    def _dealt(self, group: tuple[int, ...], items: Sequence[Result], sizes: Mapping[str, int]) -> list[list[Slice]]:
+        """Whole parameters by owner. Values that are cut over workers stay with every process."""
+        costs = self.costs.of(sizes)
+        moves = self.costs.know(sizes) and not any(self.boxes.is_cut(name) for name in sizes)
+        num_bytes = {item.target: sizes[item.target] * self.dtypes[item.target].itemsize for item in items}
+        dealt = deal_over_processes(costs, num_bytes, self.num_owners, len(group) if moves else 1, self.costs)
+        self._updating |= {name: group[place] for name, place in dealt.process_of.items() if place >= 0}
+        return [[Slice(name, 0, sizes[name]) for name in own] for own in dealt.columns]
 
     # Instructions ----------------------------------------------------------------------------------------------------
 
@@ -245,6 +299,8 @@ class Reduction:
                 for i, part in enumerate(self._slices[process][owner])
                 if part.parameter in kinds
             ]
+            if self._updating:  # as does their order then
+                summed.sort(key=lambda item: item[2].parameter)
             for dtype in dict.fromkeys(spec.dtype for _, spec, _ in summed):
                 same = [item for item in summed if item[1].dtype == dtype]
                 instruction = AllReduce(

@@ -37,6 +37,7 @@ from partita.program.instructions import (
     Send,
     TensorSpec,
 )
+from partita.program.ownership import UpdateCosts
 from partita.program.schedule import Task, tasks_of_stage
 from partita.program.segments import Level, SegmentStore, cut_task, spec_of
 from partita.program.split import TENSOR, Local, Split, split
@@ -50,7 +51,14 @@ from partita.units import split_evenly
 _PERSISTENT = {InputKind.PARAMETER: "p", InputKind.BUFFER: "b", InputKind.CONSTANT: "c"}
 
 
-def lower(graph: Graph, plan: Plan, *, whole_parameters: bool = False, clips: bool = False) -> ProgramSet:
+def lower(
+    graph: Graph,
+    plan: Plan,
+    *,
+    whole_parameters: bool = False,
+    clips: bool = False,
+    costs: UpdateCosts = UpdateCosts(),  # noqa: B008 - a frozen value
+) -> ProgramSet:
     """One program per worker of `plan`, for one training step on a batch of the graph's shape.
 
     Args:
@@ -59,6 +67,7 @@ def lower(graph: Graph, plan: Plan, *, whole_parameters: bool = False, clips: bo
         whole_parameters: every parameter is updated by one worker of each process, for optimizers that are not
             element-wise; otherwise parameters are cut anywhere.
         clips: gradients are clipped by the norm of all of them before any parameter is updated.
+        costs: of the updates of whole parameters, by which these are shared out.
 
     Raises:
         PlanError: the plan does not fit the graph, or its microbatches would change the result.
@@ -66,11 +75,11 @@ def lower(graph: Graph, plan: Plan, *, whole_parameters: bool = False, clips: bo
     if plan.mode != "graph":
         raise PlanError(f'only plans of mode "graph" have programs, but got mode {plan.mode!r}')
     kept = _LOWERED.setdefault(graph.module, {})
-    key = (msgspec.structs.replace(plan, compiled=False).hash, whole_parameters, clips)
+    key = (msgspec.structs.replace(plan, compiled=False).hash, whole_parameters, clips, costs)
     if key not in kept:
         if len(kept) >= NUM_KEPT:
             del kept[next(iter(kept))]
-        kept[key] = _Lowering(graph, plan, whole_parameters, clips).build()
+        kept[key] = _Lowering(graph, plan, whole_parameters, clips, costs).build()
     return kept[key]
 
 
@@ -87,10 +96,10 @@ class _Release:
 
 
 class _Lowering:
-    def __init__(self, graph: Graph, plan: Plan, whole_parameters: bool, clips: bool) -> None:
+    def __init__(self, graph: Graph, plan: Plan, whole_parameters: bool, clips: bool, costs: UpdateCosts) -> None:
         self.graph = graph
         self.plan = plan
-        self.whole_parameters, self.clips = whole_parameters, clips
+        self.whole_parameters, self.clips, self.costs = whole_parameters, clips, costs
         self.num_stages = plan.axes.get("pipeline", 1)
         self.num_data = plan.axes.get("data", 1)
         shares = plan.shares or split_evenly(max(graph.batch_size, self.num_data), self.num_data)
@@ -141,6 +150,7 @@ class _Lowering:
             self.readers,
             boxes,
             whole_parameters=self.whole_parameters,
+            costs=self.costs,
             clips=self.clips,
             buckets=tasks.buckets,
         )

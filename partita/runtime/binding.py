@@ -66,13 +66,15 @@ class UpdateFn(Protocol):
 class Mode:
     """What `Update` does in the current step. `finite_only`: nothing if the loss, or the norm of the gradients where it
     is known, is NaN or infinite. `continues`: gradients of steps before that were only accumulated are added, else
-    dropped. `most_norm`: limit of the norm of all gradients, where the programs clip them."""
+    dropped. `most_norm`: limit of the norm of all gradients, where the programs clip them. `loss_scale`: what gradients
+    are divided by before."""
 
     update = True
     accumulate_only = False
     finite_only = False
     continues = True
     most_norm = math.inf
+    loss_scale = 1.0
 
 
 class Surroundings(Protocol):
@@ -387,8 +389,9 @@ class Binder:
         names, square, mode = instruction.registers, instruction.square, self.around.mode
 
         def op(registers: Registers) -> None:
-            scale = mode.most_norm / (math.sqrt(float(registers[square])) + NORM_EPSILON)
-            if scale < 1:
+            norm = math.sqrt(float(registers[square])) / mode.loss_scale
+            scale = min(mode.most_norm / (norm + NORM_EPSILON), 1.0) / mode.loss_scale
+            if scale != 1 and math.isfinite(scale):
                 for name in names:  # what the register showed may be shared
                     registers[name] = registers[name] * scale
 

@@ -273,6 +273,7 @@ class Engine:
         continues: bool = True,
         finite_only: bool = False,
         most_norm: float = math.inf,
+        loss_scale: float = 1.0,
     ) -> StepOutcome:
         """Run one training step on a batch.
 
@@ -288,13 +289,15 @@ class Engine:
             finite_only: a step whose loss is NaN or infinite changes neither parameters nor buffers; one whose
                 gradients have no finite norm (where programs clip) changes no parameters.
             most_norm: limit of the norm of all gradients, where programs clip.
+            loss_scale: what the loss is multiplied by in the programs; where programs clip, gradients are divided by it
+                before they are clipped. Loss and norm of the outcome are those without it.
         """
         self._refuse_if_unusable()
         start_s = time.perf_counter()
         sent = self._connections.bytes_sent
         feeds = self._registers(leaves, row_offsets or {})
         self.mode.update, self.mode.accumulate_only, self.mode.finite_only = update, accumulate_only, finite_only
-        self.mode.most_norm, self.mode.continues = most_norm, continues
+        self.mode.most_norm, self.mode.loss_scale, self.mode.continues = most_norm, loss_scale, continues
         self._seed_workers()
         self._let_run(feeds, start_s, record)
         end_s = time.perf_counter()
@@ -400,7 +403,9 @@ class Engine:
             for worker, targets, names in self._buffers:
                 copy_all(targets, [worker.registers[name] for name in names])
         squares = [w.registers[w.program.square] for w in self.workers if w.program.square]
-        norm = math.sqrt(float(squares[0])) if squares else None
+        norm = math.sqrt(float(squares[0])) / self.mode.loss_scale if squares else None
+        if self.mode.loss_scale != 1:
+            loss = loss / self.mode.loss_scale
         timeline = None
         if record:
             events = tuple(event for worker in self.workers for event in worker.events)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 from partita.cost.memory import state_bytes, weight_bytes
 from partita.graph.graph import Graph, InputKind
-from partita.program.instructions import Instruction, Program, ProgramSet, Recv, ReduceScatter, TensorSpec
+from partita.program.instructions import Instruction, Program, ProgramSet, Recv, TensorSpec
 from partita.program.uses import is_persistent
 from partita.simulator.storages import Address, ProcessMemory, Value, WorkerMemory
 
@@ -73,15 +73,9 @@ def shared_bytes(graph: Graph, programs: ProgramSet, *, optimizer_state_bytes_pe
     for process, held in programs.held.items():  # beside the user's own whole ones
         found[process] += sum(box.num_elements * itemsize_of[name] for name, box in held.items())
     for program in programs.programs:
-        for instruction in program.instructions:
-            if not isinstance(instruction, ReduceScatter) or not instruction.slices:
-                continue
-            itemsize = {
-                name: spec.dtype.itemsize for name, spec in zip(instruction.parameters, instruction.specs, strict=True)
-            }
-            for part in instruction.slices[instruction.group.index(program.worker)]:
-                num_bytes = part.num_elements * itemsize[part.parameter]
-                found[program.process] += state_bytes(num_bytes, optimizer_state_bytes_per_element)
+        for part in (part for slices in program.updates for part in slices):
+            num_bytes = part.num_elements * itemsize_of[part.parameter]
+            found[program.process] += state_bytes(num_bytes, optimizer_state_bytes_per_element)
     return found
 
 

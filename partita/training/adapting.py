@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from partita.errors import CaptureError, PlanError
-from partita.graph import Graph, capture
+from partita.graph import Graph
 from partita.plan import Plan
 from partita.training.ahead import Preparation
 from partita.training.events import WarningRaised, emit
@@ -47,7 +47,7 @@ class Adapter:
             self._overflow = self.make(self._block(reason), None)
             return self._overflow
         try:
-            graph = graph or capture(self._setup.model, self._setup.loss_fn, batch)
+            graph = graph or self._setup.capture(batch)
             return self.make(msgspec.structs.replace(adapted_plan(plan, graph), compiled=compiled), graph)
         except TooFewRowsError as error:  # the rest of an epoch: nothing that the user should care about
             return self.make(block_plan(self._setup.cluster, graph=None, reasons=(str(error),)), None)
@@ -61,7 +61,7 @@ class Adapter:
             CaptureError, PlanError: the plan cannot be had for it.
         """
         self.close()
-        graph = capture(self._setup.model, self._setup.loss_fn, batch)
+        graph = self._setup.capture(batch)
         adapted = msgspec.structs.replace(adapted_plan(plan, graph), compiled=plan.compiled)
         self._prepared = kind, Preparation(self._setup.facts, graph, adapted, process=0)
 

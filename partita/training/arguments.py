@@ -13,6 +13,8 @@ from partita.cluster import Cluster
 from partita.errors import InputError
 from partita.graph.checks import check_callable, check_initialised, check_module
 from partita.plan import Constraints
+from partita.training.masters import HALF
+from partita.training.torch_adapter import has_own_step
 
 
 def check_task(model: Any, loss_fn: Any, cluster: Any) -> None:
@@ -92,6 +94,47 @@ def check_decay(ema: Any) -> None:
     is_number = isinstance(ema, (int, float)) and not isinstance(ema, bool)
     if ema is not None and not (is_number and 0 <= ema < 1):
         raise InputError(f"ema must be None or a number from 0 to below 1, but got {told(ema)}. Pass e.g. 0.999.")
+
+
+def check_scale(loss_scale: Any) -> None:
+    """What `parallelize` multiplies the loss by.
+
+    Raises:
+        InputError: it is neither None nor "dynamic" nor a number above 0.
+    """
+    if loss_scale is None or (isinstance(loss_scale, str) and loss_scale == "dynamic"):
+        return
+    is_number = isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool)
+    if not is_number or not 0 < loss_scale < math.inf:
+        raise InputError(
+            f'loss_scale must be None, "dynamic" or a finite number above 0, but got {told(loss_scale)}. Pass e.g. '
+            '"dynamic", or 1024.0.'
+        )
+
+
+def check_masters(optimizer: torch.optim.Optimizer, master_weights: Any) -> None:
+    """Whether the parameters of the optimizer can have masters.
+
+    Raises:
+        InputError: no trained parameter is of half precision, or the optimizer's step has hooks, which would see
+            masters instead of the user's parameters.
+    """
+    if not isinstance(master_weights, bool):
+        raise InputError(f"master_weights must be True or False, but got {told(master_weights)}.")
+    if not master_weights:
+        return
+    held = {item.dtype for group in optimizer.param_groups for item in group["params"]}
+    if not held & set(HALF):
+        raise InputError(
+            "master_weights needs parameters of torch.bfloat16 or torch.float16, but those of the optimizer are of "
+            f"{', '.join(sorted(map(str, held)))}. Make the model so (model.bfloat16()) first, or drop it."
+        )
+    if has_own_step(optimizer):
+        raise InputError(
+            "the step of an optimizer that updates masters must be that of its class, but this "
+            f"{type(optimizer).__name__} has step hooks or another function in its place, which would see the masters "
+            "instead of your parameters. Remove them (clip_grad_norm of parallelize clips), or drop master_weights."
+        )
 
 
 def check_sync_target(model: Any) -> nn.Module:

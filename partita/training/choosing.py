@@ -25,7 +25,7 @@ from partita.cluster.model import Link, Process
 from partita.cost.sums import EXACT_SUM, FREE_SUM, SumCost
 from partita.cost.table import CostTable
 from partita.errors import CaptureError, PlanError
-from partita.graph import Graph, capture
+from partita.graph import Graph
 from partita.plan import Constraints, Plan
 from partita.planner.describe import title
 from partita.program import ProgramSet
@@ -135,7 +135,7 @@ class _Predictor:
 
     def estimates(self, methods: Sequence[Method]) -> list[Estimate]:
         """Raises `CaptureError` where the model is no graph, `PlanError` where it cannot be planned."""
-        graph = capture(self._setup.model, self._setup.loss_fn, self._batch)
+        graph = self._setup.capture(self._batch)
         plans = self._plans(graph)
         exact = self._of_gradients(Exact(), plans)
         found = [exact]
@@ -177,7 +177,7 @@ class _Predictor:
         rows = take_apart(self._batch).rows
         batch = cut_rows(self._batch, rows, 0, split_evenly(rows, num)[0])
         alone = own_cluster(setup.cluster, setup.team.rank)
-        graph = capture(setup.model, setup.loss_fn, batch)
+        graph = setup.capture(batch)
         assert isinstance(self._wanted, Constraints)
         plan = ranked_plans(graph, alone, CostTable(alone), self._wanted, setup.facts, limit=1, refines=False)[0]
         assert plan.prediction is not None

@@ -54,6 +54,8 @@ class StepFinished:
     grad_norm: float | None = None
     compression_error: float = 0.0
     staleness: int = 0
+    loss_scale: float | None = None
+    skipped: bool = False
     process: int = 0
 
     @property

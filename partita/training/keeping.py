@@ -32,7 +32,8 @@ Also = Mapping[str, Stateful]
 
 class Keeper:
     """Writes and reads the checkpoints of one step; `settings` are those of `parallelize`, `machines` those of the
-    processes, by rank, `method` is the text of its method of synchronisation ("": exact)."""
+    processes, by rank, `method` is the text of its method of synchronisation ("": exact), `own` what of the step itself
+    is saved besides."""
 
     def __init__(
         self,
@@ -44,9 +45,10 @@ class Keeper:
         settings: Checkpoints | None,
         method: str,
         machines: Sequence[int],
+        own: Also,
     ) -> None:
         self._model, self._optimizer, self._team = model, optimizer, team
-        self._settings, self._method = settings, method
+        self._settings, self._method, self._own = settings, method, own
         self._saver = Saver(team, transport, timeout_s)
         self._memory: Memory | None = None
         self._restored: Path | None = None  # what was put together from copies, to be loaded
@@ -141,7 +143,7 @@ class Keeper:
 
     def _all(self, also: Also | None) -> dict[str, Stateful]:
         check_also(also or {})
-        return {**(self._settings.also if self._settings is not None else {}), **(also or {})}
+        return {**self._own, **(self._settings.also if self._settings is not None else {}), **(also or {})}
 
 
 def _is_due(step: int, since: int | None, every: int | None) -> bool:

@@ -216,7 +216,8 @@ class PartMeasurer:
         if sum(len(group["params"]) for group in groups) != len(parameters):
             return None
         clone = clone_optimizer(optimizer, groups)
-        return OptimizerShards(clone, parameters, layout, whole=self.facts.kind == "parameter")
+        whole, masters = self.facts.kind == "parameter", self.facts.masters
+        return OptimizerShards(clone, parameters, layout, whole=whole, masters=masters)
 
 
 def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:

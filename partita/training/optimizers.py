@@ -25,8 +25,11 @@ from partita.graph import Graph
 from partita.plan import Plan
 from partita.program import ProgramSet, lower
 from partita.program.instructions import Box, Slice
+from partita.program.ownership import UpdateCosts
 from partita.training.averages import Average
 from partita.training.fused import FusedUpdate
+from partita.training.masters import ENTRY as MASTER
+from partita.training.masters import HALF, new_master, take_master, widened
 from partita.training.torch_adapter import clone_optimizer, has_own_step
 
 Kind = Literal["element", "parameter", "coupled"]
@@ -124,8 +127,9 @@ class OptimizerFacts:
     """What planning needs to know of an optimizer; `optimizer` itself where there is one.
 
     `update_values`: how many values of a slice's size an update makes on the way. Fused variants make none, most others
-    one at a time. `whole_parameters`: each is updated, and its gradient summed over processes, by one worker. `clips`:
-    gradients are clipped by the norm of all of them. An average of the weights counts as a state.
+    one at a time. `whole_parameters`: each is updated, and its gradient summed over processes, by one worker, as
+    `costs` says. `clips`: the norm of all gradients is known before any update. `masters`: half-precision parameters
+    have some. These and an average of the weights count as states.
     """
 
     name: str = "SGD"
@@ -134,6 +138,8 @@ class OptimizerFacts:
     update_values: int = 0
     whole_parameters: bool = False
     clips: bool = False
+    costs: UpdateCosts = UpdateCosts()  # noqa: RUF009 - a frozen value
+    masters: bool = False
     optimizer: torch.optim.Optimizer | None = None
 
     @classmethod
@@ -144,6 +150,8 @@ class OptimizerFacts:
         whole_parameters: bool = False,
         clips: bool = False,
         averages: bool = False,
+        costs: UpdateCosts | None = None,
+        masters: bool = False,
     ) -> OptimizerFacts:
         """`whole_parameters`: they must be whole for another reason than the optimizer."""
         if optimizer is None:
@@ -151,17 +159,20 @@ class OptimizerFacts:
         kind = kind_of(optimizer)
         return cls(
             name=type(optimizer).__name__,
-            state_bytes_per_element=4.0 * (state_elements(optimizer) + averages),
+            # Of a float32 element's size: states of a master are twice as wide as its weight.
+            state_bytes_per_element=4.0 * (state_elements(optimizer) + averages + masters) * (1 + masters),
             kind=kind,
             update_values=0 if kind == "element" and fused_agrees(optimizer) else 1,
             whole_parameters=whole_parameters or kind != "element",
             clips=clips,
+            costs=costs or UpdateCosts(),
+            masters=masters,
             optimizer=optimizer,
         )
 
     def lowered(self, graph: Graph, plan: Plan) -> ProgramSet:
         """The programs of a plan for training with the optimizer."""
-        return lower(graph, plan, whole_parameters=self.whole_parameters, clips=self.clips)
+        return lower(graph, plan, whole_parameters=self.whole_parameters, clips=self.clips, costs=self.costs)
 
 
 def state_elements(optimizer: torch.optim.Optimizer) -> int:
@@ -248,11 +259,13 @@ def _equal(first: list[torch.Tensor], second: list[torch.Tensor] | None) -> bool
 
 @dataclass(frozen=True, kw_only=True)
 class _Piece:
-    """One slice as the shard sees it: `tensor` shares the parameter's storage."""
+    """One slice as the shard sees it: `tensor` shares the parameter's storage, or is the master of `weight`, which
+    does."""
 
     place: Slice
     tensor: torch.nn.Parameter
     group: int
+    weight: torch.Tensor | None = None
 
 
 def _is_uniform(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> bool:
@@ -267,8 +280,9 @@ class OptimizerShards:
 
     `layout` gives the slices of each local worker's updates; `whole` keeps slices of whole parameters in their own
     shape. State that the user's optimizer already has is taken over; `collect` brings it back, after which both share
-    storage. With `decay` an average of the weights is part of the state. Where `parameters` holds only a part of a
-    user's parameter, `parts` gives the user's own and the box of it.
+    storage. With `decay` an average of the weights is part of the state; with `masters` half-precision parameters have
+    masters there, which are updated instead and rounded. Where `parameters` holds only a part of a user's parameter,
+    `parts` gives the user's own and the box of it.
 
     Example:
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -288,9 +302,12 @@ class OptimizerShards:
         whole: bool,
         parts: Mapping[str, tuple[torch.nn.Parameter, Box]] | None = None,
         decay: float | None = None,
+        masters: bool = False,
     ) -> None:
         self._optimizer, self._parameters, self._whole = optimizer, parameters, whole
-        self._decay = decay
+        self._decay, self._masters = decay, masters
+        self._casts = any(item.dtype in HALF for item in parameters.values())  # gradients may be wider or narrower
+        self._rounded: dict[_Key, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}  # weights and their masters
         self._averages: dict[_Key, Average] = {}
         self._parts = parts or {}
         self._part_state: dict[str, dict[str, Any]] = {name: {} for name in self._parts}
@@ -304,7 +321,7 @@ class OptimizerShards:
         self._known: dict[tuple[int, int], tuple[Sequence[Slice], _Key]] = {}
         for key in [(worker, slices) for worker, updates in layout.items() for slices in updates]:
             held = {
-                place: _Piece(place=place, tensor=self._view(place), group=groups[id(self._user(place.parameter))])
+                place: self._piece(place, groups[id(self._user(place.parameter))])
                 for place in key[1]
                 if id(self._user(place.parameter)) in groups
             }
@@ -336,15 +353,33 @@ class OptimizerShards:
         key = self._key(worker, slices)
         if key not in self._shards:
             return
+        if self._casts:
+            held = self._pieces[key]
+            gradients = [gradient.to(held[place].tensor.dtype) if place in held else gradient
+                         for place, gradient in zip(slices, gradients, strict=True)]  # fmt: skip
         fused = self._fused_updates.get(key)
         if fused is None or not fused(gradients):
             self._update(key, slices, gradients)
+        if self._masters:
+            self._round(key)
         if self._decay is not None:
             average = self._averages.get(key)
             if average is None:
                 tensors = [piece.tensor for piece in self._pieces[key].values()]
                 average = self._averages[key] = Average(self._shards[key][0], tensors, self._decay)
             average()
+
+    def _round(self, key: _Key) -> None:
+        """Brings the weights to their masters."""
+        known = self._rounded.get(key)
+        if known is None:
+            state = self._shards[key][0].state
+            pairs = [(p.weight, p.tensor) for p in self._pieces[key].values() if p.weight is not None]
+            for _, master in pairs:  # not before the first update: an optimizer makes what is missing in an empty state
+                state[master][MASTER] = master.detach()
+            known = self._rounded[key] = [w for w, _ in pairs], [master.detach() for _, master in pairs]
+        if known[0]:
+            torch._foreach_copy_(*known)
 
     def _key(self, worker: int, slices: Sequence[Slice]) -> _Key:
         known = self._known.get((worker, id(slices)))
@@ -373,21 +408,29 @@ class OptimizerShards:
     def load(self) -> None:
         """Take the state from the user's optimizer. Tensors of the parameter's shape are shared, others are copied."""
         self._num_uniform = 0
-        self._fused_updates.clear()  # they hold the states of before
-        self._averages.clear()
+        self._forget()
         for name, (parameter, box) in self._parts.items():
             self._part_state[name] = cut_state(self._optimizer.state.get(parameter) or {}, parameter, box)
         for piece, shard in self._all_pieces():
             name = piece.place.parameter
             state = self._part_state.get(name) or self._optimizer.state.get(self._parameters[name])
             shard.state.pop(piece.tensor, None)
-            if state:
-                shard.state[piece.tensor] = {key: self._cut(piece, value) for key, value in state.items()}
+            own = {key: self._cut(piece, value) for key, value in state.items()} if state else {}
+            if piece.weight is not None:
+                own = widened(own, piece.weight)
+                take_master(piece.tensor, piece.weight, own)
+            if own:
+                shard.state[piece.tensor] = own
+
+    def _forget(self) -> None:
+        """What is made of states and masters as they lie now."""
+        self._fused_updates.clear()
+        self._averages.clear()
+        self._rounded.clear()
 
     def collect(self) -> None:
         """Bring the state into the user's optimizer, as if it had made the steps itself."""
-        self._fused_updates.clear()
-        self._averages.clear()
+        self._forget()
         for piece, shard in self._all_pieces():
             state = shard.state.get(piece.tensor)
             if not state:
@@ -398,6 +441,8 @@ class OptimizerShards:
                     state[name] = self._paste(piece, whole, name, value)
                 else:
                     whole[name] = value.clone() if isinstance(value, torch.Tensor) else value
+            if MASTER in state:
+                piece.tensor.data = state[MASTER]
         for name, (parameter, box) in self._parts.items():
             paste_state(self._optimizer.state[parameter], parameter, box, self._part_state[name])
 
@@ -416,6 +461,12 @@ class OptimizerShards:
         for key, (shard, _) in self._shards.items():
             for piece in self._pieces[key].values():
                 yield piece, shard
+
+    def _piece(self, place: Slice, group: int) -> _Piece:
+        view = self._view(place)
+        if self._masters and view.dtype in HALF:
+            return _Piece(place=place, tensor=new_master(view), group=group, weight=view.detach())
+        return _Piece(place=place, tensor=view, group=group)
 
     def _view(self, place: Slice) -> torch.nn.Parameter:
         parameter = self._parameters[place.parameter].detach()

@@ -30,7 +30,15 @@ from partita.runtime.allocator import keep_freed_memory, let_go_of_garbage
 from partita.runtime.segments import CompileWarning
 from partita.runtime.transport import Transport
 from partita.training.adopt import Adoption
-from partita.training.arguments import check_decay, check_norm, check_planning, check_running, check_task
+from partita.training.arguments import (
+    check_decay,
+    check_masters,
+    check_norm,
+    check_planning,
+    check_running,
+    check_scale,
+    check_task,
+)
 from partita.training.checkpoint.settings import Checkpoints
 from partita.training.choosing import choose, shared_sum_cost
 from partita.training.described import described_plan, described_planner, is_described_gpus
@@ -42,7 +50,7 @@ from partita.training.job import Team
 from partita.training.measuring import StepValues
 from partita.training.membership import Elastic
 from partita.training.observing import observed_plan
-from partita.training.optimizers import check_optimizer
+from partita.training.optimizers import check_optimizer, kind_of
 from partita.training.overrides import current_override
 from partita.training.planning import (
     best_plan,
@@ -54,11 +62,13 @@ from partita.training.planning import (
 from partita.training.remembered import Memory
 from partita.training.replicated import ReplicatedStep
 from partita.training.runners import LossFn, named_state
+from partita.training.scaling import LossScale
 from partita.training.setup import StepSetup, make_runner
 from partita.training.step import Step
 from partita.training.sync import DiLoCo, Exact, GradientMethod, LocalSGD, Method, ReplicaMethod, method_of
 from partita.training.sync.choice import TOLERANCES, Tolerance
 from partita.training.trial import fits
+from partita.training.update_costs import agreed_costs
 
 NUM_MEASURED = 4  # graph plans that are run before one is adopted
 # A candidate that needs this many times another one's memory, and so many bytes more (a process without any plan takes
@@ -170,6 +180,8 @@ def parallelize(
     check_finite: Literal["step", "op", "off"] = "step",
     clip_grad_norm: float | None = None,
     ema: float | None = None,
+    master_weights: bool = False,
+    loss_scale: Literal["dynamic"] | float | None = None,
     elastic: Elastic | None = None,
     checkpoints: str | os.PathLike[str] | Checkpoints | None = None,
     resume: Literal["auto", "never"] = "auto",
@@ -198,6 +210,11 @@ def parallelize(
             under every plan; `StepResult.grad_norm` tells the norm before. `math.inf` only tells it. Replicas clip each
             its own.
         ema: decay of an exponential moving average of the weights, e.g. 0.999, which `Step.ema_to` gives.
+        master_weights: parameters of bfloat16 or float16 are updated by float32 copies of them, the masters, and are
+            these rounded; the optimizer's state is float32 as well.
+        loss_scale: what the loss is multiplied by for the gradients, which are divided by it in float32 before they are
+            clipped: a number, or "dynamic" as of `torch.amp.GradScaler`. A step with a gradient of infinity or NaN is
+            skipped (`StepResult.skipped`).
         elastic: processes may come, go and crash while training goes on, exactly or by LocalSGD or DiLoCo; each is
             started by itself.
         checkpoints: a folder for them, or `Checkpoints`, which says when they are written.
@@ -228,6 +245,7 @@ def parallelize(
     check_running(compile, timeout_s)
     check_norm(clip_grad_norm)
     check_decay(ema)
+    check_scale(loss_scale)
     take_apart(batch)  # raises if it is none
     check_optimizer(optimizer, dict(model.named_parameters()))
     if method is not None:
@@ -238,6 +256,8 @@ def parallelize(
             "copies in memory are for jobs whose processes end together, but this one is elastic: there a living "
             "process gives its state. Leave Checkpoints(memory=...) out"
         )
+    check_masters(optimizer, master_weights)
+    _check_precision_of_job(elastic, method, tolerance, masters=master_weights, scales=loss_scale is not None)
     override = current_override()
     if override.plan is not None:
         plan = override.plan
@@ -262,10 +282,15 @@ def parallelize(
         check_finite=check_finite,
         clip_norm=clip_grad_norm,
         decay=ema,
+        masters=master_weights,
+        scale=None if loss_scale is None else LossScale(loss_scale),
         checkpoints=settings,
         shares_move=not isinstance(plan, Plan),
     )
     _equalise(setup, repr((method, tolerance)))
+    if kind_of(optimizer) == "parameter":
+        costs = agreed_costs(optimizer, dict(model.named_parameters()), where, team, masters=master_weights)
+        setup = dataclasses.replace(setup, costs=costs)
     request = _Request(plan=plan, compile=compile)
     if method is None:
         choice = choose(setup, batch, tolerance or "exact", request.wanted, replicas=plan == "auto")
@@ -324,6 +349,27 @@ def _check_elastic(elastic: object, method: Method | None) -> None:
         raise InputError(
             f"processes of an elastic job must be started each by itself (python train.py), but {job.launcher} says "
             f"that this is one of {job.world_size}. Start it without, or with one process a launcher"
+        )
+
+
+def _check_precision_of_job(
+    elastic: object, method: Method | None, tolerance: object, *, masters: bool, scales: bool
+) -> None:
+    """Whoever changes weights or applies gradients besides the optimizer knows neither masters nor a scale."""
+    if method is None and (masters or scales) and tolerance == "equivalent-loss":
+        raise InputError(
+            'master_weights and loss_scale must go with a method that is known beforehand, but got sync="auto" with '
+            'tolerance="equivalent-loss"; name the method, or leave the tolerance out'
+        )
+    method = method or Exact()
+    asked = "master_weights" if masters else "loss_scale"
+    if (masters or scales) and (elastic is not None or isinstance(method, ReplicaMethod)):
+        what = "elastic" if elastic is not None else f"sync={method.name!r}"
+        raise InputError(f"{asked} must go with processes that train as one, but got {what} as well; drop one of them")
+    if scales and not isinstance(method, Exact):
+        raise InputError(
+            f'loss_scale must go with sync="exact", but got {method.name!r}: a step that is skipped would leave '
+            "infinities in what it keeps for later steps; drop one of them, or train in bfloat16, which needs no scale"
         )
 
 
@@ -389,7 +435,7 @@ def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request
         plan.validate(None, setup.cluster)
         return _Decision(plan=plan)
     try:
-        graph = capture(setup.model, setup.loss_fn, batch)
+        graph = setup.capture(batch)
     except CaptureError as error:
         if isinstance(plan, Plan):
             raise PlanError(f"the plan needs the model as a graph, but it cannot be captured: {error}") from error

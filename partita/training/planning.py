@@ -19,8 +19,10 @@ from partita.planner.search import search
 from partita.program import ProgramSet, Timeline, check, microbatch_verdict
 from partita.runtime.overheads import measure_overheads
 from partita.simulator import shared_bytes, simulate
+from partita.training.job import Team
 from partita.training.measuring import PartMeasurer, StepValues
 from partita.training.optimizers import OptimizerFacts
+from partita.training.update_costs import agreed_costs
 from partita.units import proportional
 
 # Seconds that measuring the ops of a new model may take; what is left over is estimated by the roofline.
@@ -151,6 +153,9 @@ def best_plan(
 ) -> Plan:
     """The plan that is predicted to be fastest."""
     facts = OptimizerFacts.of(optimizer)
+    if optimizer is not None and facts.kind == "parameter" and cluster.is_here and values is not None:
+        costs = agreed_costs(optimizer, values.parameters, cluster, Team(), masters=False)
+        facts = dataclasses.replace(facts, costs=costs)
     plans = ranked_plans(graph, cluster, CostTable(cluster), constraints, facts, values=values)
     if not plans:
         raise InfeasibleError("no plan satisfies the constraints: free one of them")

@@ -20,14 +20,18 @@ from partita.errors import InputError
 from partita.graph.graph import Graph, InputKind
 from partita.plan import Plan
 from partita.program import ProgramSet, Timeline, check, lower
-from partita.program.instructions import ReduceScatter, Slice
+from partita.program.instructions import Slice
+from partita.program.ownership import UpdateCosts
 from partita.runtime.allocator import give_back_freed_memory
+from partita.runtime.binding import NORM_EPSILON
 from partita.runtime.engine import Engine, State
 from partita.runtime.transport import Transport
 from partita.training.averages import average_updated
 from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
+from partita.training.masters import HALF, WholeMasters
 from partita.training.optimizers import Kind, OptimizerShards, by_fused_kernels, fused_agrees, kind_of
+from partita.training.scaling import LossScale
 from partita.training.sync.method import GradientMethod
 from partita.training.sync.sums import Sums
 from partita.units import fingerprint
@@ -116,6 +120,9 @@ class GraphRunner:
         due: what the optimizer is to apply instead of a step's gradients, one after the other, by parameter's name.
         clip_norm: limit of the norm of all gradients; None: they are not clipped.
         decay: of the average of the weights; None: there is none.
+        costs: of updates of whole parameters.
+        masters: half-precision parameters are updated by float32 masters; the graph has wide gradients.
+        scale: what the graph's loss is multiplied by; None: by nothing.
     """
 
     def __init__(
@@ -133,6 +140,9 @@ class GraphRunner:
         due: Due | None = None,
         clip_norm: float | None = None,
         decay: float | None = None,
+        costs: UpdateCosts = UpdateCosts(),  # noqa: B008 - a frozen value
+        masters: bool = False,
+        scale: LossScale | None = None,
     ) -> None:
         self.graph, self.plan, self.process = graph, plan, process
         self.parameters, self.buffers = named_state(model)
@@ -141,10 +151,13 @@ class GraphRunner:
                 self.buffers[item.name] = self.parameters[item.name].detach()
         self.optimizer = optimizer
         self._settled = False  # whether there was an update
-        self._due, self._clip_norm, self._decay = due, clip_norm, decay
+        self._due, self._clip_norm, self._decay, self._scale = due, clip_norm, decay, scale
         self.kind: Kind = kind_of(optimizer) if due is None else "coupled"
         needs_whole = self.kind != "element" or (sync is not None and sync.needs_whole_parameters)
-        self.programs: ProgramSet = lower(graph, plan, whole_parameters=needs_whole, clips=clip_norm is not None)
+        if self.kind == "coupled":  # steps once in every process
+            costs = UpdateCosts(time_s=costs.time_s)
+        clips = clip_norm is not None or scale is not None
+        self.programs: ProgramSet = lower(graph, plan, whole_parameters=needs_whole, clips=clips, costs=costs)
         check(self.programs)
         self.held = dict(self.programs.held.get(process, {}))
         self._stored = {
@@ -167,8 +180,11 @@ class GraphRunner:
                 whole=self.kind == "parameter",
                 parts={name: (self.parameters[name], box) for name, box in self.held.items()},
                 decay=decay,
+                masters=masters,
             )
         )
+        self._whole_masters = WholeMasters(optimizer, decay) if masters and self.kind == "coupled" else None
+        self._gradients: dict[int, torch.Tensor] = {}  # of a step, by identity of the parameter, for these
         constants = {item.name: graph.constants[item.name] for item in graph.inputs_of(InputKind.CONSTANT)}
         values = {name: value.detach() for name, value in self._stored.items()}
         shapes = {name: tuple(value.shape) for name, value in values.items()}
@@ -208,6 +224,7 @@ class GraphRunner:
             record=record,
             finite_only=finite_only,
             most_norm=math.inf if self._clip_norm is None else self._clip_norm,
+            loss_scale=1.0 if self._scale is None else self._scale.value,
         )
         outcome = Outcome(
             float(done.loss),
@@ -222,14 +239,21 @@ class GraphRunner:
             give_back_freed_memory()
             self._settled = True
         if applies and self.kind == "coupled":
-            if self._due is None:
-                self.optimizer.step()
-                if self._decay is not None:
-                    average_updated(self.optimizer, self._decay)
-                self.optimizer.zero_grad(set_to_none=True)
-            else:
-                apply_due(self._due, self.optimizer, self.parameters, outcome.loss, self._decay)
+            self._apply(outcome.loss)
         return outcome
+
+    def _apply(self, loss: float) -> None:
+        """The step of an optimizer that couples parameters, once all of its gradients are there."""
+        if self._whole_masters is not None:
+            self._whole_masters.step(self._gradients)
+            self._gradients.clear()
+        elif self._due is not None:
+            apply_due(self._due, self.optimizer, self.parameters, loss, self._decay)
+        else:
+            self.optimizer.step()
+            if self._decay is not None:
+                average_updated(self.optimizer, self._decay)
+            self.optimizer.zero_grad(set_to_none=True)
 
     def rows_needed(self) -> tuple[int, int]:
         """First and last (excluded) row of the global batch that this process' workers read."""
@@ -263,8 +287,9 @@ class GraphRunner:
 
     def load_state(self) -> None:
         """Takes the state from the user's optimizer."""
-        if self._shards is not None:
-            self._shards.load()
+        for held in (self._shards, self._whole_masters):
+            if held is not None:
+                held.load()
 
     def sync_states(self) -> dict[str, dict[str, torch.Tensor]]:
         return self.sums.states() if self.sums is not None else {}
@@ -282,7 +307,10 @@ class GraphRunner:
             return
         for part, gradient in zip(slices, gradients, strict=True):
             parameter = self.parameters[part.parameter]
-            parameter.grad = gradient.view(parameter.shape).clone()
+            if self._whole_masters is not None:
+                self._gradients[id(parameter)] = gradient.view(parameter.shape).clone()
+            else:
+                parameter.grad = gradient.view(parameter.shape).to(parameter.dtype, copy=True)
 
     def _check_coupled(self) -> None:
         if self.kind != "element" and any(self.programs.held.values()):
@@ -343,13 +371,12 @@ def updated_slices(programs: ProgramSet, process: int) -> dict[int, tuple[tuple[
 
 
 def owners_of(programs: ProgramSet) -> Mapping[str, tuple[int, ...]]:
-    """Parameter -> processes that hold its current value after a step (those that update or receive it)."""
+    """Parameter -> processes that update it, and have its state and its current value after a step."""
     owners: dict[str, set[int]] = {}
     for program in programs.programs:
-        for instruction in program.instructions:
-            if isinstance(instruction, ReduceScatter) and instruction.slices:
-                for name in instruction.parameters:
-                    owners.setdefault(name, set()).add(program.process)
+        for slices in program.updates:
+            for part in slices:
+                owners.setdefault(part.parameter, set()).add(program.process)
     return {name: tuple(sorted(found)) for name, found in owners.items()}
 
 
@@ -373,12 +400,16 @@ class BlockRunner:
         due: Due | None = None,
         clip_norm: float | None = None,
         decay: float | None = None,
+        masters: bool = False,
+        scale: LossScale | None = None,
     ) -> None:
         self.model, self.optimizer, self._due = model, optimizer, due
-        self._clip_norm, self._decay = clip_norm, decay
+        self._clip_norm, self._decay, self._scale = clip_norm, decay, scale
+        self._masters = WholeMasters(optimizer, decay) if masters else None
         self.num_threads = num_threads
         self.process, self.transport = process, transport
-        self._loss = torch.compile(loss_fn, dynamic=False) if compiled else loss_fn
+        scaled = loss_fn if scale is None else scale.of(loss_fn)
+        self._loss = torch.compile(scaled, dynamic=False) if compiled else scaled
         self._is_fused = fused_agrees(optimizer)
         self._has_accumulated = False  # whether parameters have gradients that were not applied
 
@@ -405,7 +436,11 @@ class BlockRunner:
         if self.transport is not None:
             Team(self.transport).spread([told])
         loss, norm = told.tolist()
-        return Outcome(loss, norm=None if self._clip_norm is None or accumulate_only else norm)
+        knows_norm = self._clip_norm is not None or self._scale is not None
+        return Outcome(
+            loss / (1.0 if self._scale is None else self._scale.value),
+            norm=norm if knows_norm and not accumulate_only else None,
+        )
 
     def _compute(
         self, batch: Any, update: bool, accumulate_only: bool, continues: bool, finite_only: bool
@@ -441,22 +476,43 @@ class BlockRunner:
         return torch.tensor([loss.item(), norm], dtype=torch.float64)
 
     def _apply(self, loss: float, update: bool, finite_only: bool) -> float:
-        """Clips and applies the gradients that parameters have; their norm before."""
-        norm = 0.0
-        if self._clip_norm is not None:
-            norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm))
+        """Unscales, clips and applies the gradients that parameters have; their norm before they were clipped."""
+        gradients = self._taken()
+        norm = self._clipped(list(gradients.values()))
         applies = update and (not finite_only or (math.isfinite(loss) and math.isfinite(norm)))
-        if applies:
-            if self._due is not None:
-                apply_due(self._due, self.optimizer, dict(self.model.named_parameters()), loss, self._decay)
-            else:
-                with by_fused_kernels(self.optimizer) if self._is_fused else contextlib.nullcontext():
-                    self.optimizer.step()
-                if self._decay is not None:
-                    average_updated(self.optimizer, self._decay)
-        else:
+        if not applies:
             self.optimizer.zero_grad(set_to_none=True)
+        elif self._masters is not None:
+            with by_fused_kernels(self._masters.optimizer) if self._is_fused else contextlib.nullcontext():
+                self._masters.step(gradients)
+        elif self._due is not None:
+            apply_due(self._due, self.optimizer, dict(self.model.named_parameters()), loss, self._decay)
+        else:
+            with by_fused_kernels(self.optimizer) if self._is_fused else contextlib.nullcontext():
+                self.optimizer.step()
+            if self._decay is not None:
+                average_updated(self.optimizer, self._decay)
         self._has_accumulated = self._has_accumulated and not update
+        return norm
+
+    def _taken(self) -> dict[int, torch.Tensor]:
+        """The gradients, by identity of the parameter; wide ones for masters."""
+        found = {id(item): item.grad for item in self.model.parameters() if item.grad is not None}
+        if self._masters is None:
+            return found
+        return {key: gradient.float() if gradient.dtype in HALF else gradient for key, gradient in found.items()}
+
+    @torch.no_grad()
+    def _clipped(self, gradients: list[torch.Tensor]) -> float:
+        """Unscales and clips gradients in place, as `torch.nn.utils.clip_grad_norm_` does; the norm before."""
+        if self._scale is not None and gradients:
+            torch._foreach_mul_(gradients, 1 / self._scale.value)
+        if (self._clip_norm is None and self._scale is None) or not gradients:
+            return 0.0
+        norm = float(nn.utils.get_total_norm(gradients))
+        factor = math.inf if self._clip_norm is None else self._clip_norm / (norm + NORM_EPSILON)
+        if factor < 1:
+            torch._foreach_mul_(gradients, factor)
         return norm
 
     def collect(self) -> None:
@@ -464,6 +520,8 @@ class BlockRunner:
 
     def load_state(self) -> None:
         """The user's optimizer holds its own state."""
+        if self._masters is not None:
+            self._masters.load()
 
     def take_weights(self) -> None:
         """The user's model holds the weights."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from partita.cluster import Cluster
 from partita.cost.sums import EXACT_SUM, SumCost
-from partita.graph import Graph
+from partita.graph import Graph, capture
 from partita.plan import Plan
+from partita.program.ownership import UpdateCosts
 from partita.runtime.transport import Transport
 from partita.training.balance import Balance
 from partita.training.checkpoint.settings import Checkpoints
@@ -20,6 +21,7 @@ from partita.training.job import Team
 from partita.training.keeping import Keeper
 from partita.training.optimizers import OptimizerFacts
 from partita.training.runners import BlockRunner, Due, GraphRunner, LossFn
+from partita.training.scaling import LossScale
 from partita.training.sync.choice import Choice
 from partita.training.sync.method import GradientMethod
 
@@ -28,9 +30,11 @@ from partita.training.sync.method import GradientMethod
 class StepResult:
     """What one step gave. `loss` is that of the whole global batch; `bytes_sent` counts this process' messages.
 
-    `grad_norm`: of all gradients, before they were clipped; None unless `parallelize` has a `clip_grad_norm`, and where
-    the step only accumulates. `compression_error`: the share of what was to be sent in the step that was not, by norms;
-    0 of an exact sum. `staleness`: by how many steps what was applied last was late.
+    `grad_norm`: of all gradients, before they were clipped; None unless `parallelize` has a `clip_grad_norm` or
+    `loss_scale`, and where the step only accumulates. `compression_error`: the share of what was to be sent in the step
+    that was not, by norms; 0 of an exact sum. `staleness`: by how many steps what was applied last was late.
+    `loss_scale`: what the loss was multiplied by for the gradients (None: by nothing); `skipped`: some gradient was
+    infinite or NaN with it, so nothing was updated.
     """
 
     loss: float
@@ -41,6 +45,8 @@ class StepResult:
     grad_norm: float | None = None
     compression_error: float = 0.0
     staleness: int = 0
+    loss_scale: float | None = None
+    skipped: bool = False
 
     @property
     def samples_per_s(self) -> float:
@@ -65,6 +71,9 @@ class StepSetup:
     due: Due | None = None  # what the optimizer applies instead of a step's gradients
     clip_norm: float | None = None  # limit of the norm of all gradients
     decay: float | None = None  # of the average of the weights
+    costs: UpdateCosts = UpdateCosts()  # noqa: RUF009 - a frozen value: of updates of whole parameters
+    masters: bool = False  # whether half-precision parameters have some
+    scale: LossScale | None = None  # of the loss
     checkpoints: Checkpoints | None = None
     shares_move: bool = True  # whether rows may be dealt anew while training: not where the plan was given
     tells: bool = True  # whether the step emits `StepFinished`
@@ -73,16 +82,29 @@ class StepSetup:
     def facts(self) -> OptimizerFacts:
         """What planning needs to know of the optimizer: found by experiments, once."""
         whole = self.due is not None or (self.sync is not None and self.sync.needs_whole_parameters)
-        clips, averages = self.clip_norm is not None, self.decay is not None
-        return OptimizerFacts.of(self.optimizer, whole_parameters=whole, clips=clips, averages=averages)
+        return OptimizerFacts.of(
+            self.optimizer,
+            whole_parameters=whole,
+            clips=self.clip_norm is not None or self.scale is not None,
+            averages=self.decay is not None,
+            costs=self.costs,
+            masters=self.masters,
+        )
+
+    def capture(self, batch: Any) -> Graph:
+        """The step on a batch as a graph. Raises what `partita.graph.capture` does."""
+        loss_fn = self.loss_fn if self.scale is None else self.scale.of(self.loss_fn)
+        wide = self.masters or self.scale is not None
+        return capture(self.model, loss_fn, batch, wide_gradients=wide)
 
     def keeper(self, method: object) -> Keeper:
         """Of the step's checkpoints; `method` is how processes are synchronised (None: exactly)."""
         text = "" if method is None else repr(method)
+        own = {} if self.scale is None else {"partita.loss_scale": self.scale}
         ranks = sorted(self.cluster.processes, key=lambda process: process.rank)
         machines = [process.machine for process in ranks[: self.team.num_processes]]
         return Keeper(
-            self.model, self.optimizer, self.team, self.transport, self.timeout_s, self.checkpoints, text, machines
+            self.model, self.optimizer, self.team, self.transport, self.timeout_s, self.checkpoints, text, machines, own
         )
 
     def balance(self) -> Balance | None:
@@ -119,6 +141,8 @@ def _runner_of(
             due=setup.due,
             clip_norm=setup.clip_norm,
             decay=setup.decay,
+            masters=setup.masters,
+            scale=setup.scale,
         )
     assert graph is not None
     return GraphRunner(
@@ -133,4 +157,7 @@ def _runner_of(
         due=setup.due,
         clip_norm=setup.clip_norm,
         decay=setup.decay,
+        costs=setup.costs,
+        masters=setup.masters,
+        scale=setup.scale,
     )

@@ -19,7 +19,7 @@ from partita.errors import (
     StepError,
     WaitTimeoutError,
 )
-from partita.graph import Graph, capture
+from partita.graph import Graph
 from partita.plan import Plan
 from partita.program.timeline import Timeline
 from partita.runtime.allocator import let_go_of_garbage
@@ -37,6 +37,7 @@ from partita.training.events import SharesChanged, StepFinished, emit, is_heard
 from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure, take_apart
 from partita.training.keeping import Also, Folder
 from partita.training.loading import ShardedBatch, whole_shape
+from partita.training.masters import ExactLoading
 from partita.training.optimizers import check_optimizer
 from partita.training.runners import BlockRunner, GraphRunner, Outcome, owners_differ
 from partita.training.setup import StepResult, StepSetup
@@ -92,8 +93,10 @@ class Step:
         self._adopting_key = (first.key, self._state)
         runner = self._adapter.make(plan, graph) if adoption is None else adoption.next_runner()
         self._first = self._runners[self._adopting_key] = runner
+        exact = (ExactLoading(setup.optimizer),) if setup.masters else ()
         # Whoever loads a state into his optimizer while training goes on means the shards that do its work.
         self._hooks = (
+            *exact,
             setup.optimizer.register_load_state_dict_post_hook(lambda _: self._load_state()),
             setup.optimizer.register_state_dict_pre_hook(lambda _: self._collect_local()),
         )
@@ -161,11 +164,8 @@ class Step:
                 'updated. Look at the batch and the learning rate; check_finite="op" tells which op produced it'
             )
         self._is_accumulating = not update
-        if self._setup.check_finite != "off" and not outcome.is_finite():
-            raise NonFiniteLossError(
-                f"the norm of the gradients must be finite, but got {outcome.norm} in step {self._num_steps + 1}; no "
-                "parameter was updated. Look at the batch and the learning rate"
-            )
+        scale = None if self._setup.scale is None else self._setup.scale.value
+        skipped = update and self._is_skipped(outcome)
         self._num_steps += update
         if self._record:
             self._timeline = outcome.timeline or self._timeline
@@ -181,11 +181,25 @@ class Step:
             bytes_sent=outcome.bytes_sent,
             grad_norm=outcome.norm,
             compression_error=outcome.error,
+            loss_scale=scale,
+            skipped=skipped,
         )
         self._tell(result)
         if update:
             self._keeper.save_if_due(self._num_steps, self.source)
         return result
+
+    def _is_skipped(self, outcome: Outcome) -> bool:
+        """Whether gradients were too large for the scale of the loss, which is adapted; without one, it is an error."""
+        if self._setup.scale is not None:
+            self._setup.scale.stepped(is_finite=outcome.is_finite())
+            return not outcome.is_finite()
+        if self._setup.check_finite != "off" and not outcome.is_finite():
+            raise NonFiniteLossError(
+                f"the norm of the gradients must be finite, but got {outcome.norm} in step {self._num_steps + 1}; no "
+                "parameter was updated. Look at the batch and the learning rate"
+            )
+        return False
 
     def _tell(self, result: StepResult) -> None:
         if self._setup.tells and is_heard():
@@ -318,6 +332,8 @@ class Step:
         self._num_steps = loaded.step
         for runner in self._runners.values():
             runner.take_weights()
+        if self._setup.masters:  # those of parts of weights were compared with what the parts were before
+            self._load_state()
         self._sync_states = loaded.sync
         if self._current is not None:
             self._current.load_sync(self._sync_states)
@@ -381,7 +397,7 @@ class Step:
     def _has_no_part(self, old: Graph, batch: Any) -> bool:
         """Whether the step, captured once more, is the one that is known."""
         try:
-            graph = capture(self._setup.model, self._setup.loss_fn, batch)
+            graph = self._setup.capture(batch)
         except CaptureError:
             return False
         self._fresh = graph
@@ -514,7 +530,7 @@ class Step:
     def _once(self, runner: GraphRunner | BlockRunner, leaves: BatchLeaves, batch: Any, update: bool) -> Outcome:
         if self._setup.check_finite == "op":
             check_before(runner, batch, leaves, self._num_steps + 1, self._collect)
-        finite_only = self._setup.check_finite != "off"
+        finite_only = self._setup.check_finite != "off" or self._setup.scale is not None
         records = self._adoption or self._balance
         record = self._record or (records is not None and records.records)
         return runner.step(

@@ -13,9 +13,9 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8).map(
 )
 
 
-@given(SIZES, st.integers(1, 6), st.booleans())
-def test_every_element_has_one_owner(sizes: list[tuple[str, int]], num_owners: int, whole: bool) -> None:
-    owned = cut_slices(sizes, num_owners, whole_parameters=whole)
+@given(SIZES, st.integers(1, 6))
+def test_every_element_has_one_owner(sizes: list[tuple[str, int]], num_owners: int) -> None:
+    owned = cut_slices(sizes, num_owners)
     assert len(owned) == num_owners
     elements = [(part.parameter, index) for parts in owned for part in parts for index in range(part.start, part.end)]
     assert sorted(elements) == sorted((name, index) for name, size in sizes for index in range(size))
@@ -23,27 +23,15 @@ def test_every_element_has_one_owner(sizes: list[tuple[str, int]], num_owners: i
 
 @given(SIZES, st.integers(1, 6))
 def test_cut_anywhere_owners_differ_by_one_element_at_most(sizes: list[tuple[str, int]], num_owners: int) -> None:
-    loads = [
-        sum(part.num_elements for part in parts) for parts in cut_slices(sizes, num_owners, whole_parameters=False)
-    ]
+    loads = [sum(part.num_elements for part in parts) for parts in cut_slices(sizes, num_owners)]
     assert max(loads) - min(loads) <= 1
-
-
-@given(SIZES, st.integers(1, 6))
-def test_whole_parameters_are_spread_as_list_scheduling_promises(sizes: list[tuple[str, int]], num_owners: int) -> None:
-    """Each to the least loaded (Graham 1966): no load above the mean by more than (1 - 1/n) of the largest."""
-    owned = cut_slices(sizes, num_owners, whole_parameters=True)
-    assert all(part.start == 0 and part.end == dict(sizes)[part.parameter] for parts in owned for part in parts)
-    loads = [sum(part.num_elements for part in parts) for parts in owned]
-    total, largest = sum(size for _, size in sizes), max(size for _, size in sizes)
-    assert max(loads) * num_owners <= total + largest * (num_owners - 1)
 
 
 def test_a_parameter_is_cut_where_a_share_ends() -> None:
     expected = ((Slice("w", 0, 2),), (Slice("w", 2, 3), Slice("b", 0, 1)))
-    assert cut_slices([("w", 3), ("b", 1)], 2, whole_parameters=False) == expected
+    assert cut_slices([("w", 3), ("b", 1)], 2) == expected
 
 
 def test_more_owners_than_elements_leaves_some_without() -> None:
-    owned = cut_slices([("b", 2)], 4, whole_parameters=False)
+    owned = cut_slices([("b", 2)], 4)
     assert sum(map(bool, owned)) == 2
