@@ -51,6 +51,14 @@ def test_a_slow_process_gets_fewer_rows_until_it_recovers(corner: str, tmp_path:
             assert sum(rows == shares[rank] for rows, shares in pairs if shares) >= len(one["rows"]) - 40
 
 
+def test_parts_of_parameters_and_their_states_go_along(tmp_path: Path) -> None:
+    found = run_job("fully_sharded", tmp_path, SCRIPT)
+    check(found)
+    for one in found:
+        check_is_relieved(one)
+        assert not one["whole"]
+
+
 @pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler")
 def test_compiled_segments_of_the_new_shares_are_made_before_they_are_used(tmp_path: Path) -> None:
     found = run_job("compiled", tmp_path, SCRIPT)

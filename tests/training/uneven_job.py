@@ -130,6 +130,8 @@ def main(corner: str, folder: str, rank: int) -> None:
     model, optimizer = build(coupled=not is_replica)
     first = next(iter(loader()))
     plan: Any = ALONE if is_replica else PLAN
+    if corner == "fully_sharded":
+        plan = msgspec.structs.replace(PLAN, fully_sharded=True)
     if corner in ("given", "compiled"):
         plan = partita.plan(model, loss_fn, first, optimizer=optimizer, constraints=PLAN)
         plan = msgspec.structs.replace(plan, compiled=corner == "compiled")
@@ -151,6 +153,7 @@ def main(corner: str, folder: str, rank: int) -> None:
                 dealt._cost_s = dealt._patience.cost_s = balance.MAKING_TIME_S  # as where nothing else runs
                 trainer.train(lambda: trainer.now()[0] <= 9)
             step.sync_to(model)
+            held = [runner for runner in step._runners.values() if hasattr(runner, "held")] if not is_replica else []
     found = {
         "losses": trainer.losses,
         "rows": trainer.rows,
@@ -161,6 +164,7 @@ def main(corner: str, folder: str, rank: int) -> None:
         "named": [str(one.message) for one in caught if one.category is SlowProcessWarning],
         "changes": [event.shares for event in events if type(event).__name__ == "SharesChanged"],
         "messages": [event.message for event in events if type(event).__name__ == "WarningRaised"],
+        "whole": not any(runner.held for runner in held),
         "weights": [value.tolist() for value in model.state_dict().values()],
     }
     with open(f"{folder}/{rank}.json", "w") as file:
