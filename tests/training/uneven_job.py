@@ -147,6 +147,8 @@ def main(corner: str, folder: str, rank: int) -> None:
             trainer.train(lambda: bool(trainer.shares) and trainer.shares[-1] not in ((), (8, 8))
                           if corner != "given" else len(trainer.losses) >= 80)  # fmt: skip
             slow = trainer.now()
+            num = len(trainer.losses)
+            trainer.train(lambda: len(trainer.losses) > num)  # by the new shares
             Delay.row_s = ROW_TIME_S
             if corner in ("steps", "ahead", "replicas"):
                 dealt: Any = step._rows if is_replica else step._balance  # type: ignore[attr-defined]
