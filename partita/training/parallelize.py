@@ -195,7 +195,8 @@ def parallelize(
         batch: a global batch of the usual shape; it is not trained on.
         plan: "auto" runs the best few plans and plain PyTorch in turns during the first steps and adopts the fastest
             (`Step.is_settled`); what is adopted is remembered for the next run. `Constraints` fix corners and take the
-            best predicted plan; a `Plan` is used as it is.
+            best predicted plan; a `Plan` is used as it is. Without one, the rows of each process follow its measured
+            speed while it trains.
         sync: how processes are brought together: "exact", so that the mathematics is that of plain PyTorch, or a method
             of `partita.sync` or its name, which sends fewer bytes; "auto" chooses one within the `tolerance`
             (`Step.choice` says why). Inside a process training is always exact.

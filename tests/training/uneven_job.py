@@ -20,7 +20,7 @@ from partita import Constraints
 from partita.program.instructions import Run
 from partita.runtime.binding import Binder
 from partita.training import balance
-from partita.training.dealing import SlowProcessWarning
+from partita.training.dealing import Patience, SlowProcessWarning
 from partita.training.replica_balance import ReplicaBalance
 
 ROWS, NUM_BATCHES = 16, 8
@@ -31,13 +31,24 @@ PLAN = Constraints(data=2, pipeline=1, num_workers=2, num_microbatches=1, thread
 ALONE = Constraints(data=1, pipeline=1, num_microbatches=1, threads_per_worker=1, compiled=False)
 
 
-class Delay:
-    """What the first segment takes besides, for a row."""
+class Speed:
+    """What a row takes this process: as it is said, or really, in its first segment."""
 
     row_s = ROW_TIME_S
 
     @classmethod
-    def install(cls) -> None:
+    def is_said(cls) -> None:
+        original = ReplicaBalance.made_step
+
+        def made_step(dealt: ReplicaBalance, time_s: float) -> None:
+            original(dealt, cls.row_s * dealt.counts[dealt._rank])
+            dealt._cost_s = balance.MAKING_TIME_S
+
+        ReplicaBalance.made_step = made_step  # type: ignore[method-assign]
+        balance.row_time_s = lambda *_: cls.row_s
+
+    @classmethod
+    def is_real(cls) -> None:
         original = Binder._run
 
         def slowed(binder: Binder, run: Any) -> Callable[[Any], None]:
@@ -121,7 +132,9 @@ class Trainer:
 
 
 def main(corner: str, folder: str, rank: int) -> None:
-    Delay.install()
+    Speed.is_real() if corner == "real" else Speed.is_said()
+    take = Patience.take
+    Patience.take = lambda self, counts, cost_s: take(self, counts, balance.MAKING_TIME_S)  # type: ignore[method-assign]
     balance.LOOK_TIME_S = 0.1
     balance.MAKING_TIME_S = balance.COMPILING_TIME_S = 0.2
     events: list[Any] = []
@@ -130,6 +143,8 @@ def main(corner: str, folder: str, rank: int) -> None:
     model, optimizer = build(coupled=not is_replica)
     first = next(iter(loader()))
     plan: Any = ALONE if is_replica else PLAN
+    if corner == "fully_sharded":
+        plan = msgspec.structs.replace(PLAN, fully_sharded=True)
     if corner in ("given", "compiled"):
         plan = partita.plan(model, loss_fn, first, optimizer=optimizer, constraints=PLAN)
         plan = msgspec.structs.replace(plan, compiled=corner == "compiled")
@@ -141,16 +156,17 @@ def main(corner: str, folder: str, rank: int) -> None:
             trainer = Trainer(step, corner)
             if corner == "compiled":  # it was given so that only its own segments are compiled
                 step._balance._moves = True  # type: ignore[union-attr]
-            Delay.row_s = ROW_TIME_S * (SLOWNESS if rank == 1 else 1.0)
+            Speed.row_s = ROW_TIME_S * (SLOWNESS if rank == 1 else 1.0)
             trainer.train(lambda: bool(trainer.shares) and trainer.shares[-1] not in ((), (8, 8))
-                          if corner != "given" else len(trainer.losses) >= 80)  # fmt: skip
+                          if corner != "given" else len(trainer.losses) >= 400)  # fmt: skip
             slow = trainer.now()
-            Delay.row_s = ROW_TIME_S
-            if corner in ("steps", "ahead", "replicas"):
-                dealt: Any = step._rows if is_replica else step._balance  # type: ignore[attr-defined]
-                dealt._cost_s = dealt._patience.cost_s = balance.MAKING_TIME_S  # as where nothing else runs
-                trainer.train(lambda: trainer.now()[0] <= 9)
+            num = len(trainer.losses)
+            trainer.train(lambda: len(trainer.losses) > num)  # by the new shares
+            Speed.row_s = ROW_TIME_S
+            if corner in ("real", "steps", "ahead", "replicas"):
+                trainer.train(lambda: trainer.now()[0] < slow[0] if corner == "real" else trainer.now() == (8, 8))
             step.sync_to(model)
+            held = [runner for runner in step._runners.values() if hasattr(runner, "held")] if not is_replica else []
     found = {
         "losses": trainer.losses,
         "rows": trainer.rows,
@@ -161,6 +177,7 @@ def main(corner: str, folder: str, rank: int) -> None:
         "named": [str(one.message) for one in caught if one.category is SlowProcessWarning],
         "changes": [event.shares for event in events if type(event).__name__ == "SharesChanged"],
         "messages": [event.message for event in events if type(event).__name__ == "WarningRaised"],
+        "whole": not any(runner.held for runner in held),
         "weights": [value.tolist() for value in model.state_dict().values()],
     }
     with open(f"{folder}/{rank}.json", "w") as file:

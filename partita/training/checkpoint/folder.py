@@ -22,7 +22,7 @@ from partita.errors import CheckpointError
 FORMAT = 2
 KEEP = 2  # complete checkpoints that stay
 META = "checkpoint.json"
-_WRITING = ".writing-"
+WRITING = ".writing-"
 _LEFT_BEHIND_S = 3600.0  # a folder that nobody has written to for so long belongs to a process that is gone
 
 
@@ -76,7 +76,7 @@ def begin(base: Path) -> Path:
     try:
         base.mkdir(parents=True, exist_ok=True)
         _sweep(base)
-        return Path(tempfile.mkdtemp(prefix=_WRITING, dir=base))
+        return Path(tempfile.mkdtemp(prefix=WRITING, dir=base))
     except OSError as error:
         raise not_written(base, error) from error
 
@@ -195,7 +195,7 @@ def order(path: Path) -> tuple[int, int]:
 
 def _sweep(base: Path) -> None:
     """Removes what processes that are gone have left half written."""
-    for path in base.glob(f"{_WRITING}*"):
+    for path in base.glob(f"{WRITING}*"):
         with contextlib.suppress(OSError):
             if time.time() - max(item.stat().st_mtime for item in (path, *path.rglob("*"))) > _LEFT_BEHIND_S:
                 shutil.rmtree(path, ignore_errors=True)

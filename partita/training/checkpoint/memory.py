@@ -99,10 +99,22 @@ class Memory:
             CheckpointError: the memory refuses, or somebody else has the folder.
         """
         make_private(self.root.parent)
-        for path in folders.complete(self.base):
-            if folders.order(path)[0] >= step:
-                shutil.rmtree(path, ignore_errors=True)
+        for path in self._useless(step):
+            shutil.rmtree(path, ignore_errors=True)
         return folders.begin(self.base)
+
+    def _useless(self, step: int) -> list[Path]:
+        """What nobody can go on from, now that training is at `step`: what a crash has left half written, later copies,
+        and those from before the ones that all have, of processes that are elsewhere now."""
+        found = list(self.base.glob(f"{folders.WRITING}*"))
+        own = folders.complete(self.base)
+        kept = [path for path in own if folders.order(path)[0] < step][-KEEP:]
+        found += [path for path in own if folders.order(path)[0] >= step]
+        if len(kept) == KEEP:
+            least = folders.order(kept[0])[0]
+            others = self.root.glob("process-*/step-*")
+            found += [path for path in others if folders.order(path)[0] < least]
+        return found
 
     def exchange(self, temporary: Path, files: Sequence[Mapping[str, FileFacts]], line: Line) -> None:
         """Sends this process' files, which are in `temporary`, to its buddy, and writes those of the process whose
@@ -182,8 +194,9 @@ class Memory:
         """Removes the copies of this process: the job has come to its end."""
         self.forget_restored()
         shutil.rmtree(self.base, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self.root.rmdir()  # the last one
+        for path in (*self.root.glob("process-*"), self.root):
+            with contextlib.suppress(OSError):  # others have something there
+                path.rmdir()
 
 
 class Copy(msgspec.Struct, frozen=True, kw_only=True):
