@@ -56,6 +56,8 @@ class StepFinished:
     staleness: int = 0
     loss_scale: float | None = None
     skipped: bool = False
+    exposed_time_s: float | None = None
+    skew: float | None = None
     process: int = 0
 
     @property

@@ -20,10 +20,12 @@ from partita.training.checkpoint.settings import Checkpoints
 from partita.training.job import Team
 from partita.training.keeping import Keeper
 from partita.training.optimizers import OptimizerFacts
-from partita.training.runners import BlockRunner, Due, GraphRunner, LossFn
+from partita.training.runners import BlockRunner, Due, GraphRunner, LossFn, Outcome
 from partita.training.scaling import LossScale
 from partita.training.sync.choice import Choice
 from partita.training.sync.method import GradientMethod
+
+RECORDED_EVERY = 10  # steps, of those that somebody hears of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,10 @@ class StepResult:
     `loss_scale`, and where the step only accumulates. `compression_error`: the share of what was to be sent in the step
     that was not, by norms; 0 of an exact sum. `staleness`: by how many steps what was applied last was late.
     `loss_scale`: what the loss was multiplied by for the gradients (None: by nothing); `skipped`: some gradient was
-    infinite or NaN with it, so nothing was updated.
+    infinite or NaN with it, so nothing was updated. `exposed_time_s`: the most seconds that a worker of this process
+    spent in exchanges with others and waiting for them; `skew`: by how much its busiest worker is busier than the mean;
+    None of steps whose instructions were not recorded (`Step.timeline` records all; while somebody subscribes to
+    events, one in `RECORDED_EVERY`).
     """
 
     loss: float
@@ -47,10 +52,28 @@ class StepResult:
     staleness: int = 0
     loss_scale: float | None = None
     skipped: bool = False
+    exposed_time_s: float | None = None
+    skew: float | None = None
 
     @property
     def samples_per_s(self) -> float:
         return self.num_samples / self.step_time_s if self.step_time_s > 0 else 0.0
+
+
+def result_of(outcome: Outcome, **facts: Any) -> StepResult:
+    """What a runner's outcome tells the user, besides what the step knows."""
+    timeline = outcome.timeline
+    if timeline is not None:
+        workers = {event.worker for event in timeline.events}
+        facts["exposed_time_s"] = max(map(timeline.exposed_time_s, workers), default=0.0)
+        facts["skew"] = timeline.skew
+    return StepResult(
+        loss=outcome.loss,
+        bytes_sent=outcome.bytes_sent,
+        grad_norm=outcome.norm,
+        compression_error=outcome.error,
+        **facts,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

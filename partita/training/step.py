@@ -40,7 +40,7 @@ from partita.training.loading import ShardedBatch, whole_shape
 from partita.training.masters import ExactLoading
 from partita.training.optimizers import check_optimizer
 from partita.training.runners import BlockRunner, GraphRunner, Outcome, owners_differ
-from partita.training.setup import StepResult, StepSetup
+from partita.training.setup import RECORDED_EVERY, StepResult, StepSetup, result_of
 from partita.training.sync.choice import Choice
 from partita.training.torch_adapter import mark_stepped
 from partita.training.trial import Snapshot
@@ -173,14 +173,12 @@ class Step:
         self._move_to_large_pages()
         if self._balance is not None and update and self.is_settled:
             self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
-        result = StepResult(
-            loss=outcome.loss,
+        time_s = time.perf_counter() - start_s
+        result = result_of(
+            outcome,
             step=self._num_steps,
-            step_time_s=time.perf_counter() - start_s,
+            step_time_s=time_s,
             num_samples=leaves.rows,
-            bytes_sent=outcome.bytes_sent,
-            grad_norm=outcome.norm,
-            compression_error=outcome.error,
             loss_scale=scale,
             skipped=skipped,
         )
@@ -532,7 +530,8 @@ class Step:
             check_before(runner, batch, leaves, self._num_steps + 1, self._collect)
         finite_only = self._setup.check_finite != "off" or self._setup.scale is not None
         records = self._adoption or self._balance
-        record = self._record or (records is not None and records.records)
+        is_heard_of = self._setup.tells and is_heard() and self._num_steps % RECORDED_EVERY == 0
+        record = self._record or is_heard_of or (records is not None and records.records)
         return runner.step(
             batch,
             leaves,

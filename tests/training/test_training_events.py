@@ -3,9 +3,12 @@ from __future__ import annotations
 import logging
 
 import pytest
+import torch
 
+import partita
 from partita.errors import InputError
 from partita.training.events import StepFinished, WarningRaised, emit, subscribe
+from partita.training.setup import RECORDED_EVERY
 
 
 def test_what_is_no_function_cannot_subscribe() -> None:
@@ -55,3 +58,27 @@ def test_samples_per_s() -> None:
     event = StepFinished(step=1, loss=0.5, step_time_s=0.5, num_samples=8, bytes_sent=0)
     assert event.samples_per_s == 16
     assert StepFinished(step=1, loss=0.5, step_time_s=0.0, num_samples=8, bytes_sent=0).samples_per_s == 0
+
+
+def test_some_steps_tell_what_workers_wait_for_each_other() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = torch.randn(8, 8), torch.randint(0, 2, (8,))
+    plan = partita.Constraints(data=2, pipeline=1, threads_per_worker=1, num_microbatches=1, compiled=False)
+    heard: list[object] = []
+
+    def loss_fn(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    with partita.parallelize(model, optimizer, loss_fn, batch, plan=plan) as step:
+        assert step(batch).exposed_time_s is None  # nobody listens
+        leave = subscribe(heard.append)
+        for _ in range(2 * RECORDED_EVERY):
+            step(batch)
+        leave()
+    told = [event for event in heard if isinstance(event, StepFinished)]
+    recorded = [event for event in told if event.exposed_time_s is not None]
+    assert [event.step for event in recorded] == [RECORDED_EVERY + 1, 2 * RECORDED_EVERY + 1]
+    for event in recorded:
+        assert event.exposed_time_s is not None and 0 < event.exposed_time_s < event.step_time_s
+        assert event.skew is not None and 0 <= event.skew < 1
