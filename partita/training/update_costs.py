@@ -31,7 +31,7 @@ _TIMES_S: dict[tuple[object, ...], float | None] = {}
 
 def agreed_costs(
     optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, torch.Tensor],
     cluster: Cluster,
     team: Team,
     *,
@@ -48,7 +48,7 @@ def agreed_costs(
 
 
 def update_times_s(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, masters: bool = False
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.Tensor], *, masters: bool = False
 ) -> dict[str, float]:
     """Seconds of the update of each parameter (or its master), on one thread; measured once per class, options of the
     group, shape and type. None at all if the optimizer cannot update made-up values. The random state stays as it was.
@@ -114,7 +114,7 @@ def _measured_s(
     parameter.grad = torch.randn(*shape).to(dtype)
     clone = clone_optimizer(optimizer, [{**options, "params": [parameter]}])
     clone.step()
-    times_s = []
+    times_s: list[float] = []
     while len(times_s) < NUM_TIMED and sum(times_s) < BUDGET_S:
         start_s = time.perf_counter()
         clone.step()
