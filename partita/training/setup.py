@@ -11,6 +11,7 @@ from torch import nn
 
 from partita.cluster import Cluster
 from partita.cost.sums import EXACT_SUM, SumCost
+from partita.errors import NonFiniteLossError
 from partita.graph import Graph, capture
 from partita.plan import Plan
 from partita.program.ownership import UpdateCosts
@@ -119,6 +120,22 @@ class StepSetup:
         loss_fn = self.loss_fn if self.scale is None else self.scale.of(self.loss_fn)
         wide = self.masters or self.scale is not None
         return capture(self.model, loss_fn, batch, wide_gradients=wide)
+
+    def skips(self, outcome: Outcome, step: int) -> bool:
+        """Whether the gradients of a step were too large for the scale of the loss, which is adapted.
+
+        Raises:
+            NonFiniteLossError: they have no finite norm, and there is no scale.
+        """
+        if self.scale is not None:
+            self.scale.stepped(is_finite=outcome.is_finite())
+            return not outcome.is_finite()
+        if self.check_finite != "off" and not outcome.is_finite():
+            raise NonFiniteLossError(
+                f"the norm of the gradients must be finite, but got {outcome.norm} in step {step}; no parameter was "
+                "updated. Look at the batch and the learning rate"
+            )
+        return False
 
     def keeper(self, method: object) -> Keeper:
         """Of the step's checkpoints; `method` is how processes are synchronised (None: exactly)."""

@@ -165,7 +165,7 @@ class Step:
             )
         self._is_accumulating = not update
         scale = None if self._setup.scale is None else self._setup.scale.value
-        skipped = update and self._is_skipped(outcome)
+        skipped = update and self._setup.skips(outcome, self._num_steps + 1)
         self._num_steps += update
         if self._record:
             self._timeline = outcome.timeline or self._timeline
@@ -186,18 +186,6 @@ class Step:
         if update:
             self._keeper.save_if_due(self._num_steps, self.source)
         return result
-
-    def _is_skipped(self, outcome: Outcome) -> bool:
-        """Whether gradients were too large for the scale of the loss, which is adapted; without one, it is an error."""
-        if self._setup.scale is not None:
-            self._setup.scale.stepped(is_finite=outcome.is_finite())
-            return not outcome.is_finite()
-        if self._setup.check_finite != "off" and not outcome.is_finite():
-            raise NonFiniteLossError(
-                f"the norm of the gradients must be finite, but got {outcome.norm} in step {self._num_steps + 1}; no "
-                "parameter was updated. Look at the batch and the learning rate"
-            )
-        return False
 
     def _tell(self, result: StepResult) -> None:
         if self._setup.tells and is_heard():
