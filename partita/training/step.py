@@ -28,7 +28,6 @@ from partita.training.adapting import Adapter
 from partita.training.adopt import Adoption
 from partita.training.arguments import check_sync_target
 from partita.training.averages import averaged
-from partita.training.balance import with_shares
 from partita.training.checkpoint.loader import Loaded
 from partita.training.checkpoint.saver import Saving, Source
 from partita.training.collecting import collect_all, copy_state, ownership_of
@@ -40,6 +39,7 @@ from partita.training.loading import ShardedBatch, whole_shape
 from partita.training.optimizers import check_optimizer
 from partita.training.runners import BlockRunner, GraphRunner, Outcome, owners_differ
 from partita.training.setup import StepResult, StepSetup
+from partita.training.shares import with_shares
 from partita.training.torch_adapter import mark_stepped
 from partita.training.trial import Snapshot
 from partita.training.watch import Watch
