@@ -15,8 +15,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-import msgspec
-
 from partita.cluster import Cluster
 from partita.plan import Plan
 from partita.program.timeline import Timeline
@@ -27,7 +25,7 @@ from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
 from partita.training.optimizers import OptimizerFacts
 from partita.training.runners import BlockRunner, GraphRunner
-from partita.units import proportional, split_evenly
+from partita.training.shares import can_move, columns_of, shares_of, unit_of, with_shares
 
 LOOK_TIME_S = 0.5  # from one look at the speeds to the next, about
 MIN_STEPS = 10  # between looks
@@ -250,43 +248,6 @@ class Balance:
 def expected_s(plan: Plan) -> float:
     """What it is expected to take to make the runner of a plan like this one."""
     return COMPILING_TIME_S if plan.compiled else MAKING_TIME_S
-
-
-def columns_of(plan: Plan) -> list[tuple[int, ...]]:
-    """The processes of each data coordinate."""
-    found: list[set[int]] = [set() for _ in range(plan.axes.get("data", 1))]
-    for worker in plan.workers:
-        found[worker.data].add(worker.process)
-    return [tuple(sorted(ranks)) for ranks in found]
-
-
-def can_move(plan: Plan) -> bool:
-    """Whether other shares could relieve a process: not if all coordinates have the same ones."""
-    return plan.mode == "graph" and len(set(columns_of(plan))) > 1
-
-
-def shares_of(plan: Plan, num_rows: int) -> tuple[int, ...]:
-    """The rows of each data coordinate."""
-    return plan.shares or split_evenly(num_rows, plan.axes.get("data", 1))
-
-
-def unit_of(plan: Plan, num_rows: int) -> int:
-    """Rows that are dealt together: one of every microbatch, where these are equal."""
-    equal = all(rows % plan.num_microbatches == 0 for rows in shares_of(plan, num_rows))
-    return plan.num_microbatches if equal else 1
-
-
-def with_shares(plan: Plan, shares: Sequence[int]) -> Plan:
-    """The plan with other shares, or ones in their proportion where it is for another number of rows. What was
-    predicted and measured of it holds no longer."""
-    num_rows = sum(plan.shares) or sum(shares)
-    exact = tuple(shares) if num_rows == sum(shares) else proportional(num_rows, tuple(shares))
-    head = "rows are dealt by the measured speeds of the processes"
-    reasons = [reason for reason in plan.reasons if not reason.startswith(head)]
-    told = f"{head}: {', '.join(map(str, exact))}"
-    return msgspec.structs.replace(
-        plan, shares=exact, prediction=None, measured_step_time_s=None, reasons=(*reasons, told)
-    )
 
 
 def row_time_s(timeline: Timeline, plan: Plan, num_rows: int, process: int) -> float:

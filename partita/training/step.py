@@ -28,7 +28,6 @@ from partita.training.adapting import Adapter
 from partita.training.adopt import Adoption
 from partita.training.arguments import check_sync_target
 from partita.training.averages import averaged
-from partita.training.balance import with_shares
 from partita.training.checkpoint.loader import Loaded
 from partita.training.checkpoint.saver import Saving, Source
 from partita.training.collecting import collect_all, copy_state, ownership_of
@@ -41,6 +40,7 @@ from partita.training.masters import ExactLoading
 from partita.training.optimizers import check_optimizer
 from partita.training.runners import BlockRunner, GraphRunner, Outcome, owners_differ
 from partita.training.setup import RECORDED_EVERY, StepResult, StepSetup, result_of
+from partita.training.shares import with_shares
 from partita.training.sync.choice import Choice
 from partita.training.torch_adapter import mark_stepped
 from partita.training.trial import Snapshot
