@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -22,13 +24,13 @@ from partita.runtime.failure import Failure
 from partita.runtime.transport import Line
 from partita.training.runners import apply_due, apply_gradients
 from partita.training.sync.exact import Exact
+from partita.training.sync.fragments import fragments_of
 from partita.training.sync.gossip import Gossip
 from partita.training.sync.method import Part, Peers
 from partita.training.sync.outer import (
     DiLoCo,
     LocalSGD,
     StreamingDiLoCo,
-    fragments_of,
     outer_settings,
 )
 from partita.training.sync.powersgd import PowerSGD
@@ -215,20 +217,19 @@ def test_one_fragment_without_delay_is_diloco() -> None:
 def test_fragments_are_exchanged_one_after_the_other() -> None:
     method = StreamingDiLoCo(every=6, fragments=3, delay=1, mixing=0.0, compress=Exact())
     (first, *_), (second, *_) = Job(method, 2).run(18)
-    fragments = [("0.weight",), ("0.bias",), ("2.weight", "2.bias")]
-    sizes = fragments_of([Part(name, tuple(value.shape)) for name, value in first[0].items()], 3)
-    assert [[list(first[0])[i] for i in own] for own in sizes] == [list(names) for names in fragments]
-    for number, names in enumerate(fragments):
+    fragments = fragments_of([Part(name, tuple(value.shape)) for name, value in first[0].items()], 3)
+    assert len(fragments) == 3 and not all(piece.is_whole for own in fragments for piece in own)
+    for number, own in enumerate(fragments):
         equal = [
             step
             for step, (one, other) in enumerate(zip(first, second, strict=True), start=1)
-            if all(torch.equal(one[name], other[name]) for name in names)
+            if all(torch.equal(*(piece.of(values[piece.parameter.name]) for values in (one, other))) for piece in own)
         ]
         assert equal == [step for step in range(1, 19) if step > 1 and (step - 1 - 2 * number) % 6 == 0]
 
 
 def test_streaming_lowers_the_peak_by_the_number_of_fragments() -> None:
-    parts = [Part(str(i), (100,)) for i in range(8)]
+    parts = [Part("table", (600,)), Part("weight", (100,)), Part("bias", (100,))]
     peers = Peers((0, 1), 0)
     whole, streamed = DiLoCo(every=16), StreamingDiLoCo(every=16, fragments=4, compress=Exact())
     assert streamed.peak_bytes(parts, peers) * 4 == whole.sent_bytes(parts, peers) * 16
@@ -368,10 +369,23 @@ def test_bad_settings_are_refused(make: Callable[[], object], words: str) -> Non
         make()
 
 
-def test_fragments_are_never_empty() -> None:
-    for sizes in ([5], [1, 1, 100], [100, 1, 1], [3, 3, 3, 3, 3, 3, 3]):
-        parts = [Part(str(i), (size,)) for i, size in enumerate(sizes)]
-        for num in range(1, 6):
-            found = fragments_of(parts, num)
-            assert [i for own in found for i in own] == list(range(len(parts)))
-            assert len(found) == min(num, len(parts)) and all(found)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6), st.integers(1, 6))
+def test_fragments_are_all_of_the_model_and_about_equal(shapes: list[tuple[int, int]], num: int) -> None:
+    parts = [Part(str(i), shape) for i, shape in enumerate(shapes)]
+    values = {part.name: torch.zeros(part.shape, dtype=torch.int64) for part in parts}
+    fragments = fragments_of(parts, num)
+    total = sum(part.num_elements for part in parts)
+    sizes = [sum(piece.part.num_elements for piece in own) for own in fragments]
+    assert len(fragments) <= num and all(sizes) and sum(sizes) == total
+    assert max(sizes, default=0) <= total / num + 9  # a row
+    for own in fragments:
+        for piece in own:
+            assert piece.of(values[piece.parameter.name]).shape == piece.part.shape
+            piece.of(values[piece.parameter.name]).add_(1)
+    assert all(bool((value == 1).all()) for value in values.values())
+
+
+def test_a_fragment_has_names_of_its_pieces() -> None:
+    parts = [Part("scale", ()), Part("weight", (4, 2)), Part("bias", (3,))]
+    names = [[piece.part.name for piece in own] for own in fragments_of(parts, 2)]
+    assert names == [["scale", "weight[0:2]"], ["weight[2:4]", "bias"]]

@@ -18,8 +18,9 @@ mu = 0.5 (1.4 times) below H = 100, and the paper's from there on. Of a small de
 mu = 0.9 reaches a loss of 2.16, one replica alone 1.98, the mean 1.80 and mu = 0.5 1.78; with H = 50 they are 1.91,
 1.98, 1.88 and 1.87 (`benchmarks.methods`).
 
-Streaming DiLoCo cuts the parameters into F fragments and brings one of them together every H / F steps, so that the
-peak bandwidth is F times smaller. What is exchanged goes on its way in the background and is taken tau steps later:
+Streaming DiLoCo cuts the parameters into F fragments of about equal size, inside of parameters where need be, and
+brings one of them together every H / F steps, so that the peak bandwidth is F times smaller. What is exchanged goes on
+its way in the background and is taken tau steps later:
 
     x_r = alpha x_r + (1 - alpha) y          alpha = 0: the replica's own steps since then are dropped
 
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from partita.errors import InputError
 from partita.training.sync.exact import Exact
+from partita.training.sync.fragments import fragments_of
 from partita.training.sync.method import GradientMethod, Part, Peers, State
 from partita.training.sync.replica import (
     Begun,
@@ -213,13 +215,16 @@ class StreamingDiLoCo(ReplicaMethod):
         return StreamingSync(replica, self)
 
     def sent_bytes(self, parts: Sequence[Part], peers: Peers) -> float:
-        fragments = fragments_of(parts, self.fragments)
-        return sum(self.compress.sent_bytes([parts[i] for i in own], peers) for own in fragments) / self.every
+        return sum(self._exchanges_of(parts, peers)) / self.every
 
     def peak_bytes(self, parts: Sequence[Part], peers: Peers) -> int:
         """The most that this process sends for one exchange."""
+        return max(self._exchanges_of(parts, peers))
+
+    def _exchanges_of(self, parts: Sequence[Part], peers: Peers) -> list[int]:
+        """Bytes that this process sends for each fragment."""
         fragments = fragments_of(parts, self.fragments)
-        return max(self.compress.sent_bytes([parts[i] for i in own], peers) for own in fragments)
+        return [self.compress.sent_bytes([piece.part for piece in own], peers) for own in fragments]
 
 
 def check_outer(lr: float | None, momentum: float | None, every: int) -> None:
@@ -244,22 +249,6 @@ def outer_settings(lr: float | None, momentum: float | None, every: int) -> tupl
     if momentum is None:
         momentum = _MOMENTUM if every >= LEAST_PAPER_STEPS else _LESS_MOMENTUM if every >= LEAST_NESTEROV_STEPS else 0.0
     return (_LR if momentum else 1.0) if lr is None else lr, momentum
-
-
-def fragments_of(parts: Sequence[Part], num: int) -> list[list[int]]:
-    """Indices of the parts of each fragment: runs of parts of about equal size, none of them empty where there are
-    enough parts."""
-    num = min(num, len(parts))
-    total = sum(part.num_elements for part in parts)
-    found: list[list[int]] = [[] for _ in range(num)]
-    done, at = 0, 0
-    for index, part in enumerate(parts):
-        left = len(parts) - index
-        if found[at] and at + 1 < num and (done >= total * (at + 1) / num or left <= num - 1 - at):
-            at += 1
-        found[at].append(index)
-        done += part.num_elements
-    return [own for own in found if own]
 
 
 class OuterOptimizer:
@@ -365,9 +354,14 @@ class StreamingSync(ReplicaSync):
         self._method = method
         lr, momentum = outer_settings(method.outer_lr, method.outer_momentum, method.every)
         settings = OuterSettings(method.every, lr, momentum, method.compress)
-        named = list(replica.parameters.items())
+        held = replica.parameters
         self._fragments = [
-            OuterOptimizer(dict(named[i] for i in own), settings, replica.peers, replica.share)
+            OuterOptimizer(
+                {piece.part.name: piece.of(held[piece.parameter.name]) for piece in own},
+                settings,
+                replica.peers,
+                replica.share,
+            )
             for own in fragments_of(replica.parts, method.fragments)
         ]
         self._begun: tuple[int, int, Begun] | None = None  # fragment, step, exchange
