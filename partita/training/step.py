@@ -29,16 +29,16 @@ from partita.training.adopt import Adoption
 from partita.training.arguments import check_sync_target
 from partita.training.averages import averaged
 from partita.training.checkpoint.loader import Loaded
-from partita.training.checkpoint.saver import Saving, Source
+from partita.training.checkpoint.saver import Source
 from partita.training.collecting import collect_all, copy_state, ownership_of
 from partita.training.diagnose import check_before
 from partita.training.events import SharesChanged, StepFinished, emit, is_heard
 from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure, take_apart
-from partita.training.keeping import Also, Folder
 from partita.training.loading import ShardedBatch, whole_shape
 from partita.training.masters import ExactLoading
 from partita.training.optimizers import check_optimizer
 from partita.training.runners import BlockRunner, GraphRunner, Outcome, owners_differ
+from partita.training.saved import Saved
 from partita.training.setup import RECORDED_EVERY, StepResult, StepSetup, result_of
 from partita.training.shares import with_shares
 from partita.training.sync.choice import Choice
@@ -51,7 +51,7 @@ CALM_STEPS = 3  # by the adopted plan; afterwards its memory is where it stays
 LEAST_PAGED_BYTES = 16 * MIB  # of parameters, gradients and states: below, they fit the caches
 
 
-class Step:
+class Step(Saved):
     """Trains the model by a plan: ``result = step(batch)``. Made by `partita.parallelize`.
 
     The model's own parameters are what the workers train, so in a job of one process `model` is always current; with
@@ -237,56 +237,6 @@ class Step:
         self._collect()
         copy_state(averaged(self._setup.model, self._setup.optimizer), model, "ema_to")
 
-    def save(self, folder: Folder | None = None, *, also: Also | None = None) -> str:
-        """Writes a checkpoint of weights, optimizer, step count, random states and the method of synchronisation; any
-        plan can load it. In a job every process calls it, and writes its part.
-
-        The previous checkpoint stays until the new one is complete.
-
-        Args:
-            folder: of the checkpoints; None: that of `parallelize(checkpoints=...)`.
-            also: what else to save, by name: schedulers, loaders, anything with `state_dict`.
-
-        Returns:
-            The path of the new one.
-
-        Raises:
-            CheckpointError: the disk refuses; earlier ones are complete.
-        """
-        return self._begin_saving(folder, also, in_background=False).wait()
-
-    def save_async(self, folder: Folder | None = None, *, also: Also | None = None) -> Saving:
-        """As `save`, but copies everything and writes in the background while training goes on.
-
-        Example:
-            >>> saving = step.save_async("checkpoints/")
-            >>> result = step(batch)
-            >>> path = saving.wait()
-        """
-        return self._begin_saving(folder, also, in_background=True)
-
-    def load(self, folder: Folder | None = None, *, also: Also | None = None) -> None:
-        """Continues from the latest checkpoint in `folder` that is as it was written, whatever plan wrote it. In a job
-        every process calls it.
-
-        Args:
-            folder: of the checkpoints, or one of them; None: that of `parallelize(checkpoints=...)`.
-            also: what else to load the state of, by name.
-
-        Raises:
-            CheckpointError: none is complete and undamaged, or it belongs to another model or optimizer. Nothing was
-                changed.
-        """
-        self._require_open()
-        self.take_loaded(self._keeper.load(folder, also))
-
-    def resume(self) -> bool:
-        """Loads the latest checkpoint of `parallelize(checkpoints=...)`, if there is one; whether there was."""
-        found = self._keeper.has_any()
-        if found:
-            self.load()
-        return found
-
     def close(self) -> None:
         """Ends the workers, and completes a checkpoint that is being written. The model and optimizer keep what was
         trained."""
@@ -336,9 +286,6 @@ class Step:
             collect=self._collect,
             sync=self._current.sync_states() if self._current is not None else self._sync_states,
         )
-
-    def _begin_saving(self, folder: Folder | None, also: Also | None, *, in_background: bool) -> Saving:
-        return self._keeper.save(self.source(), folder, also, in_background=in_background)
 
     def _collect_local(self) -> None:
         """Whoever asks his optimizer for its state means that of the steps made here."""
