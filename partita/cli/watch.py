@@ -10,7 +10,7 @@ import importlib.util
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -62,7 +62,7 @@ def describe(event: Event) -> str:
             return (
                 f"step {event.step}  loss {event.loss:.4g}  {event.samples_per_s:.1f} samples/s  "
                 f"{format_time(event.step_time_s)} a step"
-                + (f"  {format_bytes(event.bytes_sent)} sent" if event.bytes_sent else "")
+                + (f"  {format_bytes(event.bytes_sent)} sent{_by_link(event.sent_to)}" if event.bytes_sent else "")
                 + (f"  norm {event.grad_norm:.3g}" if event.grad_norm is not None else "")
                 + (f"  {event.compression_error:.0%} not sent" if event.compression_error else "")
                 + (f"  {event.staleness} late" if event.staleness else "")
@@ -78,6 +78,13 @@ def describe(event: Event) -> str:
             return f"rows: {', '.join(map(str, event.shares))} from step {event.step} on"
         case Checkpointed():
             return f"checkpoint {event.action}: {event.path}, step {event.step}, {format_bytes(event.num_bytes)}"
+
+
+def _by_link(sent_to: Mapping[int, int]) -> str:
+    """Where bytes go to, where that is more than one process."""
+    if len(sent_to) < 2:
+        return ""
+    return f" ({', '.join(f'{format_bytes(num)} to {process}' for process, num in sorted(sent_to.items()))})"
 
 
 class Lines:
@@ -168,6 +175,8 @@ class Board:
                 value = getattr(event, name)
                 if value is not None and (value or name not in _OF_METHODS):
                     self._writer.add_scalar(name, value, event.step)
+            for process, num_bytes in event.sent_to.items():
+                self._writer.add_scalar(f"sent_to/{process}", num_bytes, event.step)
 
     def close(self) -> None:
         self._writer.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -73,6 +74,7 @@ class StepOutcome:
     timeline: Timeline | None
     bytes_sent: int
     norm: float | None = None
+    sent_to: Mapping[int, int] = field(default_factory=dict)  # the same by receiving process
 
 
 class Engine:
@@ -294,14 +296,15 @@ class Engine:
         """
         self._refuse_if_unusable()
         start_s = time.perf_counter()
-        sent = self._connections.bytes_sent
+        sent, sent_to = self._connections.bytes_sent, self._sent_to()
         feeds = self._registers(leaves, row_offsets or {})
         self.mode.update, self.mode.accumulate_only, self.mode.finite_only = update, accumulate_only, finite_only
         self.mode.most_norm, self.mode.loss_scale, self.mode.continues = most_norm, loss_scale, continues
         self._seed_workers()
         self._let_run(feeds, start_s, record)
         end_s = time.perf_counter()
-        outcome = self._outcome(commit_buffers, record, end_s - start_s, self._connections.bytes_sent - sent)
+        num_bytes = self._connections.bytes_sent - sent
+        outcome = self._outcome(commit_buffers, record, end_s - start_s, num_bytes, self._sent_to() - sent_to)
         if self._random:
             default_generator(self.device).set_state(self._random[0].generator.get_state())
         return outcome
@@ -397,7 +400,12 @@ class Engine:
         for worker in self.workers:
             worker.join(max(deadline_s - time.perf_counter(), 0.0))
 
-    def _outcome(self, commit_buffers: bool, record: bool, step_time_s: float, bytes_sent: int) -> StepOutcome:
+    def _sent_to(self) -> Counter[int]:
+        return Counter() if self._session is None else self._session.sent_to
+
+    def _outcome(
+        self, commit_buffers: bool, record: bool, step_time_s: float, bytes_sent: int, sent_to: Mapping[int, int]
+    ) -> StepOutcome:
         loss = next(w.registers[w.program.loss] for w in self.workers if w.program.loss).clone()
         if commit_buffers and self._buffers and not (self.mode.finite_only and not math.isfinite(float(loss))):
             for worker, targets, names in self._buffers:
@@ -412,7 +420,7 @@ class Engine:
             timeline = Timeline(events=events, step_time_s=step_time_s, bytes_sent=bytes_sent)
         for worker in self.workers:
             worker.registers = {}
-        return StepOutcome(loss=loss, timeline=timeline, bytes_sent=bytes_sent, norm=norm)
+        return StepOutcome(loss=loss, timeline=timeline, bytes_sent=bytes_sent, norm=norm, sent_to=sent_to)
 
     def _on_peer_failure(self, error: StepError) -> None:
         self.failure.record(error)

@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -149,6 +150,17 @@ class ProcessSession:
         self._groups: list[_Group] = []
         self._meshes: list[Mesh] = []
         self._num_lines = 0
+        self._sent_to: Counter[int] = Counter()  # over groups; meshes count for themselves
+        self._counting = threading.Lock()
+
+    @property
+    def sent_to(self) -> Counter[int]:
+        return sum((mesh.sent_to for mesh in self._meshes), self._sent_to + Counter())
+
+    def count(self, sent: Mapping[int, int]) -> None:
+        """So many bytes were sent to each process over a group."""
+        with self._counting:  # several workers send
+            self._sent_to.update(sent)
 
     @property
     def has_groups(self) -> bool:
@@ -297,7 +309,10 @@ class ProcessLine:
     def _over_group(self, wide: Tensor) -> None:
         work: Any = dist.all_reduce(wide, group=self._group.torch_group, async_op=True)
         self._session.wait(work.wait, f"a sum over {self._names}", self._timeout_s)
-        self.bytes_sent += ring_bytes(wide.numel() * wide.element_size(), len(self._processes))
+        num_bytes = ring_bytes(wide.numel() * wide.element_size(), len(self._processes))
+        place = self._processes.index(self._session.transport.rank)
+        self._session.count({self._processes[(place + 1) % len(self._processes)]: num_bytes})
+        self.bytes_sent += num_bytes
 
     def exchange(
         self, outgoing: Mapping[int, Sequence[Tensor]], incoming: Mapping[int, Sequence[TensorSpec]]
@@ -318,6 +333,7 @@ class ProcessLine:
             answer, message, in_sizes, out_sizes, group=self._group.torch_group, async_op=True
         )
         self._session.wait(work.wait, f"an exchange among {self._names}", self._timeout_s)
+        self._session.count(dict(zip(self._processes, out_sizes, strict=True)))
         self.bytes_sent += message.numel()
         return self._unpacked(answer, incoming)
 
@@ -362,6 +378,7 @@ class ProcessMail:
             return lambda: None
         with self._lock:
             self.bytes_sent += message.numel()
+        self._session.count({process: message.numel()})
         work: Any = dist.isend(message, process, group=self._group.torch_group, tag=tag)
 
         def finish() -> None:

@@ -27,7 +27,7 @@ import select
 import socket
 import struct
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +64,7 @@ class Mesh:
     """
 
     def __init__(self, peers: Mapping[int, socket.socket], rank: int, timeout_s: float) -> None:
-        self.bytes_sent = 0
+        self.sent_to: Counter[int] = Counter()  # bytes, by rank
         self._peers = dict(peers)
         self._timeout_s = timeout_s
         self._ranks = sorted([*peers, rank])
@@ -73,6 +73,10 @@ class Mesh:
         for peer in self._peers.values():
             peer.setblocking(False)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @property
+    def bytes_sent(self) -> int:
+        return self.sent_to.total()
 
     def all_reduce(self, value: Tensor) -> None:
         """Replace the flat, contiguous `value` by its sum over the processes.
@@ -129,7 +133,8 @@ class Mesh:
         deadline_s = time.monotonic() + self._timeout_s
         out = {rank: deque(view for view in views if view) for rank, views in outgoing.items()}
         into = {rank: deque(view for view in views if view) for rank, views in incoming.items()}
-        self.bytes_sent += sum(len(view) for views in out.values() for view in views)
+        for rank, views in out.items():
+            self.sent_to[rank] += sum(map(len, views))
         try:
             while True:
                 moved = [self._send(rank, views) for rank, views in out.items() if views]

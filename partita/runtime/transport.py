@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -61,6 +62,11 @@ class Session(Protocol):
         ...
 
     def mail(self, timeout_s: float) -> Mail: ...
+
+    @property
+    def sent_to(self) -> Counter[int]:
+        """Bytes that this process has sent so far, by the process that they went to first."""
+        ...
 
     def on_failure(self, listener: Callable[[StepError], None]) -> None:
         """Call `listener` when a process is lost or reports a failure (at once if that has happened)."""

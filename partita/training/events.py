@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from partita.arguments import told
@@ -58,6 +58,7 @@ class StepFinished:
     skipped: bool = False
     exposed_time_s: float | None = None
     skew: float | None = None
+    sent_to: Mapping[int, int] = field(default_factory=dict)
     process: int = 0
 
     @property

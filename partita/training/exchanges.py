@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -32,6 +33,11 @@ class Exchanges:
     @property
     def bytes_sent(self) -> int:
         return self.line.bytes_sent + self._courier.line.bytes_sent
+
+    @property
+    def sent_to(self) -> Counter[int]:
+        """The same by the process that they went to first."""
+        return self._session.sent_to
 
     def errand(self, key: str, call: Callable[[Line], list[torch.Tensor]]) -> Errand:
         """Has `call` exchange over the line of the background, after what was begun before."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -85,7 +86,7 @@ class ReplicatedStep(StepAround):
         return self._exchanges.bytes_sent
 
     def __call__(self, batch: Any, *, update: bool = True) -> StepResult:
-        start_s, sent = time.perf_counter(), self._exchanges.bytes_sent
+        start_s, sent, sent_to = time.perf_counter(), self._exchanges.bytes_sent, self._exchanges.sent_to
         if self._sync is None and self._num_steps >= self._method.exact_steps:
             self._inner.sync_to(self._setup.model)
             self._inner.close()
@@ -101,6 +102,7 @@ class ReplicatedStep(StepAround):
             step=self._num_steps,
             step_time_s=time.perf_counter() - start_s,
             bytes_sent=result.bytes_sent + self._exchanges.bytes_sent - sent,
+            sent_to=Counter(result.sent_to) + (self._exchanges.sent_to - sent_to),
             compression_error=self._sync.error if self._sync is not None else result.compression_error,
             staleness=self._sync.staleness if self._sync is not None else 0,
         )

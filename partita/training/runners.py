@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +50,7 @@ class Outcome:
     timeline: Timeline | None = None
     norm: float | None = None
     error: float = 0.0
+    sent_to: Mapping[int, int] = field(default_factory=dict)  # bytes, by receiving process
 
     def is_finite(self) -> bool:
         return math.isfinite(self.loss) and (self.norm is None or math.isfinite(self.norm))
@@ -232,6 +233,7 @@ class GraphRunner:
             done.timeline,
             None if accumulate_only else done.norm,
             0.0 if self.sums is None else self.sums.error,
+            done.sent_to,
         )
         applies = update and not accumulate_only and (outcome.is_finite() or not finite_only)
         if update and not self._settled:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -31,7 +32,8 @@ RECORDED_EVERY = 10  # steps, of those that somebody hears of
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step gave. `loss` is that of the whole global batch; `bytes_sent` counts this process' messages.
+    """What one step gave. `loss` is that of the whole global batch; `bytes_sent` counts this process' messages, and
+    `sent_to` the same by the process that they went to first (sums of many bytes go round a ring).
 
     `grad_norm`: of all gradients, before they were clipped; None unless `parallelize` has a `clip_grad_norm` or
     `loss_scale`, and where the step only accumulates. `compression_error`: the share of what was to be sent in the step
@@ -55,6 +57,7 @@ class StepResult:
     skipped: bool = False
     exposed_time_s: float | None = None
     skew: float | None = None
+    sent_to: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def samples_per_s(self) -> float:
@@ -73,6 +76,7 @@ def result_of(outcome: Outcome, **facts: Any) -> StepResult:
         bytes_sent=outcome.bytes_sent,
         grad_norm=outcome.norm,
         compression_error=outcome.error,
+        sent_to=dict(outcome.sent_to),
         **facts,
     )
 

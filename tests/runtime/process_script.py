@@ -138,6 +138,7 @@ def main() -> None:
             sums = {"n:mail": batch[0:1] + batch[2:3], "n:turned": batch[:, 0:1] + batch[:, 2:3]}
             assert torch.equal(outcome.loss, sums[loss]), outcome.loss
             assert outcome.bytes_sent == predicted_bytes(together), (outcome.bytes_sent, predicted_bytes(together))
+            assert sum(outcome.sent_to.values()) == outcome.bytes_sent and rank not in outcome.sent_to
         mine = torch.arange(16.0).view(4, 4).sum(0) * 5 + 4 * 15
         expected = 4 * mine  # the sum, summed over four workers
         start = 2 * rank

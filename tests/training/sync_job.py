@@ -63,6 +63,7 @@ def main(corner: str, folder: str, rank: int) -> None:
             "losses": [result.loss for result in results],
             "bytes": [result.bytes_sent for result in results],
             "predicted": predicted,
+            "sent_to": [{str(process): num for process, num in result.sent_to.items()} for result in results],
             "weights": [value.double().flatten().tolist() for value in model.state_dict().values()],
         }
     with open(f"{folder}/{rank}.json", "w") as file:

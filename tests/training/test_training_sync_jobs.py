@@ -59,6 +59,13 @@ def test_plans_are_predicted_to_send_what_the_method_sends(found: list[dict[str,
     assert found[0][name]["predicted"] == found[1][name]["predicted"] == pytest.approx(measured, rel=0.08)
 
 
+@pytest.mark.parametrize("name", sync_job.METHODS)
+def test_bytes_are_told_by_where_they_go(found: list[dict[str, Any]], name: str) -> None:
+    for rank in range(2):
+        one = found[rank][name]
+        assert one["sent_to"] == [{str(1 - rank): num_bytes} for num_bytes in one["bytes"]]
+
+
 @pytest.mark.parametrize("name", ["bf16", "int8", "powersgd", "topk"])
 def test_compressed_training_stays_close(found: list[dict[str, Any]], name: str) -> None:
     losses = found[0][name]["losses"]
