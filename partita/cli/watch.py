@@ -152,9 +152,15 @@ class Metrics:
 def record(event: Event) -> str:
     """An event as one JSON object: its fields, `event` (its kind, e.g. "step_finished") and `time_unix_s`."""
     kind = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    if isinstance(event, SyncChosen):
+        return _encoded(kind, event.choice.as_dict())
     fields: dict[str, Any] = msgspec.to_builtins(event)
     if isinstance(event, StepFinished):
         fields["samples_per_s"] = event.samples_per_s
+    return _encoded(kind, fields)
+
+
+def _encoded(kind: str, fields: Mapping[str, Any]) -> str:
     return msgspec.json.encode({"event": kind, "time_unix_s": time.time(), **fields}).decode()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -17,9 +18,12 @@ from partita.training.events import (
     Event,
     PlanChosen,
     StepFinished,
+    SyncChosen,
     WarningRaised,
     emit,
 )
+from partita.training.sync import DiLoCo, Exact
+from partita.training.sync.choice import Estimate, decide
 
 PLAN = Plan(
     mode="block",
@@ -29,12 +33,20 @@ PLAN = Plan(
     workers=(Worker(index=0, process=0, machine=0, cores=(0,), stage=0, data=0),),
     threads_per_worker=1,
 )
+CHOICE = decide(
+    [
+        Estimate(method=Exact(), plan="two", step_time_s=1.0, sent_bytes=8.0, steps_factor=1.0),
+        Estimate(method=DiLoCo(every=50), plan="one", step_time_s=0.5, sent_bytes=1.0, steps_factor=1.5),
+    ],
+    "equivalent-loss",
+)
 EVENTS: list[Event] = [
     PlanChosen(plan=PLAN, time_s=2.0),
     CandidateMeasured(description="two", plan=PLAN, predicted_step_time_s=1.0, step_time_s=0.5),
     CandidateMeasured(description="two", plan=PLAN, predicted_step_time_s=1.0, step_time_s=None, failed="too big"),
     WarningRaised(subject="capture", message="one block"),
     Checkpointed(action="saved", path="c/1", step=3, num_bytes=1024, time_s=0.1),
+    SyncChosen(choice=CHOICE),
 ]
 
 
@@ -47,6 +59,9 @@ def test_every_event_has_its_line() -> None:
     assert "plain PyTorch" in texts[0]
     assert "measured 500 ms" in texts[1] and "too big" in texts[2]
     assert "one block" in texts[3] and "c/1" in texts[4]
+    assert "diloco: predicted to reach a loss in 75%" in texts[5]
+    observed = dataclasses.replace(_step(7), exposed_time_s=0.01, skew=0.25, sent_to={1: 1024, 2: 1024})
+    assert describe(observed).endswith("2.0 KiB sent (1.0 KiB to 1, 1.0 KiB to 2)  10 ms waiting  skew 25%")
     assert describe(_step(7)) == "step 7  loss 0.5  128.0 samples/s  250 ms a step  2.0 KiB sent"
 
 
@@ -73,8 +88,9 @@ def test_metrics_are_whole_lines_at_once(tmp_path: Path) -> None:
     kinds = [json.loads(line)["event"] for line in path.read_text().splitlines()]  # before it is closed
     metrics.close()
     assert kinds == ["plan_chosen", "candidate_measured", "candidate_measured", "warning_raised", "checkpointed",
-                     "step_finished"]  # fmt: skip
-    last = json.loads(path.read_text().splitlines()[-1])
+                     "sync_chosen", "step_finished"]  # fmt: skip
+    *_, choice, last = (json.loads(line) for line in path.read_text().splitlines())
+    assert choice["method"] == "DiLoCo(every=50)" and choice["estimates"][0]["step_time_s"] == 0.5
     assert last["loss"] is None and last["samples_per_s"] == 128.0
 
 

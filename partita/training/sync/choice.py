@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -51,6 +51,13 @@ class Choice:
     @property
     def method(self) -> GradientMethod | ReplicaMethod:
         return self.estimates[0].method if self.estimates else Exact()
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data; methods as of `brief`."""
+        rows = [{**dataclasses.asdict(one), "method": brief(one.method)} for one in self.estimates]
+        return {
+            "method": brief(self.method), "reason": self.reason, "tolerance": self.tolerance, "estimates": rows,
+        }  # fmt: skip
 
     def explain(self) -> str:
         """A table of the estimates, and the reason.
