@@ -24,7 +24,6 @@ from partita.cluster import Cluster
 from partita.cluster.model import Link, Process
 from partita.cost.sums import EXACT_SUM, FREE_SUM, SumCost
 from partita.cost.table import CostTable
-from partita.errors import CaptureError, PlanError
 from partita.graph import Graph
 from partita.plan import Constraints, Plan
 from partita.planner.describe import title
@@ -70,8 +69,8 @@ def choose(setup: StepSetup, batch: Any, tolerance: Tolerance, wanted: Plan | Co
         try:
             found = _Predictor(setup, batch, wanted).estimates(known)
             told = [(known.index(one.method), one.plan, one.step_time_s, one.sent_bytes) for one in found]
-        except (CaptureError, PlanError) as error:  # which planning meets again, and says what to do
-            problem = f"nothing can be predicted of this model: {error}"
+        except Exception as error:  # planning meets it again, on all processes, and says what to do
+            problem = f"nothing can be predicted of this model: {type(error).__name__}: {error}"
     told, problem = setup.team.from_first((told, problem))
     if problem:
         return _exact(tolerance, problem)
@@ -134,7 +133,7 @@ class _Predictor:
         self._parts, self._peers = _parts_of(setup), _peers_of(setup)
 
     def estimates(self, methods: Sequence[Method]) -> list[Estimate]:
-        """Raises `CaptureError` where the model is no graph, `PlanError` where it cannot be planned."""
+        """Raises what capturing and planning the model raise."""
         graph = self._setup.capture(self._batch)
         plans = self._plans(graph)
         exact = self._of_gradients(Exact(), plans)
