@@ -3,9 +3,9 @@ lie in order for ops that take no others.
 
 On the CPU, oneDNN computes convolutions of float32, bfloat16 and float16 in layouts of its own (oneDNN, "Understanding
 Memory Formats"): tensors whose channels are the last dim are taken as they are, all others are copied into blocks of
-16 channels, the last block filled up, and so is the result before it is copied back. What has fewer channels than a
-block is read in place. Small single samples and other types are computed by matrix products with the columns of all
-patches (Chellapilla, Puri and Simard 2006, section 3; `use_mkldnn` in ATen/native/Convolution.cpp says when).
+16 channels (8 on CPUs without AVX-512), the last block filled up, and so is the result before it is copied back. What
+has fewer channels than a block is read in place. Small single samples and other types are computed by matrix products
+with the columns of all patches (Chellapilla, Puri and Simard 2006, section 3; `use_mkldnn` in ATen/native/Convolution.cpp says when).
 
     x, w, y    input, weight and output of the convolution (y stands for its gradient in the backward phase)
     |t|        bytes of t;  [t] bytes of t in blocks of channels;  (t) bytes of t if it must first be made contiguous
@@ -28,7 +28,7 @@ from torch import fx
 
 aten = torch.ops.aten
 
-_BLOCK = 16  # channels of a block on CPUs with AVX-512; with AVX2 it is 8
+_BLOCK = 16 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 8  # channels of a block
 _BLOCKED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SMALL_ELEMENTS = 20480  # of a single sample
 _NARROW = 3  # extent of kernels whose weight's gradient oneDNN computes without filling up blocks
