@@ -5,7 +5,8 @@ On the CPU, oneDNN computes convolutions of float32, bfloat16 and float16 in lay
 Memory Formats"): tensors whose channels are the last dim are taken as they are, all others are copied into blocks of
 16 channels (8 on CPUs without AVX-512), the last block filled up, and so is the result before it is copied back. What
 has fewer channels than a block is read in place. Small single samples and other types are computed by matrix products
-with the columns of all patches (Chellapilla, Puri and Simard 2006, section 3; `use_mkldnn` in ATen/native/Convolution.cpp says when).
+with the columns of all patches (Chellapilla, Puri and Simard 2006, section 3; `use_mkldnn` in
+ATen/native/Convolution.cpp says when).
 
     x, w, y    input, weight and output of the convolution (y stands for its gradient in the backward phase)
     |t|        bytes of t;  [t] bytes of t in blocks of channels;  (t) bytes of t if it must first be made contiguous
