@@ -30,7 +30,7 @@ def plan_of(processes: tuple[int, ...], step_time_s: float = 1.0, **options: Any
 
 
 def cost_of(latency_s: float, bytes_per_s: float) -> Any:
-    return SimpleNamespace(collective_time_s=lambda kind, num_bytes, group: latency_s + num_bytes / bytes_per_s)
+    return SimpleNamespace(gradient_sum_time_s=lambda num_bytes, group: latency_s + num_bytes / bytes_per_s)
 
 
 @given(st.floats(1e-5, 1e-2), st.floats(0.05, 2.0), st.floats(0.1, 1.0))
