@@ -26,7 +26,8 @@ from partita.training.replica_balance import ReplicaBalance
 ROWS, NUM_BATCHES = 16, 8
 ROW_TIME_S = 0.004  # much more than what else happens on a busy machine
 SLOWNESS = 3.0
-MOST_STEPS = 800
+MOST_STEPS = 3000
+COMPILING_STEP_S = 0.02  # a compiler beside the steps needs its time
 PLAN = Constraints(data=2, pipeline=1, num_workers=2, num_microbatches=1, threads_per_worker=1, compiled=False)
 ALONE = Constraints(data=1, pipeline=1, num_microbatches=1, threads_per_worker=1, compiled=False)
 
@@ -127,6 +128,8 @@ class Trainer:
             batches = partita.data.sharded(loader(), self.step)
             for batch in ahead(batches, 3) if self.corner == "ahead" else batches:
                 self.losses.append(self.step(batch).loss)
+                if self.corner == "compiled":
+                    time.sleep(COMPILING_STEP_S)
                 self.rows.append(len(getattr(batch, "batch", batch)[0]))
                 self.shares.append(self.now())
 
