@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -296,7 +295,8 @@ class Engine:
         """
         self._refuse_if_unusable()
         start_s = time.perf_counter()
-        sent, sent_to = self._connections.bytes_sent, self._sent_to()
+        sent = self._connections.bytes_sent
+        before = None if self._session is None else self._session.sent_to
         feeds = self._registers(leaves, row_offsets or {})
         self.mode.update, self.mode.accumulate_only, self.mode.finite_only = update, accumulate_only, finite_only
         self.mode.most_norm, self.mode.loss_scale, self.mode.continues = most_norm, loss_scale, continues
@@ -304,7 +304,8 @@ class Engine:
         self._let_run(feeds, start_s, record)
         end_s = time.perf_counter()
         num_bytes = self._connections.bytes_sent - sent
-        outcome = self._outcome(commit_buffers, record, end_s - start_s, num_bytes, self._sent_to() - sent_to)
+        sent_to = {} if self._session is None or before is None else self._session.sent_to - before
+        outcome = self._outcome(commit_buffers, record, end_s - start_s, num_bytes, sent_to)
         if self._random:
             default_generator(self.device).set_state(self._random[0].generator.get_state())
         return outcome
@@ -399,9 +400,6 @@ class Engine:
         deadline_s = time.perf_counter() + STOP_TIME_S
         for worker in self.workers:
             worker.join(max(deadline_s - time.perf_counter(), 0.0))
-
-    def _sent_to(self) -> Counter[int]:
-        return Counter() if self._session is None else self._session.sent_to
 
     def _outcome(
         self, commit_buffers: bool, record: bool, step_time_s: float, bytes_sent: int, sent_to: Mapping[int, int]
