@@ -16,6 +16,9 @@ ATen/native/Convolution.cpp says when).
     forward, transposed     (x) + [w] + max([x] + [y] - |y|, [y]),  or with a stride (x) + 2 |y|
     backward                (x) + (y) + [y] + max(r(x), [x] if its gradient is needed)
     backward, transposed    (x) + (y) + [x] + r(y)
+
+Without AVX-512, oneDNN computes the gradients of a volume's weight by matrix products as well, whose scratchpad depends
+on the threads that it finds: it is not known.
 """
 
 from __future__ import annotations

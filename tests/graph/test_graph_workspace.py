@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from partita.graph.workspace import workspace_bytes
 
 aten = torch.ops.aten
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 ON_X86 = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
 
 
@@ -98,6 +99,8 @@ def images(*shape: int, channels_last: bool = False) -> Tensor:
     ],
 )
 def test_convolutions(x: Tensor, weight: Tensor, groups: int, upwards: int, backward: bool, tmp_path: Path) -> None:
+    if x.dim() == 5 and backward and not upwards and not HAS_AVX512:
+        pytest.skip("without AVX-512 the gradient of a volume's weight takes a scratchpad that depends on threads")
     target, *args = convolution(x, weight, groups, backward=backward, upwards=upwards)
     target(*args)  # what oneDNN keeps for later calls is no workspace
     peak, left = allocated(lambda: target(*args), tmp_path)
