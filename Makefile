@@ -10,8 +10,9 @@ export GOMP_SPINCOUNT ?= 0
 demo: $(VENV)/.installed
 	$(BIN)/python -m examples.demo
 
+# In two processes: most tests use one core.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
