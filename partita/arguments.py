@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from pathlib import Path
+from typing import Any
 
 from partita.errors import InputError
 
@@ -33,7 +34,7 @@ def path_of(value: object, what: str) -> Path:
 
 
 def check_number(
-    value: object,
+    value: Any,
     what: str,
     *,
     least: float | None = None,
