@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from pathlib import Path
+from typing import Any
 
 from partita.errors import InputError
 
@@ -31,7 +33,34 @@ def path_of(value: object, what: str) -> Path:
     raise InputError(f'{what} must be a path (a text or pathlib.Path), but got {told(value)}. Pass e.g. "runs/first".')
 
 
+def check_number(
+    value: Any,
+    what: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+) -> None:
+    """Raises InputError unless `value` is a number (with `whole` an integer) within the bounds; `what` names the
+    argument.
+
+    >>> check_number(0.5, "momentum", least=0, below=1)
+    """
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    bounds = [
+        ("at least", least, operator.ge),
+        ("above", above, operator.gt),
+        ("at most", most, operator.le),
+        ("below", below, operator.lt),
+    ]
+    given = [(words, bound, holds) for words, bound, holds in bounds if bound is not None]
+    if not is_number or not all(holds(value, bound) for _, bound, holds in given):
+        wanted = " and ".join(f"{words} {bound:g}" for words, bound, _ in given)
+        raise InputError(f"{what} must be a {'whole ' * whole}number, {wanted}, but got {told(value)}")
+
+
 def check_count(value: object, what: str) -> None:
     """Raises InputError unless `value` is a whole number from 1 on; `what` names the argument."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{what} must be a whole number from 1 on, but got {told(value)}")
+    check_number(value, what, least=1, whole=True)

@@ -66,6 +66,8 @@ def describe(event: Event) -> str:
                 + (f"  norm {event.grad_norm:.3g}" if event.grad_norm is not None else "")
                 + (f"  {event.compression_error:.0%} not sent" if event.compression_error else "")
                 + (f"  {event.staleness} late" if event.staleness else "")
+                + (f"  scale {event.loss_scale:g}" if event.loss_scale is not None else "")
+                + ("  skipped" if event.skipped else "")
                 + (f"  {format_time(event.exposed_time_s)} waiting" if event.exposed_time_s else "")
                 + (f"  skew {event.skew:.0%}" if event.skew else "")
             )
@@ -164,7 +166,8 @@ def _encoded(kind: str, fields: Mapping[str, Any]) -> str:
     return msgspec.json.encode({"event": kind, "time_unix_s": time.time(), **fields}).decode()
 
 
-_OF_METHODS = ("grad_norm", "compression_error", "staleness", "exposed_time_s", "skew")  # that not every step has
+# What not every step has.
+_OF_METHODS = ("grad_norm", "compression_error", "staleness", "loss_scale", "exposed_time_s", "skew")
 
 
 class Board:

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from partita.errors import InputError, NonFiniteLossError
+from partita.runtime.binding import NORM_EPSILON
 from partita.training.checkpoint.contents import random_state, set_random_state
 from partita.training.checkpoint.saver import Source
 from partita.training.elastic_around import MOST_TRIES, ElasticAround
@@ -50,7 +51,10 @@ class ElasticStep(ElasticAround):
         self._buffers = [value for value in setup.model.buffers() if value.is_floating_point()]
         self._attempt = _Attempt()
         self._trained: tuple[str, ...] = ()  # parameters that have gradients
-        inner = dataclasses.replace(setup, due=self._due, checkpoints=None, tells=False, check_finite="off")
+        # Gradients are clipped once they are those of all pieces, so not by the inner step.
+        inner = dataclasses.replace(
+            setup, due=self._due, checkpoints=None, tells=False, check_finite="off", clip_norm=None
+        )
         self._inner = make(inner, self._pieces(batch, 0))
         self._join(self._state_for_peers, self._load_state_of_peer)
 
@@ -78,10 +82,11 @@ class ElasticStep(ElasticAround):
                 break
             before.restore()
             lost_nobody = self._attempt.is_whole
-            if lost_nobody and not math.isfinite(self._attempt.loss) and self._setup.check_finite != "off":
+            if lost_nobody and not self._attempt.is_finite:
+                norm = "" if self._attempt.norm is None else f" and a norm of the gradients of {self._attempt.norm}"
                 raise NonFiniteLossError(
-                    f"the loss must be finite, but got {self._attempt.loss} in step {self.num_steps + 1}; no parameter "
-                    "was updated. Look at the batch and the learning rate"
+                    f"the loss must be finite, but got {self._attempt.loss}{norm} in step {self.num_steps + 1}; no "
+                    "parameter was updated. Look at the batch and the learning rate"
                 )
         else:
             raise InputError(f"a step must succeed within {MOST_TRIES} tries, but every time a process was lost")
@@ -92,6 +97,7 @@ class ElasticStep(ElasticAround):
             step_time_s=time.perf_counter() - start_s,
             num_samples=self._num_rows,
             bytes_sent=self._attempt.bytes_sent,
+            grad_norm=self._attempt.norm,
         )
         self._tell(result)
         if current.place == 0:  # one of them writes
@@ -163,13 +169,22 @@ class ElasticStep(ElasticAround):
         made.loss, made.times_s = float(told[0]), told[1:].tolist()
         made.is_whole = self._members.is_whole()
         made.bytes_sent = int(2 * (num - 1) / num * flat.nbytes)
-        made.committed = self._members.vote(math.isfinite(made.loss))
+        made.norm = self._clip(body[:num_trained])
+        made.committed = self._members.vote(made.is_finite or self._setup.check_finite == "off")
         if not made.committed:
             return []
         pieces = unflat(body, values)
         for buffer, mean in zip(self._buffers, pieces[len(gradients) :], strict=True):
             buffer.copy_(mean)
         return [dict(zip(gradients, pieces[: len(gradients)], strict=True))]
+
+    def _clip(self, gradients: Tensor) -> float | None:
+        """Clips the sum over all pieces in place, as `torch.nn.utils.clip_grad_norm_` does; the norm before."""
+        if self._setup.clip_norm is None:
+            return None
+        norm = float(torch.linalg.vector_norm(gradients))
+        gradients *= min(self._setup.clip_norm / (norm + NORM_EPSILON), 1.0)
+        return norm
 
     def _state_for_peers(self) -> dict[str, Any]:
         """What whoever comes in must have. Called while the step waits for its quorum."""
@@ -202,6 +217,11 @@ class _Attempt:
     bytes_sent: int = 0
     is_whole: bool = False
     committed: bool = False
+    norm: float | None = None  # of the gradients of all pieces, where it is asked for
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and (self.norm is None or math.isfinite(self.norm))
 
 
 class _Volatile:

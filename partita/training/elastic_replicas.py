@@ -112,7 +112,7 @@ class ElasticReplicas(ElasticAround):
         self._num_steps += 1
         self._window.add(result, counts[place], time.perf_counter() - start_s)
         told = self._agree() if self._num_steps - self._agreed_step >= self._every else _Told()
-        return self._result(result.loss, start_s, told.bytes_sent)
+        return self._result(result.loss, start_s, told.bytes_sent, result.grad_norm)
 
     def sync_to(self, model: nn.Module) -> None:
         """Copies what replicas have agreed on last into `model`, and this replica's buffers."""
@@ -203,13 +203,14 @@ class ElasticReplicas(ElasticAround):
                 for value, before in zip(self._outer.values, own, strict=True):
                     value.copy_(before)
 
-    def _result(self, loss: float, start_s: float, bytes_sent: int) -> StepResult:
+    def _result(self, loss: float, start_s: float, bytes_sent: int, norm: float | None = None) -> StepResult:
         result = StepResult(
             loss=loss,
             step=self._num_steps,
             step_time_s=time.perf_counter() - start_s,
             num_samples=self._num_rows,
             bytes_sent=bytes_sent,
+            grad_norm=norm,
         )
         self._tell(result)
         return result

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partita.arguments import check_count, told
+from partita.arguments import check_count, check_number, told
 from partita.errors import InputError, PeerLostError, StepError, WaitTimeoutError
 from partita.runtime.sockets import own_address
 from partita.runtime.tokens import token_of
@@ -90,8 +90,9 @@ class Elastic:
             if value is not None:
                 check_count(value, name)
         for name, seconds in (("timeout_s", self.timeout_s), ("wait_s", self.wait_s)):
-            if not seconds > 0:
-                raise InputError(f"{name} must be above 0 seconds, but got {told(seconds)}")
+            check_number(seconds, f"{name} (seconds)", above=0)
+        if not isinstance(self.lighthouse, str):
+            raise InputError(f'lighthouse must be a text "http://host:port", but got {told(self.lighthouse)}')
 
     @property
     def address(self) -> str:

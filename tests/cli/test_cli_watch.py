@@ -62,6 +62,8 @@ def test_every_event_has_its_line() -> None:
     assert "diloco: predicted to reach a loss in 75%" in texts[5]
     observed = dataclasses.replace(_step(7), exposed_time_s=0.01, skew=0.25, sent_to={1: 1024, 2: 1024})
     assert describe(observed).endswith("2.0 KiB sent (1.0 KiB to 1, 1.0 KiB to 2)  10 ms waiting  skew 25%")
+    scaled = dataclasses.replace(_step(7), loss_scale=32768.0, skipped=True)
+    assert describe(scaled).endswith("2.0 KiB sent  scale 32768  skipped")
     assert describe(_step(7)) == "step 7  loss 0.5  128.0 samples/s  250 ms a step  2.0 KiB sent"
 
 

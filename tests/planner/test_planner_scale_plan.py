@@ -152,3 +152,17 @@ def test_a_batch_without_samples_is_refused() -> None:
 def test_state_of_plain_optimizers() -> None:
     state = state_of("SGD", torch.float32)
     assert (state.weight_bytes, state.gradient_bytes, state.optimizer_bytes) == (4, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"data": 0}, "data must be a whole number, at least 1"),
+        ({"micro_batch": 1.5}, "micro_batch must be a whole number"),
+        ({"zero": 4}, "zero must be a whole number, at least 0 and at most 3"),
+        ({"recompute": "all"}, "recompute must be one of"),
+    ],
+)
+def test_constraints_of_a_wrong_kind_are_refused(given: dict[str, object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        ScaleConstraints(**given)  # type: ignore[arg-type]

@@ -191,6 +191,33 @@ def test_alone_with_a_lighthouse_training_is_plain(tmp_path: Path) -> None:
         server.shutdown()
 
 
+def test_gradients_are_clipped_by_the_norm_over_all_pieces() -> None:
+    limit, wanted, found = 0.1, [], []
+    reference, _ = elastic_job.build()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.5)
+    for number in range(3):
+        optimizer.zero_grad()
+        elastic_job.loss_fn(reference, elastic_job.batch_of(number)).backward()  # type: ignore[no-untyped-call]
+        wanted.append(float(torch.nn.utils.clip_grad_norm_(reference.parameters(), limit)))
+        optimizer.step()
+    assert min(wanted) > limit
+    server = membership.lighthouse("127.0.0.1", 0)
+    try:
+        elastic = Elastic(lighthouse=f"http://127.0.0.1:{server.address().rsplit(':', 1)[1]}", timeout_s=5.0)
+        model, _ = elastic_job.build()
+        own = torch.optim.SGD(model.parameters(), lr=0.5)
+        batch, plan = elastic_job.batch_of(0), elastic_job.PLAN
+        with partita.parallelize(
+            model, own, elastic_job.loss_fn, batch, plan=plan, elastic=elastic, clip_grad_norm=limit
+        ) as step:
+            found = [step(elastic_job.batch_of(number)).grad_norm for number in range(3)]
+    finally:
+        server.shutdown()
+    assert found == pytest.approx(wanted, rel=1e-4)
+    for value, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-5)
+
+
 def test_the_state_is_told_to_the_job_only(monkeypatch: pytest.MonkeyPatch) -> None:
     from datetime import timedelta
 
@@ -251,7 +278,10 @@ def test_a_lighthouse_that_is_not_there_is_named() -> None:
         step(elastic_job.batch_of(0))
 
 
-@pytest.mark.parametrize("options", [{"min_replicas": 0}, {"pieces": True}, {"timeout_s": 0}, {"wait_s": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"min_replicas": 0}, {"pieces": True}, {"timeout_s": 0}, {"timeout_s": "5"}, {"wait_s": -1}, {"lighthouse": 5}],
+)
 def test_settings_of_a_wrong_kind_are_refused(options: Any) -> None:
     with pytest.raises(InputError):
         Elastic(**options)

@@ -260,11 +260,20 @@ def test_masks_are_read_when_they_are_used() -> None:
     ("make", "words"),
     [
         (lambda: Rounded(to="int3"), "to must be"),  # type: ignore[arg-type]
-        (lambda: PowerSGD(rank=0), "rank must be at least 1"),
-        (lambda: TopK(density=0.0), "density must be above 0"),
-        (lambda: DGC(momentum=1.0), "momentum"),
-        (lambda: DeMo(block=512), "block from 1 to 256"),
+        (lambda: PowerSGD(rank=0), "rank must be a whole number, at least 1"),
+        (lambda: PowerSGD(rank=1.5), "rank must be a whole number"),
+        (lambda: PowerSGD(exact_steps=-1), "exact_steps must be a whole number, at least 0"),
+        (lambda: TopK(density=0.0), "density must be a number, above 0 and at most 1"),
+        (lambda: TopK(density=float("nan")), "density"),
+        (lambda: TopK(density="1%"), "density must be a number, above 0 and at most 1, but got str"),
+        (lambda: DGC(momentum=1.0), "momentum must be a number, at least 0 and below 1"),
+        (lambda: DGC(clip_norm=-1.0), "clip_norm must be a number, above 0"),
+        (lambda: DGC(warm_up_steps=-1), "warm_up_steps must be a whole number, at least 0"),
+        (lambda: DeMo(block=512), "block must be a whole number, at least 1 and at most 256"),
+        (lambda: DeMo(components=True), "components must be a whole number"),
         (lambda: Masked(masks={"w": torch.zeros(2)}), "torch.bool"),
+        (lambda: Masked(masks={"w": [True]}), "torch.bool"),
+        (lambda: Masked(masks=[torch.zeros(2)]), "masks must map names of parameters to tensors"),
     ],
 )
 def test_bad_settings_are_refused(make, words: str) -> None:  # type: ignore[no-untyped-def]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
+from partita.arguments import check_count, check_number, told
 from partita.errors import InputError
 from partita.planner.scale.step import Remat
 from partita.units import gap_of
@@ -37,10 +38,12 @@ class ScaleConstraints:
     def __post_init__(self) -> None:
         for name in ("data", "tensor", "pipeline", "virtual", "context", "micro_batch"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1, but got {value}.")
-        if self.zero is not None and self.zero not in (0, 1, 2, 3):
-            raise InputError(f"zero must be 0, 1, 2 or 3, but got {self.zero}.")
+            if value is not None:
+                check_count(value, name)
+        if self.zero is not None:
+            check_number(self.zero, "zero", least=0, most=3, whole=True)
+        if self.recompute not in (None, *get_args(Remat)):
+            raise InputError(f"recompute must be one of {get_args(Remat)} or None, but got {told(self.recompute)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from partita.errors import InputError
+from partita.arguments import check_count, check_number
 from partita.program.instructions import TensorSpec
 from partita.runtime.transport import Line
 from partita.training.sync.method import GradientMethod, GradientSum, Part, Peers, State, check_has_no_momentum
@@ -55,11 +55,9 @@ class DeMo(GradientMethod):
     sign: bool = True
 
     def __post_init__(self) -> None:
-        if self.components < 1 or not 1 <= self.block <= 256 or not 0 <= self.momentum < 1:
-            raise InputError(
-                "components must be at least 1, block from 1 to 256 and momentum from 0 to below 1, but got "
-                f"{self.components}, {self.block} and {self.momentum}"
-            )
+        check_count(self.components, "components")
+        check_number(self.block, "block", least=1, most=256, whole=True)
+        check_number(self.momentum, "momentum", least=0, below=1)
 
     @property
     def name(self) -> str:

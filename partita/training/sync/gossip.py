@@ -22,10 +22,11 @@ from dataclasses import dataclass
 
 import torch
 
+from partita.arguments import check_count
 from partita.program.instructions import TensorSpec
 from partita.training.sync.exact import dense_bytes
 from partita.training.sync.method import Part, Peers, State, flat_of
-from partita.training.sync.replica import Replica, ReplicaMethod, ReplicaSync, check_every, copy_flat, mean_in_place
+from partita.training.sync.replica import Replica, ReplicaMethod, ReplicaSync, copy_flat, mean_in_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Gossip(ReplicaMethod):
     complete: bool = False
 
     def __post_init__(self) -> None:
-        check_every(self.every)
+        check_count(self.every, "every")
 
     @property
     def name(self) -> str:

@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from partita.arguments import check_count, check_number
 from partita.errors import InputError
 from partita.training.sync.exact import Exact
 from partita.training.sync.fragments import fragments_of
@@ -49,7 +50,7 @@ from partita.training.sync.replica import (
     Replica,
     ReplicaMethod,
     ReplicaSync,
-    check_every,
+    check_compress,
     mean_in_place,
     take_state,
 )
@@ -91,9 +92,9 @@ class LocalSGD(ReplicaMethod):
     compress: GradientMethod = field(default_factory=Exact)
 
     def __post_init__(self) -> None:
-        check_every(self.every)
-        if self.after < 0:
-            raise InputError(f"after must be at least 0 steps, but got {self.after}")
+        check_count(self.every, "every")
+        check_number(self.after, "after", least=0, whole=True)
+        check_compress(self.compress)
 
     @property
     def name(self) -> str:
@@ -142,8 +143,9 @@ class DiLoCo(ReplicaMethod):
     compress: GradientMethod = field(default_factory=Exact)
 
     def __post_init__(self) -> None:
-        check_every(self.every)
+        check_count(self.every, "every")
         check_outer(self.outer_lr, self.outer_momentum, self.every)
+        check_compress(self.compress)
 
     @property
     def name(self) -> str:
@@ -189,19 +191,17 @@ class StreamingDiLoCo(ReplicaMethod):
     compress: GradientMethod = field(default_factory=lambda: Rounded(to="int4"))
 
     def __post_init__(self) -> None:
-        check_every(self.every)
+        check_count(self.every, "every")
         check_outer(self.outer_lr, self.outer_momentum, self.every)
-        if not 1 <= self.fragments <= self.every:
+        check_compress(self.compress)
+        check_number(self.fragments, "fragments (one is exchanged at a time)", least=1, most=self.every, whole=True)
+        check_number(self.delay, "delay", least=0, whole=True)
+        check_number(self.mixing, "mixing", least=0, below=1)
+        if self.delay >= self.every // self.fragments:
             raise InputError(
-                f"fragments must be from 1 to every={self.every}, but got {self.fragments}: one is exchanged at a time"
-            )
-        if not 0 <= self.delay < max(self.every // self.fragments, 1):
-            raise InputError(
-                f"delay must be at least 0 and below every // fragments = {self.every // self.fragments}, so that one "
+                f"delay must be below every // fragments = {self.every // self.fragments}, so that one "
                 f"exchange is over before the next begins, but got {self.delay}"
             )
-        if not 0 <= self.mixing < 1:
-            raise InputError(f"mixing must be at least 0 and below 1, but got {self.mixing}")
 
     @property
     def name(self) -> str:
@@ -228,10 +228,10 @@ class StreamingDiLoCo(ReplicaMethod):
 
 
 def check_outer(lr: float | None, momentum: float | None, every: int) -> None:
-    if lr is not None and lr <= 0:
-        raise InputError(f"outer_lr must be above 0, but got {lr}")
-    if momentum is not None and not 0 <= momentum < 1:
-        raise InputError(f"outer_momentum must be at least 0 and below 1, but got {momentum}")
+    if lr is not None:
+        check_number(lr, "outer_lr", above=0)
+    if momentum is not None:
+        check_number(momentum, "outer_momentum", least=0, below=1)
     found_lr, found_momentum = outer_settings(lr, momentum, every)
     length = found_lr / (1 - found_momentum)
     if every < LEAST_NESTEROV_STEPS and length > 2:

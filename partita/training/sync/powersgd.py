@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partita.errors import InputError
+from partita.arguments import check_count, check_number
 from partita.runtime.transport import Line
 from partita.training.sync.exact import dense_bytes
 from partita.training.sync.method import (
@@ -65,10 +65,8 @@ class PowerSGD(GradientMethod):
     exact_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.exact_steps < 0:
-            raise InputError(
-                f"rank must be at least 1 and exact_steps at least 0, but got {self.rank} and {self.exact_steps}"
-            )
+        check_count(self.rank, "rank")
+        check_number(self.exact_steps, "exact_steps", least=0, whole=True)
 
     @property
     def name(self) -> str:

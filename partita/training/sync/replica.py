@@ -18,9 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from partita.arguments import told
 from partita.errors import InputError
 from partita.runtime.transport import Line
-from partita.training.sync.method import Part, Peers, State, flat_of, unflat
+from partita.training.sync.method import GradientMethod, Part, Peers, State, flat_of, unflat
 
 Gradients = dict[str, Tensor]
 
@@ -146,9 +147,13 @@ def take_state(own: Mapping[str, Tensor], state: Mapping[str, Tensor] | None) ->
             value.copy_(found)
 
 
-def check_every(every: int) -> None:
-    if every < 1:
-        raise InputError(f"every must be at least 1 step, but got {every}")
+def check_compress(compress: object) -> None:
+    """Raises InputError unless differences of weights can be added by it."""
+    if not isinstance(compress, GradientMethod):
+        raise InputError(
+            f"compress must be a method that adds gradients, but got {told(compress)}. Pass e.g. "
+            'partita.sync.Rounded(to="int4").'
+        )
 
 
 def mean_in_place(values: Sequence[Tensor], share: float, line: Line) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from partita.arguments import told
 from partita.errors import InputError
 from partita.runtime.transport import Line
 from partita.training.sync.exact import dense_bytes
@@ -25,9 +26,8 @@ class Masked(GradientMethod):
     State: none. Bytes a step: those of an exact sum of as many elements as the masks have.
 
     Args:
-        masks: by parameter, bool tensors of its shape; parameters without a mask are summed whole. They may be changed
-        in
-            place between steps, alike on all processes.
+        masks: by parameter, bool tensors of its shape; parameters without a mask are summed whole. They may be
+            changed in place between steps, alike on all processes.
 
     Example:
         >>> mask = torch.zeros(10, 10, dtype=torch.bool)
@@ -39,7 +39,10 @@ class Masked(GradientMethod):
     masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        bad = {name: str(mask.dtype) for name, mask in self.masks.items() if mask.dtype != torch.bool}
+        if not isinstance(self.masks, Mapping):
+            raise InputError(f"masks must map names of parameters to tensors, but got {told(self.masks)}")
+        bad = {name: str(getattr(mask, "dtype", told(mask))) for name, mask in self.masks.items()}
+        bad = {name: kind for name, kind in bad.items() if kind != "torch.bool"}
         if bad:
             raise InputError(f"masks must be tensors of torch.bool, but got {bad}")
 

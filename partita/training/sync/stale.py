@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from partita.errors import InputError
+from partita.arguments import check_number
 from partita.training.sync.exact import Exact
 from partita.training.sync.method import GradientMethod, Part, Peers, State
 from partita.training.sync.replica import (
@@ -34,6 +34,7 @@ from partita.training.sync.replica import (
     Replica,
     ReplicaMethod,
     ReplicaSync,
+    check_compress,
     mean_in_place,
 )
 
@@ -59,8 +60,8 @@ class Stale(ReplicaMethod):
     compress: GradientMethod = field(default_factory=Exact)
 
     def __post_init__(self) -> None:
-        if self.staleness < 0:
-            raise InputError(f"staleness must be at least 0 steps, but got {self.staleness}")
+        check_number(self.staleness, "staleness", least=0, whole=True)
+        check_compress(self.compress)
 
     @property
     def name(self) -> str:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partita.errors import InputError
+from partita.arguments import check_number
 from partita.program.instructions import TensorSpec
 from partita.runtime.transport import Line
 from partita.training.sync.exact import dense_bytes
@@ -63,7 +63,7 @@ class TopK(GradientMethod):
     error_feedback: bool = True
 
     def __post_init__(self) -> None:
-        check_density(self.density)
+        check_number(self.density, "density", above=0, most=1)
 
     @property
     def name(self) -> str:
@@ -99,9 +99,11 @@ class DGC(GradientMethod):
     warm_up_steps: int = 0
 
     def __post_init__(self) -> None:
-        check_density(self.density)
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"momentum must be at least 0 and below 1, but got {self.momentum}")
+        check_number(self.density, "density", above=0, most=1)
+        check_number(self.momentum, "momentum", least=0, below=1)
+        if self.clip_norm is not None:
+            check_number(self.clip_norm, "clip_norm", above=0)
+        check_number(self.warm_up_steps, "warm_up_steps", least=0, whole=True)
 
     @property
     def name(self) -> str:
@@ -115,11 +117,6 @@ class DGC(GradientMethod):
 
     def sent_bytes(self, parts: Sequence[Part], peers: Peers) -> int:
         return sparse_bytes(parts, peers, self.density)
-
-
-def check_density(density: float) -> None:
-    if not 0 < density <= 1:
-        raise InputError(f"density must be above 0 and at most 1, but got {density}")
 
 
 def counts_of(parts: Sequence[Part], density: float) -> list[int]:
