@@ -20,8 +20,9 @@ from partita import Constraints
 from partita.program.instructions import Run
 from partita.runtime.binding import Binder
 from partita.training import balance
-from partita.training.dealing import Patience, SlowProcessWarning
+from partita.training.dealing import Patience
 from partita.training.replica_balance import ReplicaBalance
+from partita.training.slow import SlowProcessWarning
 
 ROWS, NUM_BATCHES = 16, 8
 ROW_TIME_S = 0.004  # much more than what else happens on a busy machine
