@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain_training import train_plain
 from torch import nn
 
 from partita import Constraints
@@ -38,10 +39,6 @@ class Tied(nn.Module):
         return self.head(self.norm(self.embedding(x_B))) * self.scale  # type: ignore[no-any-return]
 
 
-def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
 def batch_of(seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 7, (12,), generator=generator), torch.randint(0, 7, (12,), generator=generator)
@@ -57,10 +54,7 @@ def build(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
 def trained(seed: int = 0, num_steps: int = 2) -> tuple[nn.Module, torch.optim.Optimizer]:
     """By plain PyTorch."""
     model, optimizer = build(seed)
-    for step in range(num_steps):
-        loss_fn(model, batch_of(step)).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
+    train_plain(model, optimizer, map(batch_of, range(num_steps)))
     return model, optimizer
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checkpoint_cases import ONE, Trap, batch_of, build, loss_fn, write
+from checkpoint_cases import ONE, Trap, batch_of, build, write
+from plain_training import loss_fn, train_plain
 
 import partita
 from partita import Checkpoints, Constraints
@@ -21,15 +22,7 @@ from partita.training.events import Checkpointed, WarningRaised, subscribe
 
 
 def plain_losses(num_steps: int) -> list[float]:
-    model, optimizer = build()
-    losses = []
-    for step in range(num_steps):
-        loss = loss_fn(model, batch_of(step))
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return train_plain(*build(), map(batch_of, range(num_steps)))
 
 
 @pytest.mark.parametrize("plan", [ONE, Constraints(data=2, num_workers=2, compiled=False, num_microbatches=1)])

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import torch
+from plain_training import loss_fn
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -74,10 +75,6 @@ def build(*, coupled: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
     between = (nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1)) if coupled else (nn.Tanh(),)
     model = nn.Sequential(nn.Linear(6, 16, bias=False), *between, nn.Linear(16, 3))
     return model, torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.5 if coupled else 0.0)
-
-
-def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def loader() -> DataLoader[Any]:
