@@ -110,10 +110,14 @@ class Job:
     def all_take_part(self, names: Sequence[str] = NAMES) -> None:
         self.until(lambda: all(self.last(name)["num"] == len(names) for name in names), f"a step by {names}")
 
-    def stepped_after(self, name: str, moment_s: float) -> float:
-        """When the first step of a process after that moment was over."""
-        self.until(lambda: self.last(name)["end_s"] > moment_s, f"a step of {name} after a fault")
-        return float(next(line["end_s"] for line in self.lines(name) if line["end_s"] > moment_s))
+    def stepped_after(self, name: str, moment_s: float, num: int = 0) -> float:
+        """When the first step of a process after that moment, made with so many or more, was over."""
+
+        def ends_s() -> list[float]:
+            return [line["end_s"] for line in self.lines(name) if line["end_s"] > moment_s and line["num"] >= num]
+
+        self.until(lambda: bool(ends_s()), f"a step of {name} after a fault")
+        return ends_s()[0]
 
     def finish(self, more_steps: int = 20) -> Row:
         """Ends the job some steps later; what its steps have come to."""

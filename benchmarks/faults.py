@@ -33,14 +33,14 @@ from typing import Any
 
 import partita  # before torch: it makes waiting threads sleep instead of spin
 from benchmarks.common import Report, Row, option_parser, show
-from benchmarks.elastic_jobs import LIMIT_S, NAMES, Hung, running
+from benchmarks.elastic_jobs import LIMIT_S, NAMES, Hung, Job, running
 from benchmarks.fault_job import batch_of, build, loss_fn
+from benchmarks.process_faults import STOP_TIME_S, killed, late, stopped
 from benchmarks.replica_faults import LARGEST_RATIO, REPLICA_FAULTS
 from benchmarks.slow_machines import INTERFACE, Machines, why_not
 
 TOLERANCE = 1e-4
 MOST_OTHERS_S = 1.0
-STOP_TIME_S = 20.0
 CUT_TIME_S = 10.0
 RATE = 125e6  # bytes a second of emulated links
 DISK_BYTES = 550_000  # two checkpoints fit, and no third beside them
@@ -51,31 +51,6 @@ COLUMNS = (
 
 
 # One fault each ------------------------------------------------------------------------------------------------------
-
-
-def killed() -> Row:
-    with running() as job:
-        moment_s = time.time()
-        job.signal("b", signal.SIGKILL)
-        others_s = max(job.stepped_after(name, moment_s) for name in ("a", "c")) - moment_s
-        again_s = time.time()
-        job.start("b")
-        rejoined_s = job.stepped_after("b", again_s) - again_s
-        job.all_take_part()
-        return {"others_s": others_s, "rejoined_s": rejoined_s, **job.finish()}
-
-
-def stopped() -> Row:
-    with running() as job:
-        moment_s = time.time()
-        job.signal("b", signal.SIGSTOP)
-        others_s = max(job.stepped_after(name, moment_s + 0.1) for name in ("a", "c")) - moment_s
-        time.sleep(max(STOP_TIME_S - (time.time() - moment_s), 0.0))
-        going_s = time.time()
-        job.signal("b", signal.SIGCONT)
-        rejoined_s = job.stepped_after("b", going_s) - going_s
-        job.all_take_part()
-        return {"others_s": others_s, "rejoined_s": rejoined_s, **job.finish()}
 
 
 def cut() -> Row:
@@ -90,15 +65,6 @@ def cut() -> Row:
         rejoined_s = job.stepped_after("c", back_s) - back_s
         job.all_take_part()
         return {"others_s": others_s, "rejoined_s": rejoined_s, **job.finish()}
-
-
-def late() -> Row:
-    with running(("a", "b")) as job:
-        started_s = time.time()
-        job.start("c")
-        rejoined_s = job.stepped_after("c", started_s) - started_s
-        job.all_take_part()
-        return {"rejoined_s": rejoined_s, **job.finish()}
 
 
 def slow() -> Row:
@@ -241,10 +207,10 @@ def killed_while_saving(num: int = 20, seed: int = 9) -> Row:
 
 def faults(num_soak: int) -> dict[str, Callable[[], Row]]:
     found: dict[str, Callable[[], Row]] = {
-        "kill -9": killed,
-        f"stopped for {STOP_TIME_S:g} s": stopped,
+        "kill -9": lambda: killed("exact", Job.finish),
+        f"stopped for {STOP_TIME_S:g} s": lambda: stopped("exact", Job.finish),
         f"network cut for {CUT_TIME_S:g} s": cut,
-        "joins late": late,
+        "joins late": lambda: late("exact", Job.finish),
         "a tenth of the speed": slow,
         "checkpoint truncated": lambda: damaged(False),
         "checkpoint bit flipped": lambda: damaged(True),

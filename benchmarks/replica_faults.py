@@ -3,56 +3,17 @@
 from __future__ import annotations
 
 import functools
-import signal
-import time
 from collections.abc import Callable
 
 import torch
 
 from benchmarks.common import Row
-from benchmarks.elastic_jobs import NAMES, Job, running
+from benchmarks.elastic_jobs import Job, running
 from benchmarks.fault_job import EVERY, judge
+from benchmarks.process_faults import STOP_TIME_S, killed, late, stopped
 
 LARGEST_RATIO = 1.1  # of the loss that undisturbed replicas reach
 MORE_STEPS = 10 * EVERY  # after the fault
-STOP_TIME_S = 20.0
-
-
-def killed() -> Row:
-    with running(method="diloco") as job:
-        _train(job, 3 * EVERY)
-        moment_s = time.time()
-        job.signal("b", signal.SIGKILL)
-        others_s = max(job.stepped_after(name, moment_s) for name in ("a", "c")) - moment_s
-        again_s = time.time()
-        job.start("b")
-        rejoined_s = job.stepped_after("b", again_s) - again_s
-        job.all_take_part()
-        return {"others_s": others_s, "rejoined_s": rejoined_s, **_finish(job)}
-
-
-def stopped() -> Row:
-    with running(method="diloco") as job:
-        _train(job, 3 * EVERY)
-        moment_s = time.time()
-        job.signal("b", signal.SIGSTOP)
-        others_s = max(job.stepped_after(name, moment_s) for name in ("a", "c")) - moment_s
-        time.sleep(STOP_TIME_S)
-        going_s = time.time()
-        job.signal("b", signal.SIGCONT)
-        job.until(lambda: job.last("b")["num"] == len(NAMES) and job.last("b")["end_s"] > going_s + 0.5, "an agreement")
-        rejoined_s = time.time() - going_s
-        return {"others_s": others_s, "rejoined_s": rejoined_s, **_finish(job)}
-
-
-def late() -> Row:
-    with running(("a", "b"), method="diloco") as job:
-        _train(job, 3 * EVERY)
-        started_s = time.time()
-        job.start("c")
-        rejoined_s = job.stepped_after("c", started_s) - started_s
-        job.all_take_part()
-        return {"rejoined_s": rejoined_s, **_finish(job)}
 
 
 def slow() -> Row:
@@ -64,15 +25,11 @@ def slow() -> Row:
 
 
 REPLICA_FAULTS: dict[str, Callable[[], Row]] = {
-    "kill -9, DiLoCo": killed,
-    f"stopped for {STOP_TIME_S:g} s, DiLoCo": stopped,
-    "joins late, DiLoCo": late,
+    "kill -9, DiLoCo": lambda: killed("diloco", _finish),
+    f"stopped for {STOP_TIME_S:g} s, DiLoCo": lambda: stopped("diloco", _finish),
+    "joins late, DiLoCo": lambda: late("diloco", _finish),
     "a tenth of the speed, DiLoCo": slow,
 }
-
-
-def _train(job: Job, num_steps: int) -> None:
-    job.until(lambda: job.last("a")["step"] >= num_steps, f"step {num_steps}")
 
 
 def _finish(job: Job) -> Row:

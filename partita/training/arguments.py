@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from partita.arguments import told
 from partita.cluster import Cluster
-from partita.errors import InputError
+from partita.constraints import refuse_described
+from partita.errors import InputError, PlanError
 from partita.graph.checks import check_callable, check_initialised, check_module
-from partita.plan import Constraints
+from partita.plan import Constraints, Plan
 from partita.training.masters import HALF
+from partita.training.overrides import current_override
 from partita.training.torch_adapter import has_own_step
 
 
@@ -54,12 +56,39 @@ def check_planning(optimizer: Any, constraints: Any) -> None:
         )
 
 
-def check_running(compile: Any, timeout_s: Any) -> None:
+def wanted_plan(plan: Any) -> Plan | Constraints | Literal["auto"]:
+    """The plan that `parallelize` is to run, or what it must be like; an `override` in force replaces what was given.
+
+    Raises:
+        InputError: it is none of these, or corners that are fixed are only for described clusters.
+        PlanError: the runtime does not have what the plan needs.
+    """
+    if not isinstance(plan, (Plan, Constraints)) and plan != "auto":
+        raise InputError(f'plan must be "auto", a Plan or Constraints, but got {plan!r}')
+    replaced = current_override().plan
+    for one in (plan, replaced):
+        if isinstance(one, Constraints):
+            refuse_described(one)
+        if isinstance(one, Plan) and one.unrunnable:
+            raise PlanError(
+                f"parallelize runs plans of whole ops on the machines of this job, but this plan has "
+                f"{', '.join(one.unrunnable)}. Write it for an engine that runs it (partita export), or plan for the "
+                "machines here: partita.plan(model, loss_fn, batch)."
+            )
+    found: Plan | Constraints | Literal["auto"] = plan if replaced is None else replaced
+    return found
+
+
+def check_running(compile: Any, timeout_s: Any, check_finite: Any, resume: Any) -> None:
     """What only `parallelize` takes.
 
     Raises:
-        InputError: `compile` is none of its three values, or `timeout_s` no positive number of seconds.
+        InputError: `timeout_s` is no positive number of seconds, or another one none of its values.
     """
+    if check_finite not in ("step", "op", "off"):
+        raise InputError(f'check_finite must be "step", "op" or "off", but got {check_finite!r}')
+    if resume not in ("auto", "never"):
+        raise InputError(f'resume must be "auto" or "never", but got {resume!r}')
     if not isinstance(compile, bool) and not (isinstance(compile, str) and compile == "auto"):
         raise InputError(f'compile must be True, False or "auto", but got {told(compile)}.')
     is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)

@@ -19,13 +19,14 @@ from partita.cluster import Cluster
 from partita.plan import Plan
 from partita.program.timeline import Timeline
 from partita.training.ahead import Preparation
-from partita.training.dealing import Dealer, Patience, warn_of_slow
+from partita.training.dealing import Dealer, Patience
 from partita.training.events import WarningRaised, emit
 from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
 from partita.training.optimizers import OptimizerFacts
 from partita.training.runners import BlockRunner, GraphRunner
 from partita.training.shares import can_move, columns_of, shares_of, unit_of, with_shares
+from partita.training.slow import SlowProcesses, host_of
 
 LOOK_TIME_S = 0.5  # from one look at the speeds to the next, about
 MIN_STEPS = 10  # between looks
@@ -33,7 +34,6 @@ NUM_MEASURED = 3  # steps before a look that are recorded
 NUM_OTHERS = 20  # steps of another kind of batch in a row, after which that one is looked at
 # What a change is expected to take before there was one; then it is what the last one took.
 MAKING_TIME_S, COMPILING_TIME_S = 1.0, 20.0
-SLOW = 1.5  # times the fastest process' time: whoever takes longer is named
 
 AnyRunner = GraphRunner | BlockRunner
 
@@ -70,7 +70,7 @@ class Balance:
         self._started_s = 0.0
         self._cost_s: float | None = None
         self._num_others = 0
-        self._named: set[int] = set()
+        self._slow = SlowProcesses()
         self._restart()
 
     @property
@@ -224,25 +224,18 @@ class Balance:
         counts: Sequence[int],
     ) -> None:
         """Names every process that makes its column slow, once."""
-        fastest_s = min(times_s)
         assert isinstance(self.runner, GraphRunner)
         before = shares_of(self.runner.plan, self.runner.graph.batch_size)
         unit = unit_of(self.runner.plan, self.runner.graph.batch_size)
         for place, ranks in enumerate(columns):
-            rank, factor = max(ranks, key=lambda one: rows_s[one]), times_s[place] / fastest_s
-            if factor < SLOW or rank in self._named:
-                continue
-            self._named.add(rank)
+            rank = max(ranks, key=lambda one: rows_s[one])
             done = (
                 f"so it gets {unit * counts[place]} rows of every batch instead of {before[place]}"
                 if self._moves
                 else 'and all wait for it, as the plan was given: pass plan="auto" or Constraints to have it relieved'
             )
-            message = (
-                f"process {rank} (host {host_of(self._cluster, rank)}) takes {factor:.1f} times as long as the fastest "
-                f"for a row of the batch, {done}. Look at what else runs there"
-            )
-            warn_of_slow(message, stacklevel=7)
+            who = f"process {rank} (host {host_of(self._cluster, rank)})"
+            self._slow.name(rank, times_s[place] / min(times_s), who, done, stacklevel=5)
 
 
 def expected_s(plan: Plan) -> float:
@@ -267,8 +260,3 @@ def covers(leaves: BatchLeaves, needed: tuple[int, int]) -> bool:
         first <= needed[0] and needed[1] <= first + leaves.tensors[index].shape[0]
         for index, first in leaves.offsets.items()
     )
-
-
-def host_of(cluster: Cluster, rank: int) -> str:
-    """The name of the machine that a process is on."""
-    return next(cluster.machines[process.machine].name for process in cluster.processes if process.rank == rank)

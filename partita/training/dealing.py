@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
-from partita.training.events import WarningRaised, emit
 from partita.units import split_evenly
 
 GAIN = 0.1  # of the step's time, from which on pieces are dealt anew
@@ -13,16 +11,6 @@ SMOOTHING = 0.3  # weight of the newest time
 NUM_FIRST = 2  # steps of a new round of processes that are not looked at
 FORGETTING = 0.5  # of what waiting has cost, with every look at which it costs nothing
 NUM_SURE = 12  # after so many, a speed is no chance
-
-
-class SlowProcessWarning(UserWarning):
-    """A process takes longer than the others for the same work; the message says which, and what was done."""
-
-
-def warn_of_slow(message: str, stacklevel: int) -> None:
-    """Warns the user, and tells whoever has subscribed to events."""
-    warnings.warn(message, SlowProcessWarning, stacklevel=stacklevel + 1)
-    emit(WarningRaised(subject="slow process", message=message))
 
 
 def deal(num_pieces: int, times_s: Sequence[float], least: int = 0) -> tuple[int, ...]:

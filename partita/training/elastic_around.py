@@ -7,15 +7,18 @@ from typing import Any
 
 from partita.errors import InputError
 from partita.training.around import StepAround
-from partita.training.dealing import Dealer, warn_of_slow
+from partita.training.dealing import Dealer
 from partita.training.events import MembersChanged, emit
 from partita.training.inputs import cut_rows, take_apart
 from partita.training.loading import ShardedBatch
 from partita.training.membership import Elastic, Members, Round, State
 from partita.training.setup import StepSetup
+from partita.training.slow import SlowProcesses
 
 MOST_TRIES = 100  # of one step; each ends with the loss of a process
-SLOW = 3.0  # times the fastest process' time: whoever takes longer is named
+# Times the fastest process' time, from which on a process is named. More than where `Patience` has seen first that it
+# goes on for long: here pieces follow the times of single steps, and one that is slow for a moment is no news.
+VERY_SLOW = 3.0
 
 
 class ElasticAround(StepAround):
@@ -37,7 +40,7 @@ class ElasticAround(StepAround):
         self._num_pieces = settings.num_pieces(self._num_rows)
         self._dealer = Dealer(self._num_pieces)
         self._round: Round | None = None
-        self._warned: set[int] = set()
+        self._slow = SlowProcesses(VERY_SLOW)
 
     @property
     def num_replicas(self) -> int:
@@ -63,7 +66,7 @@ class ElasticAround(StepAround):
         current = self._members.gather()
         if self._round is None or current.number != self._round.number or current.num != self._round.num:
             self._dealer.start(current.num)
-            self._warned.clear()
+            self._slow = SlowProcesses(VERY_SLOW)  # places are other processes' now
             emit(MembersChanged(num_replicas=current.num, place=current.place, step=self.num_steps + 1))
         self._round = current
         return current
@@ -73,14 +76,8 @@ class ElasticAround(StepAround):
         self._dealer.learn(times_s)
         slowness = self._dealer.slowness
         for place, times in enumerate(slowness):
-            if times > SLOW and place not in self._warned:
-                self._warned.add(place)
-                message = (
-                    f"process {place} of {len(slowness)} takes {times:.1f} times as long as the fastest for the same "
-                    f"work, so it gets {self._dealer.counts[place]} of {self._num_pieces} pieces of every batch. Look "
-                    "at what else runs there"
-                )
-                warn_of_slow(message, stacklevel=4)
+            done = f"so it gets {self._dealer.counts[place]} of {self._num_pieces} pieces of every batch"
+            self._slow.name(place, times, f"process {place} of {len(slowness)}", done, stacklevel=4)
 
     def _check(self, batch: Any, update: bool) -> None:
         if not update:

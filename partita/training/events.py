@@ -42,9 +42,9 @@ class CandidateMeasured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepFinished:
-    """One training step. `step` counts from 1; `num_samples` is the number of rows of the global batch (0: unknown);
-    the others are as of `StepResult`."""
+class StepFacts:
+    """What is told of one training step. `step` counts from 1; `num_samples` is the number of rows of the global batch
+    (0: unknown); the others are as of `StepResult`."""
 
     step: int
     loss: float
@@ -59,11 +59,17 @@ class StepFinished:
     exposed_time_s: float | None = None
     skew: float | None = None
     sent_to: Mapping[int, int] = field(default_factory=dict)
-    process: int = 0
 
     @property
     def samples_per_s(self) -> float:
         return self.num_samples / self.step_time_s if self.step_time_s > 0 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFinished(StepFacts):
+    """A process has made a training step."""
+
+    process: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,6 @@ import torch
 from torch import nn
 
 from partita import errors
-from partita.arguments import told
 from partita.cluster import Cluster
 from partita.cluster.job import current_job
 from partita.cluster.measure import measure_network
@@ -38,12 +38,14 @@ from partita.training.arguments import (
     check_running,
     check_scale,
     check_task,
+    wanted_plan,
 )
 from partita.training.checkpoint.settings import Checkpoints
 from partita.training.choosing import choose, shared_sum_cost
+from partita.training.combining import check_elastic, check_method, wanted_method
 from partita.training.described import described_plan, described_planner, is_described_gpus
 from partita.training.elastic import ElasticStep
-from partita.training.elastic_replicas import ElasticReplicas, check_elastic_method
+from partita.training.elastic_replicas import ElasticReplicas
 from partita.training.events import PlanChosen, SyncChosen, WarningRaised, emit
 from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
@@ -51,7 +53,6 @@ from partita.training.measuring import StepValues
 from partita.training.membership import Elastic
 from partita.training.observing import observed_plan
 from partita.training.optimizers import check_optimizer, kind_of
-from partita.training.overrides import current_override
 from partita.training.planning import (
     best_plan,
     block_plan,
@@ -65,8 +66,8 @@ from partita.training.runners import LossFn, named_state
 from partita.training.scaling import LossScale
 from partita.training.setup import StepSetup, make_runner
 from partita.training.step import Step
-from partita.training.sync import DiLoCo, Exact, GradientMethod, LocalSGD, Method, ReplicaMethod, method_of
-from partita.training.sync.choice import TOLERANCES, Tolerance
+from partita.training.sync import DiLoCo, Exact, GradientMethod, LocalSGD, Method, ReplicaMethod
+from partita.training.sync.choice import Tolerance
 from partita.training.trial import fits
 from partita.training.update_costs import agreed_costs
 
@@ -158,7 +159,7 @@ class _Request:
     def wanted(self) -> Plan | Constraints:
         """The plan, or what it must be like."""
         if isinstance(self.plan, Plan):
-            return _with_compile(self.plan, self.compile)
+            return self.plan if self.compile == "auto" else msgspec.structs.replace(self.plan, compiled=self.compile)
         constraints = self.plan if isinstance(self.plan, Constraints) else Constraints()
         if self.compile != "auto" and constraints.compiled is None:
             constraints = msgspec.structs.replace(constraints, compiled=self.compile)
@@ -233,43 +234,19 @@ def parallelize(
         ...     result = step(batch)
     """
     start_s = time.perf_counter()
-    method = _wanted_method(sync, tolerance)
-    if check_finite not in ("step", "op", "off"):
-        raise InputError(f'check_finite must be "step", "op" or "off", but got {check_finite!r}')
-    if resume not in ("auto", "never"):
-        raise InputError(f'resume must be "auto" or "never", but got {resume!r}')
+    method, plan = wanted_method(sync, tolerance), wanted_plan(plan)
     settings = Checkpoints.of(checkpoints)
-    if not isinstance(plan, (Plan, Constraints)) and plan != "auto":
-        raise InputError(f'plan must be "auto", a Plan or Constraints, but got {plan!r}')
-    _check_runs(plan)
     check_task(model, loss_fn, cluster)
-    check_running(compile, timeout_s)
+    check_running(compile, timeout_s, check_finite, resume)
     check_norm(clip_grad_norm)
     check_decay(ema)
     check_scale(loss_scale)
     take_apart(batch)  # raises if it is none
     check_optimizer(optimizer, dict(model.named_parameters()))
-    if method is not None:
-        method.check(optimizer)
-    _check_elastic(elastic, method)
-    if elastic is not None and settings is not None and settings.memory is not None:
-        raise InputError(
-            "copies in memory are for jobs whose processes end together, but this one is elastic: there a living "
-            "process gives its state. Leave Checkpoints(memory=...) out"
-        )
     check_masters(optimizer, master_weights)
-    _check_precision_of_job(elastic, method, tolerance, masters=master_weights, scales=loss_scale is not None)
-    override = current_override()
-    if override.plan is not None:
-        plan = override.plan
-        _check_runs(plan)
-    where = cluster if cluster is not None else Cluster.detect(timeout_s=timeout_s)
-    if cluster is None and not isinstance(plan, Plan):
-        where = measure_network(where, timeout_s=timeout_s)
-    if not where.is_here:
-        raise InputError(
-            "parallelize runs on the machines of this job, but got a described cluster; use partita.plan for those"
-        )
+    check_elastic(elastic, method, settings)
+    check_method(method, optimizer, tolerance, elastic, masters=master_weights, scales=loss_scale is not None)
+    where = _cluster_here(cluster, plan, timeout_s)
     keep_freed_memory()
     team, transport = _join(timeout_s)
     setup = StepSetup(
@@ -288,29 +265,9 @@ def parallelize(
         checkpoints=settings,
         shares_move=not isinstance(plan, Plan),
     )
-    _equalise(setup, repr((method, tolerance)))
-    if kind_of(optimizer) == "parameter":
-        costs = agreed_costs(optimizer, dict(model.named_parameters()), where, team, masters=master_weights)
-        setup = dataclasses.replace(setup, costs=costs)
     request = _Request(plan=plan, compile=compile)
-    if method is None:
-        choice = choose(setup, batch, tolerance or "exact", request.wanted, replicas=plan == "auto")
-        setup, method = dataclasses.replace(setup, choice=choice), choice.method
-        emit(SyncChosen(choice=choice))
-    if isinstance(method, GradientMethod) and not isinstance(method, Exact):
-        setup = dataclasses.replace(setup, sync=method, sums=shared_sum_cost(method, setup))
-
-    def make(setup: StepSetup, batch: Any) -> Step:
-        return _made(setup, batch, request, start_s)
-
-    if elastic is not None and isinstance(method, LocalSGD | DiLoCo):
-        step: Step = ElasticReplicas(setup, elastic, method, batch, make)
-    elif elastic is not None:
-        step = ElasticStep(setup, elastic, batch, make)
-    elif isinstance(method, ReplicaMethod) and not team.is_alone:
-        step = ReplicatedStep(setup, method, batch, make)
-    else:
-        step = make(setup, batch)
+    setup, method = _agreed(setup, method, tolerance, request, batch)
+    step = _step_of(setup, method, elastic, batch, functools.partial(_made, request=request, start_s=start_s))
     if resume == "auto":
         try:
             step.resume()
@@ -321,57 +278,47 @@ def parallelize(
     return step
 
 
-def _wanted_method(sync: object, tolerance: object) -> Method | None:
-    """The method that is asked for; None: one is to be chosen."""
-    if tolerance is not None and tolerance not in TOLERANCES:
-        raise InputError(f"tolerance must be one of {TOLERANCES} or None, but got {told(tolerance)}")
-    if sync == "auto":
-        return None
-    if tolerance is not None:
-        raise InputError(f'tolerance belongs to sync="auto", which chooses within it, but got sync={sync!r}')
-    return method_of(sync)
-
-
-def _check_elastic(elastic: object, method: Method | None) -> None:
-    if elastic is None:
-        return
-    if not isinstance(elastic, Elastic):
+def _cluster_here(cluster: Cluster | None, plan: Plan | Constraints | Literal["auto"], timeout_s: float) -> Cluster:
+    """The machines of this job; what lies between them is measured where a plan is to be found."""
+    where = cluster if cluster is not None else Cluster.detect(timeout_s=timeout_s)
+    if cluster is None and not isinstance(plan, Plan):
+        where = measure_network(where, timeout_s=timeout_s)
+    if not where.is_here:
         raise InputError(
-            f"elastic must be partita.Elastic or None, but got {told(elastic)}. Pass e.g. partita.Elastic("
-            'lighthouse="http://10.0.0.1:29510").'
+            "parallelize runs on the machines of this job, but got a described cluster; use partita.plan for those"
         )
+    return where
+
+
+def _agreed(
+    setup: StepSetup, method: Method | None, tolerance: Tolerance | None, request: _Request, batch: Any
+) -> tuple[StepSetup, Method]:
+    """All processes start alike, agree on what updates cost, and on the method where one is to be chosen."""
+    _equalise(setup, repr((method, tolerance)))
+    if kind_of(setup.optimizer) == "parameter":
+        parameters = dict(setup.model.named_parameters())
+        costs = agreed_costs(setup.optimizer, parameters, setup.cluster, setup.team, masters=setup.masters)
+        setup = dataclasses.replace(setup, costs=costs)
     if method is None:
-        raise InputError(
-            'elastic training needs a method that is known beforehand: sync="exact" or partita.sync.DiLoCo()'
-        )
-    check_elastic_method(method)
-    job = current_job()
-    if job is not None:
-        raise InputError(
-            f"processes of an elastic job must be started each by itself (python train.py), but {job.launcher} says "
-            f"that this is one of {job.world_size}. Start it without, or with one process a launcher"
-        )
+        choice = choose(setup, batch, tolerance or "exact", request.wanted, replicas=request.plan == "auto")
+        setup, method = dataclasses.replace(setup, choice=choice), choice.method
+        emit(SyncChosen(choice=choice))
+    if isinstance(method, GradientMethod) and not isinstance(method, Exact):
+        setup = dataclasses.replace(setup, sync=method, sums=shared_sum_cost(method, setup))
+    return setup, method
 
 
-def _check_precision_of_job(
-    elastic: object, method: Method | None, tolerance: object, *, masters: bool, scales: bool
-) -> None:
-    """Whoever changes weights or applies gradients besides the optimizer knows neither masters nor a scale."""
-    if method is None and (masters or scales) and tolerance == "equivalent-loss":
-        raise InputError(
-            'master_weights and loss_scale must go with a method that is known beforehand, but got sync="auto" with '
-            'tolerance="equivalent-loss"; name the method, or leave the tolerance out'
-        )
-    method = method or Exact()
-    asked = "master_weights" if masters else "loss_scale"
-    if (masters or scales) and (elastic is not None or isinstance(method, ReplicaMethod)):
-        what = "elastic" if elastic is not None else f"sync={method.name!r}"
-        raise InputError(f"{asked} must go with processes that train as one, but got {what} as well; drop one of them")
-    if scales and not isinstance(method, Exact):
-        raise InputError(
-            f'loss_scale must go with sync="exact", but got {method.name!r}: a step that is skipped would leave '
-            "infinities in what it keeps for later steps; drop one of them, or train in bfloat16, which needs no scale"
-        )
+def _step_of(
+    setup: StepSetup, method: Method, elastic: Elastic | None, batch: Any, make: Callable[[StepSetup, Any], Step]
+) -> Step:
+    """The step of processes that are brought together so; `make` makes that of those that train as one."""
+    if elastic is not None and isinstance(method, LocalSGD | DiLoCo):
+        return ElasticReplicas(setup, elastic, method, batch, make)
+    if elastic is not None:
+        return ElasticStep(setup, elastic, batch, make)
+    if isinstance(method, ReplicaMethod) and not setup.team.is_alone:
+        return ReplicatedStep(setup, method, batch, make)
+    return make(setup, batch)
 
 
 def _made(setup: StepSetup, batch: Any, request: _Request, start_s: float) -> Step:
@@ -382,18 +329,6 @@ def _made(setup: StepSetup, batch: Any, request: _Request, start_s: float) -> St
         step = _make_step(setup, decision, leaves, start_s)
     let_go_of_garbage()  # of planning and measuring
     return step
-
-
-def _check_runs(plan: object) -> None:
-    """Refuses what the runtime does not have, before anything is changed."""
-    if isinstance(plan, Constraints):
-        refuse_described(plan)
-    if isinstance(plan, Plan) and plan.unrunnable:
-        raise PlanError(
-            f"parallelize runs plans of whole ops on the machines of this job, but this plan has "
-            f"{', '.join(plan.unrunnable)}. Write it for an engine that runs it (partita export), or plan for the "
-            "machines here: partita.plan(model, loss_fn, batch)."
-        )
 
 
 def _join(timeout_s: float) -> tuple[Team, Transport | None]:
@@ -515,10 +450,6 @@ def _unchecked(lines: tuple[str, ...]) -> str:
         f"the step checks values of tensors at {', '.join(lines[:5])} and raises if they are bad; a graph cannot, so "
         "these checks are left out while partita trains. Check the data before the step if they matter"
     )
-
-
-def _with_compile(plan: Plan, compile: bool | Literal["auto"]) -> Plan:
-    return plan if compile == "auto" else msgspec.structs.replace(plan, compiled=compile)
 
 
 def _check_rows(constraints: Constraints, graph: Graph) -> None:

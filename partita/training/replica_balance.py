@@ -19,9 +19,9 @@ from partita.cluster import Cluster
 from partita.errors import PartitaError
 from partita.runtime.background import Errand
 from partita.runtime.transport import Line
-from partita.training.balance import SLOW, host_of
-from partita.training.dealing import Dealer, Patience, warn_of_slow
+from partita.training.dealing import Dealer, Patience
 from partita.training.events import SharesChanged, WarningRaised, emit
+from partita.training.slow import SlowProcesses, host_of
 from partita.units import proportional, split_evenly
 
 MIN_STEPS = 20  # from one meeting at which speeds are told to the next
@@ -72,7 +72,7 @@ class ReplicaBalance:
         self._readiness, self._cost_s, self._begun_s = _NOT_YET, 0.0, 0.0
         self._is_first = True  # whether the next step is the first one with its number of rows
         self._rows_s: deque[float] = deque(maxlen=NUM_MEASURED)
-        self._named: set[int] = set()
+        self._slow = SlowProcesses()
 
     def rows(self, num_rows: int, rank: int, counts: Sequence[int] = ()) -> tuple[int, int]:
         """First and last (excluded) row of a replica, of a batch of so many rows."""
@@ -171,20 +171,13 @@ class ReplicaBalance:
     def _name_slow(self, counts: Sequence[int]) -> None:
         times_s = self._patience.dealer.times_s
         for rank, time_s in enumerate(times_s):
-            factor = time_s / min(times_s)
-            if factor < SLOW or rank in self._named:
-                continue
-            self._named.add(rank)
             done = (
                 f"so it gets {counts[rank]} rows of every batch instead of {self.counts[rank]}"
                 if self._moves
                 else "and the others wait for it when they meet, as rows are not dealt anew with this method or plan"
             )
-            message = (
-                f"replica {rank} (host {host_of(self._cluster, rank)}) takes {factor:.1f} times as long as the fastest "
-                f"for a row of the batch, {done}. Look at what else runs there"
-            )
-            warn_of_slow(message, stacklevel=6)
+            who = f"replica {rank} (host {host_of(self._cluster, rank)})"
+            self._slow.name(rank, time_s / min(times_s), who, done, stacklevel=6)
 
 
 def _in_proportion(num_rows: int, counts: Sequence[int]) -> tuple[int, ...]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from partita.program.ownership import UpdateCosts
 from partita.runtime.transport import Transport
 from partita.training.balance import Balance
 from partita.training.checkpoint.settings import Checkpoints
+from partita.training.events import StepFacts
 from partita.training.job import Team
 from partita.training.keeping import Keeper
 from partita.training.optimizers import OptimizerFacts
@@ -31,7 +31,7 @@ RECORDED_EVERY = 10  # steps, of those that somebody hears of
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepResult:
+class StepResult(StepFacts):
     """What one step gave. `loss` is that of the whole global batch; `bytes_sent` counts this process' messages, and
     `sent_to` the same by the process that they went to first (sums of many bytes go round a ring).
 
@@ -44,24 +44,6 @@ class StepResult:
     None of steps whose instructions were not recorded (`Step.timeline` records all; while somebody subscribes to
     events, one in `RECORDED_EVERY`).
     """
-
-    loss: float
-    step: int
-    step_time_s: float
-    num_samples: int
-    bytes_sent: int
-    grad_norm: float | None = None
-    compression_error: float = 0.0
-    staleness: int = 0
-    loss_scale: float | None = None
-    skipped: bool = False
-    exposed_time_s: float | None = None
-    skew: float | None = None
-    sent_to: Mapping[int, int] = field(default_factory=dict)
-
-    @property
-    def samples_per_s(self) -> float:
-        return self.num_samples / self.step_time_s if self.step_time_s > 0 else 0.0
 
 
 def result_of(outcome: Outcome, **facts: Any) -> StepResult:

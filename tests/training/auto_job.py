@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import torch
+from plain_training import loss_fn
 from torch import nn
 
 import partita
@@ -24,10 +25,6 @@ CASES: dict[str, tuple[float, str | None, dict[str, Any]]] = {  # bytes a second
 def build() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4))
-
-
-def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def main(corner: str, folder: str, rank: int) -> None:

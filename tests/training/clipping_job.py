@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from plain_training import Coupled, loss_fn
 from torch import nn
 
 import partita
@@ -29,17 +30,6 @@ CASES: dict[str, tuple[Constraints, float | None, list[bool], Any]] = {
 }
 
 
-class Coupled(torch.optim.SGD):
-    """Steps by the norm of all gradients."""
-
-    def step(self, closure: Any = None) -> Any:
-        gradients = [item.grad for group in self.param_groups for item in group["params"] if item.grad is not None]
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-        for gradient in gradients:
-            gradient.div_(norm)
-        return super().step(closure)
-
-
 def build(kind: str = "AdamW") -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
@@ -50,10 +40,6 @@ def build(kind: str = "AdamW") -> tuple[nn.Module, torch.optim.Optimizer]:
         return model, Coupled(model.parameters(), lr=1e-2)
     made: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, kind)
     return model, made(model.parameters(), lr=1e-2)
-
-
-def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def branching_of(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

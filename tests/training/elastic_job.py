@@ -9,7 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import plain_training
 import torch
+from plain_training import loss_fn, train_plain
 from torch import nn
 
 import partita
@@ -32,25 +34,13 @@ def build(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
 def batch_of(number: int) -> Any:
-    generator = torch.Generator().manual_seed(number)
-    return torch.randn(ROWS, 6, generator=generator), torch.randint(0, 3, (ROWS,), generator=generator)
+    return plain_training.batch_of(number, ROWS)
 
 
 def plain(num_steps: int) -> tuple[list[float], nn.Module]:
     model, optimizer = build()
-    losses = []
-    for number in range(num_steps):
-        loss = loss_fn(model, batch_of(number))
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses, model
+    return train_plain(model, optimizer, map(batch_of, range(num_steps))), model
 
 
 def end_of(folder: Path) -> int:

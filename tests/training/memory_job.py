@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain_training import batch_of, loss_fn, train_plain
 from torch import nn
 
 import partita
@@ -29,26 +30,10 @@ def build() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def batch_of(number: int) -> Any:
-    generator = torch.Generator().manual_seed(number)
-    return torch.randn(8, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)
-
-
 def plain_losses() -> list[float]:
     model, optimizer = build()
     torch.manual_seed(6)
-    losses = []
-    for number in range(END):
-        optimizer.zero_grad()
-        loss = loss_fn(model, batch_of(number))
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return train_plain(model, optimizer, map(batch_of, range(END)))
 
 
 def main(corner: str, folder: Path, rank: int) -> None:

@@ -10,7 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import plain_training
 import torch
+from plain_training import Coupled, train_plain
 from torch import nn
 
 import partita
@@ -77,17 +79,6 @@ def _mixed(model: nn.Module) -> torch.optim.Optimizer:
     return MuonWithAdam([{"params": matrices, "is_muon": True}, {"params": others, "lr": 3e-3}])
 
 
-class Coupled(torch.optim.SGD):
-    """Steps by the norm of all gradients."""
-
-    def step(self, closure: Any = None) -> Any:
-        gradients = [item.grad for group in self.param_groups for item in group["params"] if item.grad is not None]
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-        for gradient in gradients:
-            gradient.div_(norm)
-        return super().step(closure)
-
-
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "muon": lambda model: torch.optim.Muon([v for v in model.parameters() if v.dim() == 2], lr=1e-2),
     "shampoo": lambda model: Shampoo(model.parameters()),
@@ -110,21 +101,13 @@ def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
 
 
 def batch_of(seed: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(12, 6, generator=generator), torch.randint(0, 3, (12,), generator=generator)
+    return plain_training.batch_of(seed, 12)
 
 
 def plain(kind: str, num_steps: int = NUM_STEPS) -> tuple[list[float], nn.Module]:
     """Losses and model by plain PyTorch."""
     model, optimizer = build(kind)
-    losses = []
-    for index in range(num_steps):
-        optimizer.zero_grad()
-        loss = loss_fn(model, batch_of(index))
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(loss.item())
-    return losses, model
+    return train_plain(model, optimizer, map(batch_of, range(num_steps)), loss_fn), model
 
 
 def plain_masters(

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch
+from plain_training import loss_fn
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -31,10 +32,6 @@ METHODS: dict[str, Any] = {
 def build() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 3))
-
-
-def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def loader() -> DataLoader[Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain_training import batch_of, loss_fn
 from torch import nn
 
 import partita
@@ -38,15 +39,6 @@ def build(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3))
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
-
-
-def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def batch_of(seed: int) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)
 
 
 def save(name: str, plan: Constraints, base: Path, **options: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
+from plain_training import train_plain
 from torch import Tensor, nn
 
 from partita.program.instructions import TensorSpec
@@ -104,12 +105,4 @@ def run_steps(
 
 def plain_losses(net: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batches: Iterable[Any]) -> list[float]:
     """The losses of plain PyTorch, which trains the module."""
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    losses = []
-    for batch in batches:
-        optimizer.zero_grad()
-        loss = loss_fn(net, batch)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return train_plain(net, torch.optim.SGD(net.parameters(), lr=0.1), batches, loss_fn)

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import torch
+from plain_training import loss_fn
 from torch import nn
 
 import partita
@@ -33,10 +34,6 @@ def build() -> nn.Module:
     torch.manual_seed(1)
     first, second = nn.Linear(10, 32), nn.Linear(32, 24)
     return nn.Sequential(first, nn.BatchNorm1d(32), nn.ReLU(), second, nn.Tanh(), nn.Linear(24, 3))
-
-
-def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def batches() -> list[Any]:

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+from plain_training import train_plain
+
 SCRIPT = Path(__file__).with_name("launched.py")
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 200
@@ -50,13 +53,7 @@ def expected(count: int) -> tuple[list[float], list[float]]:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     model, optimizer = script.build()
-    losses = []
-    for index in range(count):
-        optimizer.zero_grad()
-        loss = script.loss_fn(model, script.batch(index))
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train_plain(model, optimizer, map(script.batch, range(count)), script.loss_fn)
     return losses, [float(value.detach().sum()) for value in model.parameters()]
 
 

@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import resharding_job
+from plain_training import train_plain
 from resharding_job import ALONE, NOT_SHARED, NUM_STEPS, TOGETHER, WITH_METHOD
 from test_training_processes import run_job
 
@@ -48,14 +49,7 @@ def loaded(base: Path, saved: Found) -> Found:
 
 def plain() -> list[float]:
     model, optimizer = resharding_job.build(0)
-    losses = []
-    for index in range(NUM_STEPS + 4):
-        loss = resharding_job.loss_fn(model, resharding_job.batch_of(index))
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+    return train_plain(model, optimizer, map(resharding_job.batch_of, range(NUM_STEPS + 4)))
 
 
 @pytest.mark.parametrize("name", [*PLANS, NOT_SHARED])

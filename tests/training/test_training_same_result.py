@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from plain_training import loss_fn, train_plain
 
 import partita
 from partita import Constraints
@@ -70,10 +74,6 @@ CORNERS = {
 }
 
 
-def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
 def batches(shape: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(5)
     for rows in sizes:
@@ -81,17 +81,6 @@ def batches(shape: tuple[int, ...], sizes: tuple[int, ...]) -> Iterator[Batch]:
             torch.randn(rows, *shape, generator=generator),
             torch.randint(0, 3, (rows,), generator=generator),
         )
-
-
-def train_plain(model: nn.Module, optimizer: torch.optim.Optimizer, data: list[Batch]) -> list[float]:
-    losses = []
-    for batch in data:
-        optimizer.zero_grad()
-        loss = loss_fn(model, batch)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 def build(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:

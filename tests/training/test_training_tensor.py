@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from plain_training import train_plain
 
 import partita
 from partita import Constraints
@@ -69,14 +73,7 @@ def build() -> nn.Module:
 
 def plain(model: nn.Module, optimizer: torch.optim.Optimizer, given: list[Any]) -> list[float]:
     torch.manual_seed(7)
-    losses = []
-    for batch in given:
-        optimizer.zero_grad()
-        loss = loss_fn(model, batch)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    return train_plain(model, optimizer, given, loss_fn)
 
 
 def compare(constraints: Constraints, optimizer: Any) -> partita.Plan:

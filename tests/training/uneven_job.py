@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import torch
+from plain_training import loss_fn
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,8 +21,9 @@ from partita import Constraints
 from partita.program.instructions import Run
 from partita.runtime.binding import Binder
 from partita.training import balance
-from partita.training.dealing import Patience, SlowProcessWarning
+from partita.training.dealing import Patience
 from partita.training.replica_balance import ReplicaBalance
+from partita.training.slow import SlowProcessWarning
 
 ROWS, NUM_BATCHES = 16, 8
 ROW_TIME_S = 0.004  # much more than what else happens on a busy machine
@@ -73,10 +75,6 @@ def build(*, coupled: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
     between = (nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1)) if coupled else (nn.Tanh(),)
     model = nn.Sequential(nn.Linear(6, 16, bias=False), *between, nn.Linear(16, 3))
     return model, torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.5 if coupled else 0.0)
-
-
-def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 def loader() -> DataLoader[Any]:

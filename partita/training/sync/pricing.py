@@ -15,11 +15,10 @@ from torch import Tensor
 
 from partita.cost.sums import EXACT_SUM, SumCost
 from partita.program.instructions import TensorSpec
-from partita.runtime.transport import Line
 from partita.training.sync.exact import Exact
 from partita.training.sync.method import GradientMethod, Part, Peers
 from partita.training.sync.outer import DiLoCo, LocalSGD, StreamingDiLoCo
-from partita.training.sync.replica import Begun, Replica
+from partita.training.sync.replica import Replica
 
 MOST_ELEMENTS = 4 * 2**20  # that a method is tried with; larger models cost in proportion
 NUM_TRIALS = 3
@@ -141,7 +140,3 @@ def _least_s(call: Callable[[], object]) -> float:
             call()
             times_s.append(time.perf_counter() - start_s)
     return min(times_s[1:])
-
-
-_LINE: type[Line] = _EmptyLine  # it is one
-_BEGUN: type[Begun] = _Done
