@@ -43,6 +43,7 @@ from partita.training.checkpoint.settings import Checkpoints
 from partita.training.choosing import choose, shared_sum_cost
 from partita.training.described import described_plan, described_planner, is_described_gpus
 from partita.training.elastic import ElasticStep
+from partita.training.elastic_fragments import OuterMethod
 from partita.training.elastic_replicas import ElasticReplicas, check_elastic_method
 from partita.training.events import PlanChosen, SyncChosen, WarningRaised, emit
 from partita.training.inputs import BatchLeaves, take_apart
@@ -65,7 +66,7 @@ from partita.training.runners import LossFn, named_state
 from partita.training.scaling import LossScale
 from partita.training.setup import StepSetup, make_runner
 from partita.training.step import Step
-from partita.training.sync import DiLoCo, Exact, GradientMethod, LocalSGD, Method, ReplicaMethod, method_of
+from partita.training.sync import Exact, GradientMethod, Method, ReplicaMethod, method_of
 from partita.training.sync.choice import TOLERANCES, Tolerance
 from partita.training.trial import fits
 from partita.training.update_costs import agreed_costs
@@ -303,7 +304,7 @@ def parallelize(
     def make(setup: StepSetup, batch: Any) -> Step:
         return _made(setup, batch, request, start_s)
 
-    if elastic is not None and isinstance(method, LocalSGD | DiLoCo):
+    if elastic is not None and isinstance(method, OuterMethod):
         step: Step = ElasticReplicas(setup, elastic, method, batch, make)
     elif elastic is not None:
         step = ElasticStep(setup, elastic, batch, make)
