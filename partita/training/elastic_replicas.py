@@ -1,10 +1,13 @@
-"""Local SGD and DiLoCo among processes that come, go and crash.
+"""Local SGD, DiLoCo and Streaming DiLoCo among processes that come, go and crash.
 
 Every process trains for itself for H steps, on its pieces of every batch. Then those that are there form a quorum, add
 up their outer gradients, weighted by the rows that they have trained on, and vote. If one is lost meanwhile, nothing
 has moved, and the others agree again without it: what is lost is its window of at most H steps. Whoever comes in, or
 was away, receives what was agreed on, the outer momentum, the step count and an optimizer's state from one of the
 others, when they agree next.
+
+Outer gradients may be compressed. What that leaves out (error feedback) belongs to a process and goes on with it, whoever
+the others are: if it dies that is lost, and whoever comes in, or was behind, starts without.
 """
 
 from __future__ import annotations
@@ -61,7 +64,13 @@ class ElasticReplicas(ElasticAround):
     """Trains one replica, and agrees with whoever is there: ``result = step(batch)``, as any `Step`.
 
     `result.loss` is that of the replica's own rows; in the first call of a process that comes later, which trains
-    nothing, it is the others' mean. `sync_to` and checkpoints give what replicas have agreed on last.
+    nothing, it is the others' mean. `sync_to` and checkpoints give what replicas have agreed on last, and checkpoints
+    the error feedback of the process that writes; of those that resume from one the first keeps it.
+
+    All members of a quorum apply the same outer step, bit for bit. One that broke off has moved nothing, and is tried
+    again with those that live. `result.sent_to` and `bytes_sent` count what this process sent in the step, by place in
+    the quorum: a fragment by its method's formula (`sent_bytes` with as many peers as the quorum has members), 12 bytes
+    and 4 a process of facts, and the buffers.
 
     Args:
         setup: of this process alone.

@@ -3,7 +3,11 @@ the number of the last step), and writes what it saw."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,6 +18,7 @@ from torch import nn
 
 import partita
 from partita import Constraints, Elastic
+from partita.training.quorum_line import QuorumLine
 
 NEVER = 10**9
 ROWS = 24
@@ -23,6 +28,10 @@ EVERY = 5
 METHODS = {
     "exact": partita.sync.Exact(),
     "diloco": partita.sync.DiLoCo(every=EVERY, outer_lr=0.8, outer_momentum=0.5),
+    "int8": partita.sync.DiLoCo(
+        every=EVERY, outer_lr=0.8, outer_momentum=0.5, compress=partita.sync.Rounded(to="int8")
+    ),
+    "streaming": partita.sync.StreamingDiLoCo(every=2 * EVERY, fragments=2, delay=0, outer_lr=0.8, outer_momentum=0.5),
 }
 
 
@@ -38,7 +47,8 @@ def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
 
 def batch_of(number: int) -> Any:
     generator = torch.Generator().manual_seed(number)
-    return torch.randn(ROWS, 6, generator=generator), torch.randint(0, 3, (ROWS,), generator=generator)
+    x_BI = torch.randn(ROWS, 6, generator=generator)
+    return x_BI, x_BI[:, :3].argmax(1)
 
 
 def plain(num_steps: int) -> tuple[list[float], nn.Module]:
@@ -58,7 +68,29 @@ def end_of(folder: Path) -> int:
     return int(path.read_text()) if path.exists() else NEVER
 
 
+def digest(step: partita.Step, into: nn.Module) -> str:
+    """Of the weights that processes have agreed on, to the last bit."""
+    step.sync_to(into)
+    content = b"".join(value.detach().numpy().tobytes() for value in into.parameters())
+    return hashlib.sha256(content).hexdigest()
+
+
+def die_within_an_exchange(number: int) -> None:
+    """This process ends in the exchange of that number, when the others have what it sent before."""
+    exchange, count = QuorumLine.exchange, itertools.count(1)
+
+    def fatal(line: QuorumLine, outgoing: Any, incoming: Any) -> Any:
+        if next(count) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return exchange(line, outgoing, incoming)
+
+    QuorumLine.exchange = fatal  # type: ignore[method-assign]
+
+
 def main(folder: Path, name: str, lighthouse: str, min_replicas: int, method: str) -> None:
+    if name == "mortal":
+        die_within_an_exchange(6)  # the second turn of the third sum
+    looked_at, _ = build()
     model, optimizer = build(7 if name == "late" else 0)  # who is late receives the others' weights
     elastic = Elastic(lighthouse=lighthouse, timeout_s=5.0, wait_s=60.0, min_replicas=min_replicas)
     with (
@@ -77,6 +109,10 @@ def main(folder: Path, name: str, lighthouse: str, min_replicas: int, method: st
                 "given": number,
                 "loss": result.loss,
                 "num": step.num_replicas,  # type: ignore[attr-defined]
+                "place": step._round.place,  # type: ignore[attr-defined]
+                "sent": result.bytes_sent,
+                "sent_to": sum(result.sent_to.values()),
+                "agreed": digest(step, looked_at),
                 "start_s": start_s,
                 "end_s": time.time(),
             }

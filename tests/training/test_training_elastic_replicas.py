@@ -19,6 +19,9 @@ from elastic_job import EVERY, METHODS, batch_of, build, loss_fn
 
 import partita
 from partita import Elastic
+from partita.program.wire import ring_bytes
+from partita.training.sync.fragments import fragments_of
+from partita.training.sync.method import Part, Peers
 
 pytest.importorskip("torchft", reason="torchft is not installed: pip install 'partita[elastic]'")
 from test_training_elastic import Job
@@ -112,6 +115,73 @@ def test_one_that_stands_still_is_left_out_and_comes_back(job: Job) -> None:
     job.processes["b"].send_signal(signal.SIGCONT)
     job.until(lambda: job.lines("a")[-1]["num"] == 2)
     assert same(job.ends("a", "b"))
+
+
+def agree(job: Job, *names: str) -> int:
+    """How many steps several processes have made, after each of which they had the same bits."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        for line in job.lines(name):
+            found.setdefault(line["step"], []).append(line["agreed"])
+    assert all(len(set(own)) == 1 for own in found.values())
+    return sum(len(own) > 1 for own in found.values())
+
+
+def judge(weights: list[Any]) -> float:
+    """The loss of weights on batches that no training sees."""
+    model, _ = build()
+    with torch.no_grad():
+        for value, found in zip(model.parameters(), weights, strict=True):
+            value.copy_(torch.as_tensor(found))
+        return sum(float(loss_fn(model, batch_of(10**6 + number))) for number in range(20)) / 20
+
+
+def sent_bytes(method: str, num: int, place: int, step: int) -> int:
+    """What a replica sends in an agreement after that step: facts, a fragment by the method's formula, the end."""
+    peers = Peers(tuple(range(num)), place)
+    parts = [Part(name, tuple(value.shape)) for name, value in build()[0].named_parameters()]
+    compress, fragments = METHODS[method].compress, [parts]  # type: ignore[attr-defined]
+    if method == "streaming":
+        fragments = [[piece.part for piece in own] for own in fragments_of(parts, 2)]
+    own = fragments[step // EVERY % len(fragments)]
+    return int(compress.sent_bytes(own, peers)) + ring_bytes(4 * (3 + num), num) + ring_bytes(4, num)
+
+
+@pytest.mark.parametrize("method", ["int8", "streaming"])
+def test_compressed_replicas_go_on_without_one_that_dies_within_an_exchange(tmp_path: Path, method: str) -> None:
+    job = Job(tmp_path, min_replicas=2, method=method)
+    try:
+        for name in ("a", "b", "mortal"):
+            job.start(name)
+        job.until(lambda: job.processes["mortal"].poll() is not None and job.lines("a")[-1]["num"] == 2)
+        assert job.processes["mortal"].returncode == -signal.SIGKILL
+        del job.processes["mortal"]
+        job.start("late")
+        job.until(lambda: job.lines("a")[-1]["num"] == 3)
+        weights = job.ends("a", "b", "late")
+        lines = {name: job.lines(name) for name in ("a", "b", "late", "mortal")}
+        assert any(line["num"] == 3 for line in lines["mortal"])
+        assert agree(job, *lines) > 10 * EVERY
+    finally:
+        job.close()
+    if method == "int8":
+        assert same(weights)  # of streaming replicas they differ but for the fragment that was exchanged last
+    for name in ("a", "b"):
+        steps = [line["step"] for line in lines[name]]
+        assert steps == list(range(1, len(steps) + 1))
+    exchanges = [line for own in lines.values() for line in own if line["sent"]]
+    assert {line["num"] for line in exchanges} == {2, 3}
+    seldom = 0  # sums that were tried twice, or with somebody who was behind
+    for line in exchanges:
+        assert line["sent"] == line["sent_to"]
+        behind = line["place"] is None
+        seldom += behind or line["sent"] != sent_bytes(method, line["num"], line["place"], line["step"])
+    assert seldom <= 10
+    last = lines["a"][-1]["step"]
+    undisturbed = judge(plain(3, last // EVERY))
+    assert undisturbed < 0.5 * judge(list(build()[0].parameters()))
+    if method == "int8":
+        assert judge(weights[0]) < 1.5 * undisturbed
 
 
 def test_alone_it_trains_agrees_with_itself_and_resumes_from_what_was_agreed(tmp_path: Path) -> None:
