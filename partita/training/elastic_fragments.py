@@ -41,9 +41,6 @@ class Fragment:
         """Moves what is agreed on, and goes on from it."""
         self.sums.commit()
         self.outer.move(outer)
-        self.take()
-
-    def take(self) -> None:
         self.outer.take()
         self.num_pieces = 0
 
@@ -100,8 +97,9 @@ class Fragments:
             fragment.num_pieces += num_pieces
 
     def take(self) -> None:
+        """The replica has the weights that all have agreed on."""
         for fragment in self.all:
-            fragment.take()
+            fragment.outer.take()
 
     def forget(self) -> None:
         """This replica starts without errors of its own."""

@@ -6,8 +6,8 @@ has moved, and the others agree again without it: what is lost is its window of 
 was away, receives what was agreed on, the outer momentum, the step count and an optimizer's state from one of the
 others, when they agree next.
 
-Outer gradients may be compressed. What that leaves out (error feedback) belongs to a process and goes on with it, whoever
-the others are: if it dies that is lost, and whoever comes in, or was behind, starts without.
+Outer gradients may be compressed. What that leaves out (error feedback) belongs to a process and goes on with it,
+whoever the others are: if it dies that is lost, and whoever comes in, or was behind, starts without.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class ElasticReplicas(ElasticAround):
 
     All members of a quorum apply the same outer step, bit for bit. One that broke off has moved nothing, and is tried
     again with those that live. `result.sent_to` and `bytes_sent` count what this process sent in the step, by place in
-    the quorum: a fragment by its method's formula (`sent_bytes` with as many peers as the quorum has members), 12 bytes
-    and 4 a process of facts, and the buffers.
+    the quorum: a fragment by its method's formula (`sent_bytes` with as many peers as the quorum has members), and two
+    exact sums, of 3 numbers and one a process before it, and of the buffers and one number after it.
 
     Args:
         setup: of this process alone.
@@ -168,15 +168,17 @@ class ElasticReplicas(ElasticAround):
     @torch.no_grad()
     def _agree(self) -> _Told:
         """Moves what is agreed on by the outer gradient of all that are there, and goes on from it."""
-        before = Counter(self._members.sent_to)
+        before, lost = Counter(self._members.sent_to), None
         for _ in range(MOST_TRIES):
             current = self._gather()
             due, fragment = self._fragments.next(self._members.step)
-            found = self._attempt(current, fragment)
+            found, lost = self._attempt(current, fragment)
             if self._members.vote():
                 break
         else:
-            raise InputError(f"replicas must agree within {MOST_TRIES} tries, but every time a process was lost")
+            raise InputError(
+                f"replicas must agree within {MOST_TRIES} tries, but every time a process was lost"
+            ) from lost
         assert found is not None  # else the vote has failed
         if found.has_trained:
             fragment.commit(found.outer)
@@ -191,15 +193,15 @@ class ElasticReplicas(ElasticAround):
             self._keeper.save_if_due(self._num_steps, self.source, since=since)
         return _Told(found.loss, self._members.sent_to - before, fragment.sums.error)
 
-    def _attempt(self, current: Round, fragment: Fragment) -> _Attempt | None:
-        """What would be agreed on; None if a process was lost, of which the vote will tell. Nothing has moved."""
+    def _attempt(self, current: Round, fragment: Fragment) -> tuple[_Attempt | None, PeerLostError | None]:
+        """What would be agreed on, or that a process was lost, of which the vote will tell. Nothing has moved."""
         if current.place is None or (self._has_resumed and current.place):
             self._fragments.forget()  # the errors of a checkpoint are those of one process
         try:
-            return self._exchange(current, fragment, self._members.line())
+            return self._exchange(current, fragment, self._members.line()), None
         except PeerLostError as error:
             self._members.give_up(error)
-            return None
+            return None, error
 
     def _exchange(self, current: Round, fragment: Fragment, line: QuorumLine) -> _Attempt:
         """First who has trained on how much, then the outer gradient by its method, then buffers: nobody has those
@@ -229,8 +231,7 @@ class ElasticReplicas(ElasticAround):
         """Meanwhile the model has the weights that were agreed on last."""
         with torch.no_grad():
             own = [value.clone() for value in self._fragments.values]
-            for fragment in self._fragments.all:
-                fragment.outer.take()
+            self._fragments.take()
             try:
                 yield
             finally:

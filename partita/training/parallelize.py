@@ -217,9 +217,8 @@ def parallelize(
         loss_scale: what the loss is multiplied by for the gradients, which are divided by it in float32 before they are
             clipped: a number, or "dynamic" as of `torch.amp.GradScaler`. A step with a gradient of infinity or NaN is
             skipped (`StepResult.skipped`).
-        elastic: processes may come, go and crash while training goes on, exactly or by LocalSGD or DiLoCo (also compressed, or
-            in fragments); each is
-            started by itself.
+        elastic: processes may come, go and crash while training goes on, exactly, or by replicas that agree now
+            and then (LocalSGD, DiLoCo, StreamingDiLoCo(delay=0)), also compressed; each is started by itself.
         checkpoints: a folder for them, or `Checkpoints`, which says when they are written.
         resume: "auto" goes on from the latest checkpoint there if there is one, with the step count, random states and
             whatever was saved besides; "never" starts anew and leaves them alone.

@@ -17,8 +17,6 @@ from partita.program.wire import ring_bytes
 from partita.runtime.processes import as_bytes
 from partita.training.sync.method import Peers
 
-_TAG = 7
-
 
 class QuorumLine:
     """A `Line` of CPU tensors among the members of one quorum, whose ranks are their places in it.
@@ -55,17 +53,16 @@ class QuorumLine:
         result = {
             rank: [torch.empty(spec.shape, dtype=spec.dtype) for spec in specs] for rank, specs in incoming.items()
         }
-        sent = [(rank, as_bytes(value)) for rank, values in outgoing.items() for value in values if value.numel()]
-        received = [(rank, as_bytes(value)) for rank, values in result.items() for value in values if value.numel()]
+        sent, received = _messages(outgoing), _messages(result)
 
         def move() -> None:
-            works = [self._group.recv([value], rank, _TAG) for rank, value in received]
-            works += [self._group.send([value], rank, _TAG) for rank, value in sent]
+            works = [self._group.recv([value], rank, tag) for rank, tag, value in received]
+            works += [self._group.send([value], rank, tag) for rank, tag, value in sent]
             for work in works:
                 work.wait(self._limit)
 
         self._guard(move, "an exchange")
-        for rank, value in sent:
+        for rank, _, value in sent:
             self.sent_to[rank] += value.nbytes
         return result
 
@@ -77,6 +74,13 @@ class QuorumLine:
             raise PeerLostError(
                 f"member {self.peers.rank} of the quorum lost another one in {what}: {reason}"
             ) from error
+
+
+def _messages(values: Mapping[int, Sequence[Tensor]]) -> list[tuple[int, int, Tensor]]:
+    """What has any bytes: by rank, with a tag that tells the messages between two apart."""
+    return [
+        (rank, tag, as_bytes(value)) for rank, own in values.items() for tag, value in enumerate(own) if value.numel()
+    ]
 
 
 def count_ring(sent_to: Counter[int], num_bytes: int, peers: Peers) -> None:
