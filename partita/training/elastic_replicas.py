@@ -168,7 +168,8 @@ class ElasticReplicas(ElasticAround):
     @torch.no_grad()
     def _agree(self) -> _Told:
         """Moves what is agreed on by the outer gradient of all that are there, and goes on from it."""
-        before, lost = Counter(self._members.sent_to), None
+        before = Counter(self._members.sent_to)
+        lost: PeerLostError | None = None
         for _ in range(MOST_TRIES):
             current = self._gather()
             due, fragment = self._fragments.next(self._members.step)
