@@ -218,3 +218,38 @@ def test_alone_it_trains_agrees_with_itself_and_resumes_from_what_was_agreed(tmp
             assert step.num_steps == 2 * EVERY
     finally:
         server.shutdown()
+
+
+def test_what_is_fed_back_is_in_checkpoints_and_brought_by_the_one_that_resumes(tmp_path: Path) -> None:
+    server = membership.lighthouse("127.0.0.1", 0)
+    try:
+        address = f"http://127.0.0.1:{server.address().rsplit(':', 1)[1]}"
+        options: dict[str, Any] = {
+            "plan": elastic_job.PLAN,
+            "sync": METHODS["int8"],
+            "elastic": Elastic(lighthouse=address, timeout_s=5.0),
+        }
+        model, optimizer = build()
+        with partita.parallelize(model, optimizer, loss_fn, batch_of(0), **options) as step:
+            (missing,) = step._fragments.all[0].own().values()  # type: ignore[attr-defined]
+            missing.fill_(0.25)
+            step.save(tmp_path)
+        other, other_optimizer = build()
+        with partita.parallelize(other, other_optimizer, loss_fn, batch_of(0), checkpoints=tmp_path, **options) as step:
+            fragment = step._fragments.all[0]  # type: ignore[attr-defined]
+            assert all((value == 0.25).all() for value in fragment.own().values())
+            before = [value.clone() for value in fragment.outer.agreed]
+            for number in range(EVERY):
+                step(batch_of(number))
+            assert not any(value.any() for value in fragment.own().values())
+            moved = [y - x for y, x in zip(before, fragment.outer.agreed, strict=True)]
+        exact_model, exact_optimizer = build()
+        options["sync"] = METHODS["diloco"]
+        with partita.parallelize(exact_model, exact_optimizer, loss_fn, batch_of(0), **options) as step:
+            for number in range(EVERY):
+                step(batch_of(number))
+            exact = step._fragments.all[0].outer.agreed  # type: ignore[attr-defined]
+            for x, y, found in zip(before, exact, moved, strict=True):
+                torch.testing.assert_close(found, x - y + 1.5 * 0.8 * 0.25, rtol=1e-3, atol=1e-4)
+    finally:
+        server.shutdown()
