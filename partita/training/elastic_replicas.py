@@ -191,7 +191,8 @@ class ElasticReplicas(ElasticAround):
         since = self._agreed_step
         self._start_window(self._num_steps)
         if current.place == 0 and found.has_trained:  # one of them writes
-            self._keeper.save_if_due(self._num_steps, self.source, since=since)
+            with self._as_agreed():
+                self._keeper.save_if_due(self._num_steps, self.source, since=since)
         return _Told(found.loss, self._members.sent_to - before, fragment.sums.error)
 
     def _attempt(self, current: Round, fragment: Fragment) -> tuple[_Attempt | None, PeerLostError | None]:
