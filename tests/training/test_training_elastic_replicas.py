@@ -153,7 +153,7 @@ def test_compressed_replicas_go_on_without_one_that_dies_within_an_exchange(tmp_
     try:
         for name in ("a", "b", "mortal"):
             job.start(name)
-        job.until(lambda: job.processes["mortal"].poll() is not None and job.lines("a")[-1]["num"] == 2)
+        job.until(lambda: job.processes["mortal"].poll() is not None and job.lines("a")[-1]["num"] == 2, 180.0)
         assert job.processes["mortal"].returncode == -signal.SIGKILL
         del job.processes["mortal"]
         job.start("late")
@@ -164,6 +164,7 @@ def test_compressed_replicas_go_on_without_one_that_dies_within_an_exchange(tmp_
         assert agree(job, *lines) > 10 * EVERY
     finally:
         job.close()
+    assert lines["late"][0]["given"] == 0 and lines["late"][0]["step"] > 2 * EVERY
     if method == "int8":
         assert same(weights)  # of streaming replicas they differ but for the fragment that was exchanged last
     for name in ("a", "b"):
@@ -176,7 +177,7 @@ def test_compressed_replicas_go_on_without_one_that_dies_within_an_exchange(tmp_
         assert line["sent"] == line["sent_to"]
         behind = line["place"] is None
         seldom += behind or line["sent"] != sent_bytes(method, line["num"], line["place"], line["step"])
-    assert seldom <= 10
+    assert seldom < len(exchanges) / 2
     last = lines["a"][-1]["step"]
     undisturbed = judge(plain(3, last // EVERY))
     assert undisturbed < 0.5 * judge(list(build()[0].parameters()))
