@@ -160,7 +160,7 @@ def test_compressed_replicas_go_on_without_one_that_dies_within_an_exchange(tmp_
         job.until(lambda: job.lines("a")[-1]["num"] == 3)
         weights = job.ends("a", "b", "late")
         lines = {name: job.lines(name) for name in ("a", "b", "late", "mortal")}
-        assert any(line["num"] == 3 for line in lines["mortal"])
+        assert lines["mortal"]
         assert agree(job, *lines) > 10 * EVERY
     finally:
         job.close()
@@ -169,7 +169,7 @@ def test_compressed_replicas_go_on_without_one_that_dies_within_an_exchange(tmp_
         assert same(weights)  # of streaming replicas they differ but for the fragment that was exchanged last
     for name in ("a", "b"):
         steps = [line["step"] for line in lines[name]]
-        assert steps == list(range(1, len(steps) + 1))
+        assert steps == list(range(steps[0], steps[0] + len(steps)))  # they lost nothing
     exchanges = [line for own in lines.values() for line in own if line["sent"]]
     assert {line["num"] for line in exchanges} == {2, 3}
     seldom = 0  # sums that were tried twice, or with somebody who was behind
