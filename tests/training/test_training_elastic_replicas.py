@@ -167,9 +167,8 @@ def test_compressed_replicas_go_on_without_one_that_dies_within_an_exchange(tmp_
     assert lines["late"][0]["given"] == 0 and lines["late"][0]["step"] > 2 * EVERY
     if method == "int8":
         assert same(weights)  # of streaming replicas they differ but for the fragment that was exchanged last
-    for name in ("a", "b"):
-        steps = [line["step"] for line in lines[name]]
-        assert steps == list(range(steps[0], steps[0] + len(steps)))  # they lost nothing
+    steps = {line["step"] for name in ("a", "b") for line in lines[name]}
+    assert steps == set(range(1, max(steps) + 1))  # those that lived have lost nothing
     exchanges = [line for own in lines.values() for line in own if line["sent"]]
     assert {line["num"] for line in exchanges} == {2, 3}
     seldom = 0  # sums that were tried twice, or with somebody who was behind
