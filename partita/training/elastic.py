@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,7 @@ class ElasticStep(ElasticAround):
         """
         start_s = time.perf_counter()
         self._check(batch, update)
-        before = _Volatile(self._setup.model)
+        before, sent_before = _Volatile(self._setup.model), Counter(self._members.sent_to)
         for _ in range(MOST_TRIES):
             current = self._gather()
             self._compute(batch, current)
@@ -91,13 +92,15 @@ class ElasticStep(ElasticAround):
         else:
             raise InputError(f"a step must succeed within {MOST_TRIES} tries, but every time a process was lost")
         self._learn(self._attempt.times_s)
+        sent_to = self._members.sent_to - sent_before
         result = StepResult(
             loss=self._attempt.loss,
             step=self.num_steps,
             step_time_s=time.perf_counter() - start_s,
             num_samples=self._num_rows,
-            bytes_sent=self._attempt.bytes_sent,
+            bytes_sent=sum(sent_to.values()),
             grad_norm=self._attempt.norm,
+            sent_to=dict(sent_to),
         )
         self._tell(result)
         if current.place == 0:  # one of them writes
@@ -168,7 +171,6 @@ class ElasticStep(ElasticAround):
         self._members.sum(flat)
         made.loss, made.times_s = float(told[0]), told[1:].tolist()
         made.is_whole = self._members.is_whole()
-        made.bytes_sent = int(2 * (num - 1) / num * flat.nbytes)
         made.norm = self._clip(body[:num_trained])
         made.committed = self._members.vote(made.is_finite or self._setup.check_finite == "off")
         if not made.committed:
@@ -214,7 +216,6 @@ class _Attempt:
     spent_s: float = 0.0
     loss: float = math.nan
     times_s: list[float] = dataclasses.field(default_factory=list)
-    bytes_sent: int = 0
     is_whole: bool = False
     committed: bool = False
     norm: float | None = None  # of the gradients of all pieces, where it is asked for

@@ -20,6 +20,7 @@ import socket
 import threading
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,6 +36,7 @@ from partita.arguments import check_count, check_number, told
 from partita.errors import InputError, PeerLostError, StepError, WaitTimeoutError
 from partita.runtime.sockets import own_address
 from partita.runtime.tokens import token_of
+from partita.training.quorum_line import QuorumLine, count_ring
 
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"
 FEW_PIECES = 12  # 1, 2, 3, 4 or 6 processes share them evenly
@@ -158,13 +160,16 @@ class Members:
         torch_stores: Any = dist
         self._store = torch_stores.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         self._settings = settings
+        self._group = torchft.ProcessGroupGloo(timeout=limit)
+        self._limit = limit
+        self.sent_to: Counter[int] = Counter()  # bytes, by the place of the member in the quorum of that time
         for name in ("torchft", "torchft_quorums", "torchft_commits", "torchft_errors"):
             if logging.getLogger(name).level == logging.NOTSET:  # a lost process is no error here, and told by events
                 logging.getLogger(name).setLevel(logging.CRITICAL)
         transport = _transport_class()(host, limit)
         try:
             self._manager = torchft.Manager(
-                pg=torchft.ProcessGroupGloo(timeout=limit),
+                pg=self._group,
                 load_state_dict=load,
                 state_dict=state,
                 min_replica_size=settings.min_replicas,
@@ -232,6 +237,23 @@ class Members:
     def sum(self, value: Tensor) -> None:
         """Replaces a flat float tensor by its sum over the members, or spoils it, of which the vote will tell."""
         self._manager.allreduce(value, reduce_op=dist.ReduceOp.SUM).wait()
+        if self.is_whole():
+            count_ring(self.sent_to, value.nbytes, self.line().peers)
+
+    def line(self) -> QuorumLine:
+        """Among all that are in the quorum, those that receive the state first as well.
+
+        Raises:
+            PeerLostError: the members could not connect to each other.
+        """
+        if (error := self._manager.errored()) is not None:
+            raise PeerLostError(f"the members of the quorum could not connect to each other: {error}")
+        return QuorumLine(self._group.parent, self._limit, self.sent_to)
+
+    def give_up(self, error: StepError) -> None:
+        """The vote will fail, and those that wait for this process within the quorum hear of it now."""
+        self._manager.report_error(error)
+        self._group.abort()
 
     def is_whole(self) -> bool:
         """Whether nothing has gone wrong since the quorum was formed, as far as this process knows."""

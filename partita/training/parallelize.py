@@ -45,6 +45,7 @@ from partita.training.choosing import choose, shared_sum_cost
 from partita.training.combining import check_elastic, check_method, wanted_method
 from partita.training.described import described_plan, described_planner, is_described_gpus
 from partita.training.elastic import ElasticStep
+from partita.training.elastic_fragments import OuterMethod
 from partita.training.elastic_replicas import ElasticReplicas
 from partita.training.events import PlanChosen, SyncChosen, WarningRaised, emit
 from partita.training.inputs import BatchLeaves, take_apart
@@ -66,7 +67,7 @@ from partita.training.runners import LossFn, named_state
 from partita.training.scaling import LossScale
 from partita.training.setup import StepSetup, make_runner
 from partita.training.step import Step
-from partita.training.sync import DiLoCo, Exact, GradientMethod, LocalSGD, Method, ReplicaMethod
+from partita.training.sync import Exact, GradientMethod, Method, ReplicaMethod
 from partita.training.sync.choice import Tolerance
 from partita.training.trial import fits
 from partita.training.update_costs import agreed_costs
@@ -217,8 +218,8 @@ def parallelize(
         loss_scale: what the loss is multiplied by for the gradients, which are divided by it in float32 before they are
             clipped: a number, or "dynamic" as of `torch.amp.GradScaler`. A step with a gradient of infinity or NaN is
             skipped (`StepResult.skipped`).
-        elastic: processes may come, go and crash while training goes on, exactly or by LocalSGD or DiLoCo; each is
-            started by itself.
+        elastic: processes may come, go and crash while training goes on, exactly, or by replicas that agree now
+            and then (LocalSGD, DiLoCo, StreamingDiLoCo(delay=0)), also compressed; each is started by itself.
         checkpoints: a folder for them, or `Checkpoints`, which says when they are written.
         resume: "auto" goes on from the latest checkpoint there if there is one, with the step count, random states and
             whatever was saved besides; "never" starts anew and leaves them alone.
@@ -312,7 +313,7 @@ def _step_of(
     setup: StepSetup, method: Method, elastic: Elastic | None, batch: Any, make: Callable[[StepSetup, Any], Step]
 ) -> Step:
     """The step of processes that are brought together so; `make` makes that of those that train as one."""
-    if elastic is not None and isinstance(method, LocalSGD | DiLoCo):
+    if elastic is not None and isinstance(method, OuterMethod):
         return ElasticReplicas(setup, elastic, method, batch, make)
     if elastic is not None:
         return ElasticStep(setup, elastic, batch, make)

@@ -3,19 +3,23 @@ the number of the last step), and writes what it saw."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import plain_training
 import torch
 from plain_training import loss_fn, train_plain
 from torch import nn
 
 import partita
 from partita import Constraints, Elastic
+from partita.training.quorum_line import QuorumLine
 
 NEVER = 10**9
 ROWS = 24
@@ -25,6 +29,10 @@ EVERY = 5
 METHODS = {
     "exact": partita.sync.Exact(),
     "diloco": partita.sync.DiLoCo(every=EVERY, outer_lr=0.8, outer_momentum=0.5),
+    "int8": partita.sync.DiLoCo(
+        every=EVERY, outer_lr=0.8, outer_momentum=0.5, compress=partita.sync.Rounded(to="int8")
+    ),
+    "streaming": partita.sync.StreamingDiLoCo(every=2 * EVERY, fragments=2, delay=0, outer_lr=0.8, outer_momentum=0.5),
 }
 
 
@@ -35,7 +43,9 @@ def build(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
 
 
 def batch_of(number: int) -> Any:
-    return plain_training.batch_of(number, ROWS)
+    generator = torch.Generator().manual_seed(number)
+    x_BI = torch.randn(ROWS, 6, generator=generator)
+    return x_BI, x_BI[:, :3].argmax(1)
 
 
 def plain(num_steps: int) -> tuple[list[float], nn.Module]:
@@ -48,7 +58,29 @@ def end_of(folder: Path) -> int:
     return int(path.read_text()) if path.exists() else NEVER
 
 
+def digest(step: partita.Step, into: nn.Module) -> str:
+    """Of the weights that processes have agreed on, to the last bit."""
+    step.sync_to(into)
+    content = b"".join(value.detach().numpy().tobytes() for value in into.parameters())
+    return hashlib.sha256(content).hexdigest()
+
+
+def die_within_an_exchange(number: int) -> None:
+    """This process ends in the exchange of that number, when the others have what it sent before."""
+    exchange, count = QuorumLine.exchange, itertools.count(1)
+
+    def fatal(line: QuorumLine, outgoing: Any, incoming: Any) -> Any:
+        if next(count) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return exchange(line, outgoing, incoming)
+
+    QuorumLine.exchange = fatal  # type: ignore[method-assign]
+
+
 def main(folder: Path, name: str, lighthouse: str, min_replicas: int, method: str) -> None:
+    if name == "mortal":
+        die_within_an_exchange(6)  # the second turn of the third sum
+    looked_at, _ = build()
     model, optimizer = build(7 if name == "late" else 0)  # who is late receives the others' weights
     elastic = Elastic(lighthouse=lighthouse, timeout_s=5.0, wait_s=60.0, min_replicas=min_replicas)
     with (
@@ -67,6 +99,10 @@ def main(folder: Path, name: str, lighthouse: str, min_replicas: int, method: st
                 "given": number,
                 "loss": result.loss,
                 "num": step.num_replicas,  # type: ignore[attr-defined]
+                "place": step._round.place,  # type: ignore[attr-defined]
+                "sent": result.bytes_sent,
+                "sent_to": sum(result.sent_to.values()),
+                "agreed": digest(step, looked_at),
                 "start_s": start_s,
                 "end_s": time.time(),
             }

@@ -250,9 +250,10 @@ def test_the_state_is_told_to_the_job_only(monkeypatch: pytest.MonkeyPatch) -> N
         ({"elastic": Elastic(), "sync": "auto"}, "a method that is known beforehand"),
         ({"elastic": Elastic(), "sync": partita.sync.LocalSGD(after=3)}, "leave after out"),
         (
-            {"elastic": Elastic(), "sync": partita.sync.DiLoCo(compress=partita.sync.Rounded())},
-            "must not be compressed",
+            {"elastic": Elastic(), "sync": partita.sync.DiLoCo(compress=partita.sync.PowerSGD())},
+            "must keep nothing that all have alike",
         ),
+        ({"elastic": Elastic(), "sync": "streaming_diloco"}, "pass delay=0"),
         ({"elastic": Elastic()}, "lighthouse must be an address"),
         ({"elastic": Elastic(lighthouse="http://127.0.0.1:9", pieces=5)}, "multiple of pieces=5"),
     ],

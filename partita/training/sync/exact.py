@@ -25,6 +25,10 @@ class Exact(GradientMethod):
     def name(self) -> str:
         return "exact"
 
+    @property
+    def keeps_its_own(self) -> bool:
+        return True
+
     def sum_of(self, parts: Sequence[Part], peers: Peers) -> GradientSum:
         return ExactSum(parts, peers)
 

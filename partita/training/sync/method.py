@@ -104,6 +104,12 @@ class GradientMethod(abc.ABC):
         """Whether it looks at parameters as matrices, so that they must not be cut between workers."""
         return False
 
+    @property
+    def keeps_its_own(self) -> bool:
+        """Whether what a sum keeps is this process' alone and knows nothing of the others, so that they may be others
+        from one sum to the next."""
+        return False
+
     @abc.abstractmethod
     def sum_of(self, parts: Sequence[Part], peers: Peers) -> GradientSum:
         """The sum of some parts; all processes of `peers` make it."""

@@ -208,6 +208,10 @@ class StreamingDiLoCo(ReplicaMethod):
         return "streaming_diloco"
 
     @property
+    def outer(self) -> OuterSettings:
+        return OuterSettings(self.every, *outer_settings(self.outer_lr, self.outer_momentum, self.every), self.compress)
+
+    @property
     def meets_every(self) -> int:
         return self.every
 
@@ -352,13 +356,11 @@ class StreamingSync(ReplicaSync):
     def __init__(self, replica: Replica, method: StreamingDiLoCo) -> None:
         super().__init__(replica)
         self._method = method
-        lr, momentum = outer_settings(method.outer_lr, method.outer_momentum, method.every)
-        settings = OuterSettings(method.every, lr, momentum, method.compress)
         held = replica.parameters
         self._fragments = [
             OuterOptimizer(
                 {piece.part.name: piece.of(held[piece.parameter.name]) for piece in own},
-                settings,
+                method.outer,
                 replica.peers,
                 replica.share,
             )

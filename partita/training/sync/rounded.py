@@ -4,7 +4,7 @@ Two turns, as in 1-bit Adam (Tang et al. 2021, section 4): the elements are cut 
 q, rounded, to process q; that one adds them in float32 and sends the sum, rounded once more, to all others. All take
 the rounded sum, so they hold the same bits. Both roundings have their error feedback, if wanted: a process adds what
 its roundings of its gradients lost to its next gradient, and the owner of a chunk what the rounding of the sum lost to
-its next sum.
+the same elements of its next gradient, which nobody else rounds.
 
 Source of bfloat16 and float16 sums: torch's `bf16_compress_hook`, which adds in 16 bits; here additions are in float32.
 """
@@ -41,8 +41,8 @@ _FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Rounded(GradientMethod):
     """Gradients rounded to 16-bit floats or to integers of 8 or 4 bits.
 
-    State: with error feedback, n + n/P elements. Bytes a step: with b bytes an element, about 2 b n (P-1)/P; for
-    integers and 4 bytes more for every `codecs.BLOCK` elements.
+    State: with error feedback, n elements. Bytes a step: with b bytes an element, about 2 b n (P-1)/P; for integers and
+    4 bytes more for every `codecs.BLOCK` elements.
 
     Args:
         to: "bf16", "fp16", "int8", "int4"; "fp32" rounds nothing.
@@ -68,6 +68,10 @@ class Rounded(GradientMethod):
     def codec(self) -> Codec:
         return FloatCodec(_FLOATS[self.to]) if self.to in _FLOATS else IntegerCodec(int(self.to[3:]))
 
+    @property
+    def keeps_its_own(self) -> bool:
+        return True
+
     def sum_of(self, parts: Sequence[Part], peers: Peers) -> GradientSum:
         feedback = self.to not in _FLOATS if self.error_feedback is None else self.error_feedback
         return RoundedSum(parts, peers, self.codec, feedback)
@@ -89,9 +93,7 @@ class RoundedSum(GradientSum):
         self._codec = codec
         num_elements = sum(part.num_elements for part in parts)
         self._edges = chunk_edges(num_elements, peers.num)
-        low, high = self._bounds(peers.rank)
         self._missing = torch.zeros(num_elements) if error_feedback else None
-        self._missing_of_sum = torch.zeros(high - low) if error_feedback else None
 
     def _bounds(self, rank: int) -> tuple[int, int]:
         place = self.peers.ranks.index(rank)
@@ -99,10 +101,13 @@ class RoundedSum(GradientSum):
 
     def __call__(self, values: Sequence[Tensor], line: Line) -> list[Tensor]:
         flat = flat_of(values)
+        if self._missing is not None:
+            flat += self._missing
         if self.peers.num > 1:
-            wanted = flat.add_(self._missing) if self._missing is not None else flat
-            own = self._sum_of_chunk(wanted, line)
+            own = self._sum_of_chunk(flat, line)
             self._spread(own, flat, line)
+        elif self._missing is not None:
+            self._missing.zero_()  # others were there before
         return unflat(flat, self.parts)
 
     def _sum_of_chunk(self, wanted: Tensor, line: Line) -> Tensor:
@@ -113,7 +118,7 @@ class RoundedSum(GradientSum):
             for rank, code in codes.items():
                 start, end = self._bounds(rank)
                 self._missing[start:end] = wanted[start:end] - self._codec.decode(code, end - start)
-            self._missing[low:high] = 0.0  # its own part of its own chunk is not rounded
+            self._missing[low:high] = 0.0  # its own part of its own chunk is not rounded, but the sum will be
             self.error = share_missing(self._missing, wanted)
         received = line.exchange(codes, dict.fromkeys(self.peers.others, self._codec.specs(high - low)))
         summands = [
@@ -127,8 +132,6 @@ class RoundedSum(GradientSum):
 
     def _spread(self, own: Tensor, into: Tensor, line: Line) -> None:
         """The rounded sums of all chunks, on all processes."""
-        if self._missing_of_sum is not None:
-            own += self._missing_of_sum
         code = self._codec.encode(own)
         specs = {}
         for rank in self.peers.others:
@@ -138,11 +141,9 @@ class RoundedSum(GradientSum):
         for rank in self.peers.ranks:
             low, high = self._bounds(rank)
             into[low:high] = self._codec.decode(code if rank == self.peers.rank else received[rank], high - low)
-        if self._missing_of_sum is not None:
+        if self._missing is not None:
             low, high = self._bounds(self.peers.rank)
-            self._missing_of_sum.copy_(own - into[low:high])
+            self._missing[low:high] = own - into[low:high]
 
     def state(self) -> State:
-        if self._missing is None or self._missing_of_sum is None:
-            return {}
-        return {"missing": self._missing, "missing_of_sum": self._missing_of_sum}
+        return {} if self._missing is None else {"missing": self._missing}

@@ -69,6 +69,10 @@ class TopK(GradientMethod):
     def name(self) -> str:
         return "topk"
 
+    @property
+    def keeps_its_own(self) -> bool:
+        return True
+
     def sum_of(self, parts: Sequence[Part], peers: Peers) -> GradientSum:
         return TopKSum(parts, peers, self)
 
@@ -164,13 +168,15 @@ class TopKSum(GradientSum):
 
     def __call__(self, values: Sequence[Tensor], line: Line) -> list[Tensor]:
         wanted = flat_of(values)
+        if self._missing is not None:
+            wanted += self._missing
         if self.peers.num == 1:
+            if self._missing is not None:
+                self._missing.zero_()  # others were there before
             return unflat(wanted, self.parts)
         if self._density == 1:
             line.all_reduce(wanted)
             return unflat(wanted, self.parts)
-        if self._missing is not None:
-            wanted += self._missing
         places = largest_places(wanted, self.parts, self._counts)
         total = sum_of_sparse(places, wanted[places.long()], self._num_elements, self.peers, line)
         if self._missing is not None:
