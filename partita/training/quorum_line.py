@@ -42,7 +42,7 @@ class QuorumLine:
     def all_reduce(self, value: Tensor) -> None:
         if self.peers.num == 1 or not value.numel():
             return
-        options: Any = dist.AllreduceOptions()  # type: ignore[attr-defined]  # exported, but not declared so
+        options: Any = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.SUM
         self._guard(lambda: self._group.allreduce([value], options).wait(self._limit), "a sum")
         count_ring(self.sent_to, value.nbytes, self.peers)
