@@ -408,7 +408,7 @@ def cluster_difference(plan: Plan, cluster: Cluster) -> str:
     """What of `plan` the cluster does not have, in words; "" if the plan can run there."""
     ranks = {process.rank: process for process in cluster.processes}
     wanted = {worker.process for worker in plan.workers}
-    if plan.mode == "graph" and wanted != set(ranks):
+    if plan.mode == "graph" and wanted != set(ranks) and len(wanted) > 1:  # one process alone is a plan as well
         return f"the plan has workers on processes {sorted(wanted)}, the cluster has {sorted(ranks)}"
     for worker in plan.workers:
         process = ranks.get(worker.process)

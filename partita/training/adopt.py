@@ -152,7 +152,7 @@ class Adoption:
         compiled = self._exchange()
         while True:
             coming, ready = self._prospects(compiled)
-            self._index = self._turns.next(ready)
+            self._index = self._turns.next(ready, calm=all(compiled))
             is_over = self._num_steps > 0 and self._turns.is_over(coming)
             runner = self._prepared(self._index)
             self.records = is_over and isinstance(runner, GraphRunner) and len(self._observed) < NUM_OBSERVED
@@ -243,8 +243,8 @@ class Adoption:
         ready = [begun and here and done for here, done in zip(coming, compiled, strict=True)]
         last = [candidate.is_compiled_block for candidate in self._candidates]
         others = [
-            here and not course.has_raced and not late
-            for here, course, late in zip(coming, self._turns.courses, last, strict=True)
+            here and not late and (not course.has_raced or self._turns.may_race_again(index))
+            for index, (here, course, late) in enumerate(zip(coming, self._turns.courses, last, strict=True))
         ]
         if any(others):  # what takes this process' own time to compile waits until all others have had their turns
             ready = [here and not late for here, late in zip(ready, last, strict=True)]
@@ -282,7 +282,8 @@ class Adoption:
         """Those that have raced and lost hold threads and copies of weights that nobody needs."""
         for index, (candidate, course) in enumerate(self._pairs()):
             racing = self._turns.is_racing(index)
-            lost = course.has_raced and not racing and index != self._turns.best
+            over = course.has_raced and not racing and not self._turns.may_race_again(index)
+            lost = over and index != self._turns.best
             if candidate.runner is not None and lost and index != self._index:  # the current one hands over first
                 candidate.runner.close()
                 candidate.runner = None

@@ -500,7 +500,14 @@ def _finalists(candidates: tuple[Plan, ...]) -> list[Plan]:
     plain = [plan for plan in graphs if not plan.compiled][: NUM_MEASURED - len(compiled)]
     if compiled:
         compiled += _compiled_twins(plain, compiled)
+        compiled += [plan for plan in graphs if plan.compiled and plan not in compiled and _is_of_one(plan, graphs)]
     return [*plain, *compiled, *(plan for plan in candidates if plan.mode == "block")]
+
+
+def _is_of_one(plan: Plan, others: list[Plan]) -> bool:
+    """Whether one process alone makes the steps of a plan, but not of all others."""
+    processes = [{worker.process for worker in one.workers} for one in (plan, *others)]
+    return len(processes[0]) == 1 and any(len(some) > 1 for some in processes)
 
 
 def _compiled_twins(plain: list[Plan], compiled: list[Plan]) -> list[Plan]:

@@ -28,6 +28,7 @@ from partita.units import proportional
 # Seconds that measuring the ops of a new model may take; what is left over is estimated by the roofline.
 WHOLE_GRAPH_BUDGET_S = 2.0
 CANDIDATE_BUDGET_S = 1.0
+NUM_OF_FIRST = 2  # plans of the first process alone, of each kind
 
 
 def has_compiler() -> bool:
@@ -98,9 +99,77 @@ def ranked_plans(
 ) -> tuple[Plan, ...]:
     """Plans best first, by simulation; plain PyTorch among them where the constraints allow it. `refines`: parts of the
     best are measured as a whole, which compiles them; there is no need where plans are run before one is adopted. The
-    random state is left as it was."""
+    random state is left as it was. Of several processes, the best plans of the first one alone are among them as well:
+    over a slow network, what the others add may take longer than it saves."""
     with torch.random.fork_rng(devices=[]):  # what is measured is made up, and some of it draws
-        return _ranked(graph, cluster, cost, constraints, facts, limit, values, refines)
+        if len(cluster.processes) == 1 or not _may_use_one(constraints):
+            return _ranked(graph, cluster, cost, constraints, facts, limit, values, refines)
+        alone = _plans_of_first(graph, cluster, constraints, facts, values, refines)
+        try:
+            plans = _ranked(graph, cluster, cost, constraints, facts, limit, values, refines)
+        except InfeasibleError:
+            if not alone:
+                raise
+            return tuple(alone)
+        return _merged(plans, alone)
+
+
+def _may_use_one(constraints: Constraints) -> bool:
+    """Whether the workers may all be those of one process."""
+    mesh = {constraints.data, constraints.pipeline, constraints.tensor}
+    if constraints.num_workers == 1:
+        return mesh <= {None, 1}
+    fixed = constraints.num_workers or constraints.fully_sharded or constraints.inputs or constraints.stage_starts
+    return mesh == {None} and not fixed
+
+
+def _plans_of_first(
+    graph: Graph,
+    cluster: Cluster,
+    constraints: Constraints,
+    facts: OptimizerFacts,
+    values: StepValues | None,
+    refines: bool,
+) -> list[Plan]:
+    """The best plans of the first process alone, compiled and not, as plans of the whole cluster."""
+    first = cluster.processes[0]
+    alone = msgspec.structs.replace(
+        cluster, machines=(cluster.machines[first.machine],), processes=(msgspec.structs.replace(first, machine=0),)
+    )
+    try:
+        plans = _ranked(graph, alone, CostTable(alone), constraints, facts, NUM_OF_FIRST, values, refines)
+    except InfeasibleError:  # its memory is too small, or it has too few cores
+        return []
+    reason = f"one of {len(cluster.processes)} processes makes the steps; the others wait for its loss"
+    return [
+        msgspec.structs.replace(
+            plan,
+            cluster_fingerprint=cluster_fingerprint(cluster),
+            workers=tuple(msgspec.structs.replace(worker, machine=first.machine) for worker in plan.workers),
+            reasons=(*plan.reasons, reason),
+        )
+        for plan in plans
+        if plan.mode == "graph"
+    ]
+
+
+def _merged(plans: tuple[Plan, ...], others: list[Plan]) -> tuple[Plan, ...]:
+    """All of them, best first, under the lower of the two bounds."""
+    found = list(plans)
+    for other in others:
+        slower = [place for place, plan in enumerate(found) if _time_s(plan) > _time_s(other)]
+        found.insert(min(slower, default=len(found)), other)
+    bound_s = min((plan.prediction.lower_bound_s for plan in found if plan.prediction is not None), default=0.0)
+    return tuple(
+        msgspec.structs.replace(plan, prediction=msgspec.structs.replace(plan.prediction, lower_bound_s=bound_s))
+        if plan.prediction is not None
+        else plan
+        for plan in found
+    )
+
+
+def _time_s(plan: Plan) -> float:
+    return plan.prediction.step_time_s if plan.prediction is not None else 0.0
 
 
 def _ranked(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from partita.arguments import told
-from partita.errors import InputError
+from partita.errors import InputError, PlanError
 from partita.graph.graph import Graph, InputKind
 from partita.plan import Plan
 from partita.program import ProgramSet, Timeline, check, lower
@@ -107,7 +108,8 @@ def named_state(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, to
 
 
 class GraphRunner:
-    """Executes a plan's programs on this process' workers.
+    """Executes a plan's programs on this process' workers. Where the plan has workers in one process of the job only,
+    the others are told the loss once it has made the step.
 
     Args:
         graph: the captured step for the batch shape that will be given.
@@ -190,16 +192,30 @@ class GraphRunner:
         values = {name: value.detach() for name, value in self._stored.items()}
         shapes = {name: tuple(value.shape) for name, value in values.items()}
         self.sums = None if sync is None else Sums(sync, shapes, process)
-        self._engine = Engine(
-            self.programs,
-            plan,
-            process=process,
-            state=State(parameters=values, buffers=dict(self.buffers), constants=constants),
-            update=self._update,
-            transport=transport,
-            timeout_s=timeout_s,
-            compiled=compiled,
-            sum_gradients=None if self.sums is None else self.sums.form,
+        processes = sorted({program.process for program in self.programs.programs})
+        self._first = processes[0]
+        self._others = transport if transport is not None and len(processes) < transport.num_processes else None
+        if self._others is not None and len(processes) > 1:
+            raise PlanError(
+                f"a plan must have workers in one process or in all {self._others.num_processes}, but it has some in "
+                f"{processes}. Start as many processes as the plan has."
+            )
+        state = State(parameters=values, buffers=dict(self.buffers), constants=constants)
+        is_idle = self._others is not None and process != self._first
+        self._engine: Engine | None = (
+            None
+            if is_idle
+            else Engine(
+                self.programs,
+                plan,
+                process=process,
+                state=state,
+                update=self._update,
+                transport=transport if self._others is None else None,
+                timeout_s=timeout_s,
+                compiled=compiled,
+                sum_gradients=None if self.sums is None else self.sums.form,
+            )
         )
 
     def step(
@@ -215,26 +231,32 @@ class GraphRunner:
     ) -> Outcome:
         if self._shards is not None:
             self._shards.refresh_options()
-        done = self._engine.step(
-            leaves.tensors,
-            row_offsets=leaves.offsets,
-            update=update,
-            commit_buffers=update,
-            accumulate_only=accumulate_only,
-            continues=continues,
-            record=record,
-            finite_only=finite_only,
-            most_norm=math.inf if self._clip_norm is None else self._clip_norm,
-            loss_scale=1.0 if self._scale is None else self._scale.value,
-        )
-        outcome = Outcome(
-            float(done.loss),
-            done.bytes_sent,
-            done.timeline,
-            None if accumulate_only else done.norm,
-            0.0 if self.sums is None else self.sums.error,
-            done.sent_to,
-        )
+        outcome = Outcome(math.nan)
+        if self._engine is not None:
+            done = self._engine.step(
+                leaves.tensors,
+                row_offsets=leaves.offsets,
+                update=update,
+                commit_buffers=update,
+                accumulate_only=accumulate_only,
+                continues=continues,
+                record=record,
+                finite_only=finite_only,
+                most_norm=math.inf if self._clip_norm is None else self._clip_norm,
+                loss_scale=1.0 if self._scale is None else self._scale.value,
+            )
+            outcome = Outcome(
+                float(done.loss),
+                done.bytes_sent,
+                done.timeline,
+                None if accumulate_only else done.norm,
+                0.0 if self.sums is None else self.sums.error,
+                done.sent_to,
+            )
+        if self._others is not None:
+            self._tell(self._others, outcome, record)
+        if self._engine is None:
+            return outcome
         applies = update and not accumulate_only and (outcome.is_finite() or not finite_only)
         if update and not self._settled:
             # The first update made the optimizer's state in the places of tensors of the step, which now find none.
@@ -243,6 +265,17 @@ class GraphRunner:
         if applies and self.kind == "coupled":
             self._apply(outcome.loss)
         return outcome
+
+    def _tell(self, transport: Transport, outcome: Outcome, record: bool) -> None:
+        """What the process that computes has found, on all."""
+        start_s = time.perf_counter()
+        told = torch.tensor([outcome.loss, outcome.norm or 0.0, outcome.norm is not None], dtype=torch.float64)
+        Team(transport).spread([told], source=self._first)
+        if self._engine is None:
+            outcome.loss, norm, knows_norm = told.tolist()
+            outcome.norm = norm if knows_norm else None
+            if record:
+                outcome.timeline = Timeline(events=(), step_time_s=time.perf_counter() - start_s)
 
     def _apply(self, loss: float) -> None:
         """The step of an optimizer that couples parameters, once all of its gradients are there."""
@@ -301,7 +334,8 @@ class GraphRunner:
             self.sums.load(states)
 
     def close(self) -> None:
-        self._engine.close()
+        if self._engine is not None:
+            self._engine.close()
 
     def _update(self, worker: int, slices: Sequence[Slice], gradients: Sequence[torch.Tensor]) -> None:
         if self._shards is not None:

@@ -25,6 +25,7 @@ CASES: dict[str, tuple[Constraints, float | None, list[bool], Any]] = {
     "pipeline": (Constraints(**BASE, data=1, pipeline=2, num_microbatches=2), 0.5, ALL, "exact"),
     "tensor": (Constraints(**BASE, data=1, pipeline=1, tensor=2, inputs=MEGATRON), 0.5, ALL, "exact"),
     "fully sharded": (Constraints(**BASE, data=2, pipeline=1, fully_sharded=True), 0.5, SOME, "exact"),
+    "one of them alone": (Constraints(**BASE, num_workers=1), 0.5, SOME, "exact"),
     "all of it sent": (DATA, 0.5, SOME, partita.sync.TopK(density=1.0)),
     "full rank": (DATA, 0.5, SOME, partita.sync.PowerSGD(rank=64)),
 }

@@ -80,7 +80,7 @@ def expected() -> tuple[list[float], dict[str, torch.Tensor], list[float]]:
     "corner",
     [
         "data", "pipeline", "tensor", "fully sharded", "tensor and fully sharded", "block", "uneven shares",
-        "second process first",
+        "second process first", "one of them alone",
     ],
 )  # fmt: skip
 def test_two_processes_equal_plain_pytorch(corner: str, tmp_path: Path) -> None:
@@ -93,6 +93,8 @@ def test_two_processes_equal_plain_pytorch(corner: str, tmp_path: Path) -> None:
         assert result["moments"] == pytest.approx(moments, rel=1e-3, abs=1e-6)
     if corner == "data":  # each process read its half of the batches of the planned size
         assert [result["rows"][0] for result in results] == [4, 4]
+    if corner == "one of them alone":
+        assert [result["rows"][0] for result in results] == [8, 1]
     if corner == "uneven shares":
         assert [result["rows"][0] for result in results] == [6, 2]
 

@@ -34,6 +34,7 @@ CORNERS = {
         inputs={"0.*": {"tensor": "S(0)"}, "2.weight": {"tensor": "S(1)"}},
     ),
     "block": None,
+    "one of them alone": Constraints(num_workers=1, compiled=False),
     "uneven shares": Constraints(data=2, pipeline=1, num_microbatches=1, threads_per_worker=1, compiled=False),
     "second process first": Constraints(
         data=1,
