@@ -55,7 +55,8 @@ def plain(num_steps: int) -> tuple[list[float], nn.Module]:
 
 def end_of(folder: Path) -> int:
     path = folder / "end"
-    return int(path.read_text()) if path.exists() else NEVER
+    text = path.read_text() if path.exists() else ""  # which may be about to be written
+    return int(text) if text else NEVER
 
 
 def digest(step: partita.Step, into: nn.Module) -> str:
