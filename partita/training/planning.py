@@ -136,8 +136,9 @@ def _plans_of_first(
     alone = msgspec.structs.replace(
         cluster, machines=(cluster.machines[first.machine],), processes=(msgspec.structs.replace(first, machine=0),)
     )
+    limit = min(NUM_OF_FIRST, len(first.cores))  # on one core they hardly differ, and each must be compiled
     try:
-        plans = _ranked(graph, alone, CostTable(alone), constraints, facts, NUM_OF_FIRST, values, refines)
+        plans = _ranked(graph, alone, CostTable(alone), constraints, facts, limit, values, refines)
     except InfeasibleError:  # its memory is too small, or it has too few cores
         return []
     reason = f"one of {len(cluster.processes)} processes makes the steps; the others wait for its loss"
