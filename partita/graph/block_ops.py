@@ -113,11 +113,12 @@ def _slots(index: Tensor) -> Iterator[tuple[int, int, int]]:
 
 def _gathered(x: Tensor, index: Tensor, width: int) -> Tensor:
     """[B, O / bo, K, width]: of every block the inputs that it reads."""
-    return x.unflatten(1, (x.shape[1] // width, width))[:, index]
+    gathered: Tensor = x.unflatten(1, (x.shape[1] // width, width))[:, index]
+    return gathered
 
 
 def _check_index(index: Tensor, num_inputs: int) -> None:
-    if index.device.type == "cpu" and index.numel() and not (0 <= int(index.min()) and int(index.max()) < num_inputs):
+    if index.device.type == "cpu" and index.numel() and not (int(index.min()) >= 0 and int(index.max()) < num_inputs):
         raise IndexError(
             f"every entry of a block-sparse layer's index must name one of its {num_inputs} input blocks, 0 to "
             f"{num_inputs - 1}, but they lie between {int(index.min())} and {int(index.max())}"

@@ -109,7 +109,7 @@ CODE = fingerprint([SOURCE, products.SOURCE])
 
 
 def prepare(node: fx.Node) -> None:
-    """The compiler keeps what it compiled by the graph: so a node that has a lowering here goes with the code's hash."""
+    """The compiler keeps what it compiled by the graph: so a node with a lowering here has the hash of its code."""
     if node.target in OPS:
         node.kwargs = {**node.kwargs, "code": CODE}
 

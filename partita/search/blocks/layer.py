@@ -59,7 +59,8 @@ class BlockLinear(nn.Module):
                 f"an output block must read between 1 and all {num_all} input blocks, but num_inputs is {num_inputs}. "
                 "Change it, or take smaller blocks."
             )
-        self.in_features, self.out_features, self.block = in_features, out_features, tuple(block)
+        self.in_features, self.out_features = in_features, out_features
+        self.block: Block = (block[0], block[1])
         if index is None:
             index = torch.rand(num_outputs, num_all).argsort(1)[:, :num_inputs].sort(1).values
         _check_index(index, (num_outputs, num_inputs), num_all)
@@ -172,7 +173,7 @@ def block_mask(mask: Tensor, in_features: int, out_features: int, block: Block) 
             f"{shape}, but it has the shape {tuple(mask.shape)}"
         )
     parts = present.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2).flatten(2)
-    whole = parts.all(2)
+    whole: Tensor = parts.all(2)
     if not torch.equal(whole, parts.any(2)):
         raise InputError(
             f"{int((parts.any(2) & ~whole).sum())} blocks of {height} outputs and {width} inputs are there in part; a "
