@@ -1,8 +1,9 @@
 """Which form of a layer whose weight has absent blocks is fastest here: measured, never counted.
 
 A layer of 90 % absent blocks does a tenth of the arithmetic and still may be slower than a dense one: small blocks and
-few rows leave a product's kernel little to do for each call. So all forms are run
-(`partita.search.blocks.measure`), once, and the times are kept in the cache folder (`partita.cache`) by the shapes, the processor and the version of torch.
+few rows leave a product's kernel little to do for each call. So all forms are run, once
+(`partita.search.blocks.measure`), and the times are kept in the cache folder (`partita.cache`) by the shapes, the
+processor and the version of torch.
 """
 
 from __future__ import annotations

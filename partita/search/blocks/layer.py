@@ -78,8 +78,15 @@ class BlockLinear(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = block_linear(x.reshape(-1, x.shape[-1]), self.weight, self.index, self.bias)
-        return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+        if x.shape[-1] != self.in_features:
+            raise InputError(f"the last dim of the input must be {self.in_features}, but its shape is {tuple(x.shape)}")
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if torch.is_autocast_enabled(x.device.type):  # as torch.nn.Linear does there
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        y: Tensor = block_linear(x.reshape(-1, self.in_features), weight, self.index, bias)
+        return y.view(*x.shape[:-1], self.out_features)
 
     @property
     def density(self) -> float:
