@@ -18,6 +18,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
+from partita.graph import block_ops
 from partita.graph.custom_ops import with_real_buffers
 from partita.units import fingerprint
 
@@ -87,6 +88,8 @@ def index_bound(node: fx.Node) -> int:
         return int(str(values[2]))
     if not isinstance(first, torch.Tensor) or not first.dim():
         return 1
+    if node.target in block_ops.OPS:
+        return block_ops.num_input_blocks(node.target, values)
     if "aten.embedding" in name:
         return int(first.shape[0])
     if any(part in name for part in ("gather", "scatter", "index_select", "index_add")) and isinstance(values[1], int):

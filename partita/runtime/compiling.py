@@ -33,7 +33,7 @@ import torch
 from torch import fx
 
 from partita.cluster.hardware import cpu_name
-from partita.runtime import products
+from partita.runtime import block_products, products
 from partita.runtime.ending import Order, close_at_end
 from partita.runtime.portable import Entry, NotPortableError, from_entries, to_entries
 from partita.runtime.torch_adapter import (
@@ -87,7 +87,7 @@ def _surroundings() -> tuple[str, ...]:
         f"torch {torch.__version__} {torch.version.git_version}",
         f"{platform.machine()} {cpu_name(Path('/'))} {torch.backends.cpu.get_cpu_capability()}",
         f"compiler {os.environ.get('CXX', '')}",
-        f"products {products.CODE}",
+        f"products {products.CODE} {block_products.CODE}",
     )
 
 

@@ -172,16 +172,22 @@ def _strides(value: Any) -> tuple[int, int] | None:
 def _inline_kernel() -> type:
     """The node of compiled code that forms a product in place; its base class is there once the compiler is."""
     from torch._inductor import ir
-    from torch._inductor.virtualized import V
 
     class InlineProduct(ir.ExternKernelOut):
         def codegen(self, wrapper: Any) -> None:
-            if not getattr(wrapper, "has_partita_products", False):
-                wrapper.has_partita_products = wrapper.needs_vec_isa = True
-                V.graph.wrapper_code.header.splice(SOURCE)
+            write_source(wrapper)
             wrapper.writeline(_call(self.inputs, self.get_name(), self.get_layout()))
 
     return InlineProduct
+
+
+def write_source(wrapper: Any) -> None:
+    """Put `SOURCE` into the program that is being written, once."""
+    from torch._inductor.virtualized import V
+
+    if not getattr(wrapper, "has_partita_products", False):
+        wrapper.has_partita_products = wrapper.needs_vec_isa = True
+        V.graph.wrapper_code.header.splice(SOURCE)
 
 
 def _call(factors: Sequence[Any], result: str, layout: Any) -> str:
@@ -201,11 +207,12 @@ def _call(factors: Sequence[Any], result: str, layout: Any) -> str:
     ]
     loops = [f"for (int64_t i{dim} = 0; i{dim} < {size[dim]}L; ++i{dim})" for dim in batch]
     call = (
-        f"partita::{way}({_data(left)}{at[0]}, {left_m}L, {left_k}L, {_data(right)}{at[1]}, {right_k}L, {right_n}L, "
+        f"partita::{way}({data(left)}{at[0]}, {left_m}L, {left_k}L, {data(right)}{at[1]}, {right_k}L, {right_n}L, "
         f"(float*)({result}.data_ptr()){at[2]}, {strides[-2]}L, {m}L, {n}L, {k}L);"
     )
     return " ".join([*loops, call])
 
 
-def _data(value: Any) -> str:
-    return f"(const float*)({value.get_name()}.data_ptr()) + {int(value.get_layout().offset)}L"
+def data(value: Any, c_type: str = "float") -> str:
+    """The C++ expression for where a value begins in memory."""
+    return f"(const {c_type}*)({value.get_name()}.data_ptr()) + {int(value.get_layout().offset)}L"

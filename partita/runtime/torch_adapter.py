@@ -30,7 +30,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from partita.graph.torch_adapter import without_compiler_warnings
-from partita.runtime import products
+from partita.runtime import block_products, products
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
 
@@ -132,6 +132,7 @@ def compile_graph(
             torch.empty_strided(shape, strides, dtype=dtype, device=device) for shape, strides, dtype in layouts
         ]
     products.register_lowerings()
+    block_products.register_lowerings()
     graph = fx.GraphModule(module, _without_values(module))
     patches = {"cpp_wrapper": True, "cpp.threads": num_threads, "fallback_random": True}
     with config.patch(patches), without_compiler_warnings(), torch.no_grad():
@@ -172,6 +173,7 @@ def _without_values(module: fx.GraphModule) -> fx.Graph:
         mapping[node] = copy = graph.node_copy(node, lambda old: mapping[old])
         copy.meta = {}
         products.prepare(copy)
+        block_products.prepare(copy)
     return graph
 
 

@@ -65,6 +65,7 @@ def find_op(name: str) -> Any:
     """The op named like ``aten::mm.default``, or None."""
     import torch
 
+    import partita.graph.block_ops
     import partita.graph.custom_ops  # noqa: F401  (registers this project's ops)
 
     space, _, rest = name.partition("::")

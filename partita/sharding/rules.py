@@ -298,6 +298,7 @@ def _load() -> None:
     """Import the files that register rules (here, because they import this file)."""
     from partita.sharding import (
         rules_attention,
+        rules_blocks,
         rules_contractions,
         rules_exchanges,
         rules_factories,
@@ -307,5 +308,5 @@ def _load() -> None:
         rules_views,
     )
 
-    del rules_attention, rules_contractions, rules_exchanges, rules_factories, rules_images
+    del rules_attention, rules_blocks, rules_contractions, rules_exchanges, rules_factories, rules_images
     del rules_pointwise, rules_tables, rules_views

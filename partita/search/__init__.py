@@ -1,0 +1,1 @@
+"""Search of the configuration of a network: connections, widths and depth."""
