@@ -23,6 +23,7 @@ from partita.training.events import (
     Event,
     MembersChanged,
     PlanChosen,
+    ConnectionsChanged,
     SharesChanged,
     StepFinished,
     SyncChosen,
@@ -78,6 +79,8 @@ def describe(event: Event) -> str:
             return f"members: {event.num_replicas} from step {event.step} on; this process {place}"
         case SharesChanged():
             return f"rows: {', '.join(map(str, event.shares))} from step {event.step} on"
+        case ConnectionsChanged():
+            return f"connections: {event.left} left, {event.come} came after step {event.step}, {event.density:.1%} are there"
         case Checkpointed():
             return f"checkpoint {event.action}: {event.path}, step {event.step}, {format_bytes(event.num_bytes)}"
 

@@ -27,6 +27,7 @@ from partita.runtime.binding import NORM_EPSILON
 from partita.runtime.engine import Engine, State
 from partita.runtime.transport import Transport
 from partita.training.averages import average_updated
+from partita.training.connecting import Connecting, GradientFilter
 from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
 from partita.training.masters import HALF, WholeMasters
@@ -124,6 +125,7 @@ class GraphRunner:
         costs: of updates of whole parameters.
         masters: half-precision parameters are updated by float32 masters; the graph has wide gradients.
         scale: what the graph's loss is multiplied by; None: by nothing.
+        connecting: says which elements of weights are there; None: all.
     """
 
     def __init__(
@@ -144,6 +146,7 @@ class GraphRunner:
         costs: UpdateCosts = UpdateCosts(),  # noqa: B008 - a frozen value
         masters: bool = False,
         scale: LossScale | None = None,
+        connecting: Connecting | None = None,
     ) -> None:
         self.graph, self.plan, self.process = graph, plan, process
         self.parameters, self.buffers = named_state(model)
@@ -186,6 +189,7 @@ class GraphRunner:
         )
         self._whole_masters = WholeMasters(optimizer, decay) if masters and self.kind == "coupled" else None
         self._gradients: dict[int, torch.Tensor] = {}  # of a step, by identity of the parameter, for these
+        self._filter = None if connecting is None else GradientFilter(connecting, self.held)
         constants = {item.name: graph.constants[item.name] for item in graph.inputs_of(InputKind.CONSTANT)}
         values = {name: value.detach() for name, value in self._stored.items()}
         shapes = {name: tuple(value.shape) for name, value in values.items()}
@@ -200,6 +204,7 @@ class GraphRunner:
             timeout_s=timeout_s,
             compiled=compiled,
             sum_gradients=None if self.sums is None else self.sums.form,
+            filter_gradients=self._filter,
         )
 
     def step(
@@ -215,6 +220,8 @@ class GraphRunner:
     ) -> Outcome:
         if self._shards is not None:
             self._shards.refresh_options()
+        if self._filter is not None:
+            self._filter.before_step()
         done = self._engine.step(
             leaves.tensors,
             row_offsets=leaves.offsets,
@@ -242,6 +249,8 @@ class GraphRunner:
             self._settled = True
         if applies and self.kind == "coupled":
             self._apply(outcome.loss)
+        if self._filter is not None:
+            self._filter.after_step()
         return outcome
 
     def _apply(self, loss: float) -> None:
@@ -404,7 +413,9 @@ class BlockRunner:
         decay: float | None = None,
         masters: bool = False,
         scale: LossScale | None = None,
+        connecting: Connecting | None = None,
     ) -> None:
+        self._filter = None if connecting is None else GradientFilter(connecting, {})
         self.model, self.optimizer, self._due = model, optimizer, due
         self._clip_norm, self._decay, self._scale = clip_norm, decay, scale
         self._masters = WholeMasters(optimizer, decay) if masters else None
@@ -479,6 +490,8 @@ class BlockRunner:
 
     def _apply(self, loss: float, update: bool, finite_only: bool) -> float:
         """Unscales, clips and applies the gradients that parameters have; their norm before they were clipped."""
+        if self._filter is not None:
+            self._filter.whole(dict(self.model.named_parameters()))
         gradients = self._taken()
         norm = self._clipped(list(gradients.values()))
         applies = update and (not finite_only or (math.isfinite(loss) and math.isfinite(norm)))

@@ -1,0 +1,1 @@
+"""Searching the network's configuration: its connections, widths, depth and hyperparameters."""
