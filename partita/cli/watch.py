@@ -20,10 +20,10 @@ from partita.planner.describe import title
 from partita.training.events import (
     CandidateMeasured,
     Checkpointed,
+    ConnectionsChanged,
     Event,
     MembersChanged,
     PlanChosen,
-    ConnectionsChanged,
     SharesChanged,
     StepFinished,
     SyncChosen,
@@ -80,7 +80,8 @@ def describe(event: Event) -> str:
         case SharesChanged():
             return f"rows: {', '.join(map(str, event.shares))} from step {event.step} on"
         case ConnectionsChanged():
-            return f"connections: {event.left} left, {event.come} came after step {event.step}, {event.density:.1%} are there"
+            there = f"{event.density:.1%} are there"
+            return f"connections: {event.left} left, {event.come} came after step {event.step}, {there}"
         case Checkpointed():
             return f"checkpoint {event.action}: {event.path}, step {event.step}, {format_bytes(event.num_bytes)}"
 

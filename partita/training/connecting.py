@@ -29,7 +29,8 @@ Masks = dict[str, Tensor]  # parameter -> bool, in its shape
 
 
 class Connections(abc.ABC):
-    """The contract of methods that learn connections. They are pure: everything that changes is given to them."""
+    """The contract of methods that learn connections. They are pure: everything that changes is given to them, and all
+    tensors are in the memory of the processor."""
 
     seed: int
 
@@ -99,7 +100,7 @@ class Connecting:
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """Takes the first connections; weights must be the same on all processes."""
-        self._take(self.method.start(self._weights(), self._random) if self._decides else self.masks)
+        self._take(self.method.start(_on_cpu(self.parameters), self._random) if self._decides else self.masks)
         self.clean(optimizer)
 
     def before_step(self, step: int) -> None:
@@ -124,7 +125,8 @@ class Connecting:
         before = {name: mask.clone() for name, mask in self.masks.items()}
         decided = self.masks
         if self._decides:
-            decided = self.method.changed(step, self._weights(), gradients, self.masks, self._random)
+            weights, masks = _on_cpu(self.parameters), _on_cpu(self.masks)
+            decided = self.method.changed(step, weights, _on_cpu(gradients), masks, self._random)
         self._take(decided)
         left = sum(int((old & ~self.masks[name]).sum()) for name, old in before.items())
         come = sum(int((self.masks[name] & ~old).sum()) for name, old in before.items())
@@ -160,8 +162,8 @@ class Connecting:
         ]
         if wrong:
             raise CheckpointError(
-                f"saved connections must be those of the layers that have some here, but {sorted(wrong)[:5]} differ. Is "
-                "another model trained, or are other layers kept dense?"
+                f"saved connections must be those of the layers that have some here, but {sorted(wrong)[:5]} differ. "
+                "Is another model trained, or are other layers kept dense?"
             )
         for name, mask in self.masks.items():
             mask.copy_(_unpacked(saved[name], mask.shape))
@@ -174,12 +176,7 @@ class Connecting:
     def _decides(self) -> bool:
         return self._team.rank == 0
 
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
-
-    def _bring_together(
-        self, sources: Mapping[str, Mapping[int, Box | None]], gradients: Mapping[str, Tensor]
-    ) -> None:
+    def _bring_together(self, sources: Mapping[str, Mapping[int, Box | None]], gradients: Mapping[str, Tensor]) -> None:
         """Every process has what rank 0 needs to decide."""
         for name, by_process in sources.items():
             values = [self.parameters[name].detach(), *([gradients[name]] if gradients else [])]
@@ -231,8 +228,7 @@ class GradientFilter:
                 self._gradients[name] = torch.zeros(mask.numel() if held is None else held.num_elements)
 
     def __call__(self, slices: Sequence[Slice], gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of slices, flat or in a whole parameter's shape; called by workers, each for slices of its own.
-        """
+        """The gradients of slices, flat or in a parameter's shape; called by workers, each for slices of its own."""
         for place, gradient in zip(slices, gradients, strict=True):
             kept = self._gradients.get(place.parameter)
             if kept is not None:
@@ -271,6 +267,10 @@ class GradientFilter:
             return None
         box = self._held.get(place.parameter)
         return (mask if box is None else box.of(mask)).reshape(-1)[place.start : place.end]
+
+
+def _on_cpu(values: Tensors) -> dict[str, Tensor]:
+    return {name: value.detach().cpu() for name, value in values.items()}
 
 
 def _packed(mask: Tensor) -> Tensor:

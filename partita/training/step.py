@@ -178,8 +178,8 @@ class Step(Saved):
         if self._record:
             self._timeline = outcome.timeline or self._timeline
         self._mark_stepped()
-        if update and not skipped:
-            self._connect()
+        if update:
+            self._connect(skipped=skipped)
         self._move_to_large_pages()
         if self._balance is not None and update and self.is_settled:
             self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
@@ -545,14 +545,14 @@ class Step(Saved):
         """Whether all that is to be prepared is."""
         return self._adapter.is_prepared
 
-    def _connect(self) -> None:
-        """Lets the connections change after a step, where they are due."""
+    def _connect(self, *, skipped: bool) -> None:
+        """Lets the connections change after a step, where they are due. Gradients of a skipped one say nothing."""
         connecting, runner = self._setup.connecting, self._current
         if connecting is None or runner is None:
             return
         if self._setup.facts.kind != "element":  # zero gradients do not keep a weight where it is
             connecting.clean_weights()
-        if not connecting.method.is_due(self._num_steps):
+        if not connecting.method.is_due(self._num_steps) or (skipped and connecting.wants_gradients):
             return
         runner.collect()
         left, come = connecting.change(self._num_steps, sources_for_first(runner, connecting.masks))

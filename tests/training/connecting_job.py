@@ -24,6 +24,15 @@ METHODS: dict[str, Connections] = {
     "magnitude": Magnitude(density=0.3, until=7, every=2, since=2, distribution="uniform", dense=("4.*",)),
 }
 
+CASES = [
+    *(("rigl", corner) for corner in PLANS),
+    ("static", "data"),
+    ("set", "data"),
+    ("set", "fully sharded"),
+    ("magnitude", "pipeline"),
+    ("blocks", "tensor"),
+]
+
 
 def plain(
     method: Connections, kind: str = "AdamW", num_steps: int = NUM_STEPS, limit: float | None = None
@@ -67,21 +76,19 @@ def plain(
 
 def main(corner: str, folder: str, rank: int) -> None:
     found: dict[str, Any] = {}
-    for name, method in METHODS.items():
-        for corner, plan in PLANS.items():
-            model, optimizer = build("AdamW")
-            step = partita.parallelize(
-                model, optimizer, loss_fn, batch_of(0), plan=plan, connections=method, timeout_s=30
-            )
-            with step:
-                results = [step(batch_of(index)) for index in range(NUM_STEPS)]
-                step.sync_to(model)
-                found[f"{name}, {corner}"] = {
-                    "losses": [result.loss for result in results],
-                    "bytes": [result.bytes_sent for result in results],
-                    "weights": [value.tolist() for value in model.parameters()],
-                    "masks": {key: mask.tolist() for key, mask in step.connections.items()},
-                }
+    for name, corner in CASES:
+        model, optimizer = build("AdamW")
+        with partita.parallelize(
+            model, optimizer, loss_fn, batch_of(0), plan=PLANS[corner], connections=METHODS[name], timeout_s=30
+        ) as step:
+            results = [step(batch_of(index)) for index in range(NUM_STEPS)]
+            step.sync_to(model)
+            found[f"{name}, {corner}"] = {
+                "losses": [result.loss for result in results],
+                "bytes": [result.bytes_sent for result in results],
+                "weights": [value.tolist() for value in model.parameters()],
+                "masks": {key: mask.tolist() for key, mask in step.connections.items()},
+            }
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)
 

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-import averages_job
 import connecting_job
 from clipping_job import batch_of, branching, build, loss_fn
-from connecting_job import METHODS, NUM_STEPS, plain
+from connecting_job import CASES, METHODS, NUM_STEPS, plain
 from test_training_averages import PLANS
 from test_training_processes import run_job
 
@@ -52,7 +51,12 @@ def test_with_every_kind_of_optimizer(corner: str, kind: str) -> None:
     method = METHODS["rigl"]
     model, optimizer = build(kind)
     with partita.parallelize(
-        model, optimizer, loss_fn, batch_of(0), plan=PLANS[corner], connections=method  # type: ignore[arg-type]
+        model,
+        optimizer,
+        loss_fn,
+        batch_of(0),
+        plan=PLANS[corner],
+        connections=method,  # type: ignore[arg-type]
     ) as step:
         for index in range(NUM_STEPS):
             step(batch_of(index))
@@ -66,7 +70,13 @@ def test_only_gradients_of_connections_are_clipped(corner: str) -> None:
     method = METHODS["rigl"]
     model, optimizer = build("SGD")
     with partita.parallelize(
-        model, optimizer, loss_fn, batch_of(0), plan=PLANS[corner], connections=method, clip_grad_norm=0.3  # type: ignore[arg-type]
+        model,
+        optimizer,
+        loss_fn,
+        batch_of(0),
+        plan=PLANS[corner],
+        connections=method,
+        clip_grad_norm=0.3,  # type: ignore[arg-type]
     ) as step:
         for index in range(NUM_STEPS):
             step(batch_of(index))
@@ -112,9 +122,7 @@ def test_weights_of_a_dense_checkpoint_lose_what_is_not_there(tmp_path: Path) ->
         step(batch_of(0))
         step.save(tmp_path)
     model, optimizer = build("AdamW")
-    with partita.parallelize(
-        model, optimizer, loss_fn, batch_of(0), plan=plan, connections=METHODS["static"]
-    ) as step:
+    with partita.parallelize(model, optimizer, loss_fn, batch_of(0), plan=plan, connections=METHODS["static"]) as step:
         step.load(tmp_path)
         for name, mask in step.connections.items():
             weight = model.get_parameter(name)
@@ -160,8 +168,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_job("", tmp_path_factory.mktemp("connecting"), Path(connecting_job.__file__))
 
 
-@pytest.mark.parametrize("corner", averages_job.PLANS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "corner"), CASES)
 def test_in_a_job(found: list[dict[str, Any]], name: str, corner: str) -> None:
     model, masks, losses = plain(METHODS[name])
     for one in (process[f"{name}, {corner}"] for process in found):

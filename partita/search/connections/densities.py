@@ -1,13 +1,13 @@
 """How many connections each layer gets of those that a network may have.
 
-    N_l    elements of layer l,  S_l the sum of its extents (outputs + inputs + kernel)
-    d      density of all layers together, d_l that of layer l
-    D      layers that stay dense
+N_l    elements of layer l,  S_l the sum of its extents (outputs + inputs + kernel)
+d      density of all layers together, d_l that of layer l
+D      layers that stay dense
 
-    uniform    d_l = d
-    erk        d_l = c S_l / N_l  (Erdős-Rényi with kernels: Mocanu et al. 2018, equation 1; Evci et al. 2020, section
-               3), where c gives sum d_l N_l = d sum N_l.  Small layers get more; where d_l would be above 1, the layer
-               joins D and c is computed again.
+uniform    d_l = d
+erk        d_l = c S_l / N_l  (Erdős-Rényi with kernels: Mocanu et al. 2018, equation 1; Evci et al. 2020, section
+           3), where c gives sum d_l N_l = d sum N_l.  Small layers get more; where d_l would be above 1, the layer
+           joins D and c is computed again.
 """
 
 from __future__ import annotations

@@ -62,7 +62,8 @@ class Grain:
         units_GUE = self.units(value.detach())
         if self.block is None:
             return units_GUE.squeeze(2).float().abs()
-        return torch.linalg.vector_norm(units_GUE, dim=2, dtype=torch.float32)
+        norms_GU: Tensor = torch.linalg.vector_norm(units_GUE, dim=2, dtype=torch.float32)
+        return norms_GU
 
     def chosen_GU(self, mask: Tensor) -> Tensor:
         """Which units a mask has (all elements of a unit are alike)."""

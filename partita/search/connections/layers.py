@@ -54,11 +54,10 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     first_names = {id(item): name for name, item in model.named_parameters()}
     seen: set[int] = set()
     for module in model.modules():
-        weights: list[nn.Parameter | None] = [module.weight] if isinstance(module, _LAYERS) else []
-        if isinstance(module, nn.MultiheadAttention):
-            weights = [getattr(module, name, None) for name in _PROJECTIONS]
-        for weight in weights:
-            if weight is None or id(weight) in embedded or id(weight) in seen or id(weight) not in first_names:
-                continue
+        names = ("weight",) if isinstance(module, _LAYERS) else ()
+        for name in _PROJECTIONS if isinstance(module, nn.MultiheadAttention) else names:
+            weight = getattr(module, name, None)
+            if not isinstance(weight, nn.Parameter) or id(weight) in embedded or id(weight) in seen:
+                continue  # a weight that is computed from others is no parameter
             seen.add(id(weight))
             yield first_names[id(weight)], weight

@@ -10,9 +10,9 @@
     magnitude    all connections at first; every ΔT after `since` the smallest weights leave, so that the density is
                  d_l + (1 - d_l) (1 - (t - since) / (T - since))^3
 
-Sources: SET Mocanu et al. 2018; RigL Evci et al. 2020, algorithm 1 and section 3; gradual magnitude pruning Zhu and Gupta
-2017, section 3. In blocks a unit's weight and gradient are the norms of its elements. Connections that come have weight
-zero and no optimizer state.
+Sources: SET Mocanu et al. 2018; RigL Evci et al. 2020, algorithm 1 and section 3; gradual magnitude pruning Zhu and
+Gupta 2017, section 3. In blocks a unit's weight and gradient are the norms of its elements. Connections that come have
+weight zero and no optimizer state.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class Learnt(Connections):
     def __post_init__(self) -> None:
         check_number(self.density, "density", above=0, most=1)
         check_number(self.seed, "seed", least=0, whole=True)
+        if isinstance(self.dense, str):
+            raise InputError(f"dense must be a sequence of patterns, but got {self.dense!r}: pass ({self.dense!r},)")
         layer_densities({"any": (1, 1)}, self.density, self.distribution)  # raises where there is no such distribution
         object.__setattr__(self, "grain", Grain(self.block))
 

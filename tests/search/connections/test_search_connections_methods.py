@@ -59,7 +59,7 @@ def trained(method: Learnt, seed: int) -> list[tuple[int, dict[str, Tensor], dic
 def test_what_all_must_hold(name: str, seed: int) -> None:
     method = METHODS[name]
     changes = trained(method, seed)
-    for step, masks, weights, _ in changes:
+    for _, masks, weights, _ in changes:
         for key, mask in masks.items():
             assert mask.dtype == torch.bool and mask.shape == weights[key].shape
             per_group = method.grain.chosen_GU(mask).sum(1)
@@ -89,12 +89,12 @@ def test_who_leaves_and_who_comes(name: str) -> None:
             num = int(method.fraction / 2 * (1 + math.cos(math.pi * step / UNTIL)) * int(old[0].sum()))
             for row in range(len(old)):
                 there = [unit for unit in range(old.shape[1]) if old[row, unit]]
-                staying = sorted(there, key=lambda unit: -float(size[row, unit]))[: len(there) - num]  # noqa: B023
+                staying = sorted(there, key=lambda unit: -float(size[row, unit]))[: len(there) - num]
                 assert set(staying) <= set(new[row].nonzero().flatten().tolist())
                 assert int(new[row].sum()) == len(there)
                 if growth is not None:
                     others = [unit for unit in range(old.shape[1]) if unit not in staying]
-                    come = sorted(others, key=lambda unit: -float(growth[row, unit]))[:num]  # noqa: B023
+                    come = sorted(others, key=lambda unit: -float(growth[row, unit]))[:num]
                     assert set(new[row].nonzero().flatten().tolist()) == {*staying, *come}
         before = masks
 
@@ -130,6 +130,7 @@ def test_replacing(num_groups: int, num_units: int, data: st.DataObject) -> None
         (lambda: Static(density="half"), "density"),  # type: ignore[arg-type]
         (lambda: Static(density=0.5, distribution="even"), "distribution"),  # type: ignore[arg-type]
         (lambda: Static(density=0.5, block=(0, 1)), "block"),
+        (lambda: Static(density=0.5, dense="head.*"), "sequence of patterns"),
         (lambda: RigL(density=0.5, until=0), "until"),
         (lambda: RigL(density=0.5, until=10, every=0), "every"),
         (lambda: SET(density=0.5, until=10, fraction=1.5), "fraction"),
