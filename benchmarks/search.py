@@ -53,6 +53,7 @@ class Worker:
         method = method_of(message["method"], task, seed)
         model = _model(task, message["method"], seed).to(dtype)
         optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, message["steps"])
         stream = ((x.to(dtype), y.to(dtype) if y.is_floating_point() else y) for x, y in task.batches(seed))
         num = message["workers"] * message["processes"]
         plan = partita.Constraints(
@@ -62,6 +63,7 @@ class Worker:
             start_s = time.perf_counter()
             for _ in range(message["steps"]):
                 step(next(stream))
+                schedule.step()
             step_time_s = (time.perf_counter() - start_s) / message["steps"]
             step.sync_to(model)
             masks = dict(step.connections)
@@ -161,8 +163,8 @@ def summarise(rows: Sequence[Row]) -> tuple[dict[str, Any], list[str]]:
         is_same = row.get("same_masks", True) and row.get("same_score", True)
         if not is_same and row["dtype"] == "float64":
             misses.append(
-                f"{row['task']}, {row['method']}, workers {row['workers']}, processes {row['processes']}: masks and score "
-                "must be those of one worker, but are not"
+                f"{row['task']}, {row['method']}, workers {row['workers']}, processes {row['processes']}: masks and "
+                "score must be those of one worker, but are not"
             )
     return {"num_rows": len(rows), "holds": limits}, misses
 

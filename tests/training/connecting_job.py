@@ -35,9 +35,13 @@ CASES = [
 
 
 def plain(
-    method: Connections, kind: str = "AdamW", num_steps: int = NUM_STEPS, limit: float | None = None
+    method: Connections,
+    kind: str = "AdamW",
+    num_steps: int = NUM_STEPS,
+    limit: float | None = None,
+    num_batches: int = 1,
 ) -> tuple[nn.Module, dict[str, torch.Tensor], list[float]]:
-    """The model, its connections and losses, by plain PyTorch."""
+    """The model, its connections and losses, by plain PyTorch; each step adds up the gradients of some batches."""
     model, optimizer = build(kind)
     random = torch.Generator().manual_seed(method.seed)
     parameters = method.parameters_of(model)
@@ -55,9 +59,10 @@ def plain(
     clean()
     for index in range(num_steps):
         optimizer.zero_grad()
-        loss = loss_fn(model, batch_of(index))
-        loss.backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.item())
+        for number in range(index * num_batches, (index + 1) * num_batches):
+            loss = loss_fn(model, batch_of(number))
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.item())
         gradients = {}
         for name, item in parameters.items():
             assert item.grad is not None

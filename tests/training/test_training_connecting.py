@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,65 @@ def test_only_gradients_of_connections_are_clipped(corner: str) -> None:
         for index in range(NUM_STEPS):
             step(batch_of(index))
         assert_alike(model, step.connections, method, kind="SGD", limit=0.3)
+
+
+@pytest.mark.filterwarnings("ignore::partita.FallbackWarning")
+@pytest.mark.parametrize("corner", ["data", "tensor", "block"])
+def test_gradients_are_filtered_when_they_are_added_up(corner: str) -> None:
+    method, plan = METHODS["rigl"], PLANS[corner]
+    model, optimizer = build("AdamW")
+    function = loss_fn if plan is not None else branching
+    step = partita.parallelize(model, optimizer, function, batch_of(0), plan=plan or "auto", connections=method)
+    with step:
+        for index in range(2 * NUM_STEPS):
+            step(batch_of(index), update=bool(index % 2))
+        assert_alike(model, step.connections, method, num_batches=2)
+
+
+def test_masters_and_averages_have_the_connections_as_well() -> None:
+    plan: Any = PLANS["data"]
+    model, optimizer = build("AdamW")
+    model.bfloat16()
+    batch = batch_of(0)[0].bfloat16(), batch_of(0)[1]
+    average = copy.deepcopy(model)
+    with partita.parallelize(
+        model,
+        optimizer,
+        loss_fn,
+        batch,
+        plan=plan,
+        master_weights=True,
+        ema=0.5,
+        loss_scale=8.0,
+        connections=METHODS["rigl"],
+    ) as step:
+        first = {name: mask.clone() for name, mask in step.connections.items()}
+        for _ in range(NUM_STEPS):
+            step(batch)
+            for name, mask in step.connections.items():
+                assert not model.get_parameter(name)[~mask].any()
+        step.ema_to(average)
+        for name, mask in step.connections.items():
+            assert not average.get_parameter(name)[~mask].any()
+            assert not torch.equal(mask, first[name])
+
+
+@pytest.mark.parametrize("name", ["rigl", "magnitude"])
+def test_gradients_of_a_skipped_step_decide_nothing(name: str) -> None:
+    plan: Any = PLANS["one worker"]
+    method = METHODS[name]
+    model, optimizer = build("AdamW")
+    x, y = batch_of(0)
+    with partita.parallelize(
+        model, optimizer, loss_fn, (x, y), plan=plan, loss_scale="dynamic", connections=method
+    ) as step:
+        due = next(number for number in range(1, NUM_STEPS) if method.is_due(number))
+        for _ in range(due - 1):
+            step((x, y))
+        before = {name: mask.clone() for name, mask in step.connections.items()}
+        assert step((x * float("inf"), y)).skipped
+        same = all(torch.equal(mask, before[name]) for name, mask in step.connections.items())
+        assert same == method.needs_gradients
 
 
 def test_while_plans_are_tried() -> None:
