@@ -26,7 +26,7 @@ from typing import Any
 import partita  # before torch: it makes waiting threads sleep instead of spin
 from benchmarks.common import Report, Row, first_line, option_parser, show
 from benchmarks.processes import Child, ChildError, Group, Message, serve
-from benchmarks.search_tasks import EVERY, FRACTION, LR, STEPS, TASKS, UNTIL, Task, loss_of
+from benchmarks.search_tasks import EVERY, FRACTION, STEPS, TASKS, UNTIL, Task, loss_of
 
 METHODS = ("static", "set", "rigl", "magnitude", "dense", "small dense")
 REPEATED_TASK = "digits, 90 %"
@@ -42,7 +42,10 @@ COLUMNS = (
 
 
 class Worker:
-    """One process of a job: trains when it is asked to."""
+    """One process of a job: trains when it is asked to. What has been planned once is not planned again."""
+
+    def __init__(self) -> None:
+        self._plans: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, message: Message) -> Message:
         import torch
@@ -52,14 +55,17 @@ class Worker:
         task, seed, dtype = TASKS[message["task"]], message["seed"], getattr(torch, message["dtype"])
         method = method_of(message["method"], task, seed)
         model = _model(task, message["method"], seed).to(dtype)
-        optimizer = torch.optim.Adam(model.parameters(), lr=LR)
+        optimizer = torch.optim.Adam(model.parameters(), lr=task.lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, message["steps"])
         stream = ((x.to(dtype), y.to(dtype) if y.is_floating_point() else y) for x, y in task.batches(seed))
         num = message["workers"] * message["processes"]
-        plan = partita.Constraints(
+        first = partita.Constraints(
             num_workers=num, data=num, pipeline=1, threads_per_worker=1, num_microbatches=1, compiled=False
         )
+        key = (task.name, message["method"] == "small dense", task.density, message["dtype"], num)
+        plan = self._plans.get(key, first)
         with partita.parallelize(model, optimizer, loss_of, next(stream), plan=plan, connections=method) as step:
+            self._plans[key] = step.plan
             start_s = time.perf_counter()
             for _ in range(message["steps"]):
                 step(next(stream))
@@ -212,8 +218,10 @@ def main() -> int:
     if options.child:
         serve(Worker())
         return 0
-    settings = {"seeds": options.seeds, "steps": options.steps, "lr": LR, "until": UNTIL, "every": EVERY,
-                "fraction": FRACTION, "optimizer": "Adam", "distribution": "erk"}  # fmt: skip
+    settings = {
+        "seeds": options.seeds, "steps": options.steps, "optimizer": "Adam", "until": UNTIL, "every": EVERY,
+        "fraction": FRACTION, "distribution": "erk", "lr": {name: task.lr for name, task in TASKS.items()},
+    }  # fmt: skip
     report = Report("search", settings, path=options.json)
     with Child("benchmarks.search", "train") as child:
         for task in options.tasks.split(";"):
