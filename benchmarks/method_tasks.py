@@ -56,7 +56,7 @@ class Task:
                 _, held = _text()
                 x, y = _windows(held, torch.arange(0, 64 * 500, 500))
                 return {"loss": float(F.cross_entropy(model(x).flatten(0, 1), y.flatten()))}
-            _, _, x, y = _digits(self.name == "conv")
+            _, _, x, y = digits(self.name == "conv")
             out = model(x)
             right = float((out.argmax(1) == y).float().mean())
             return {"loss": float(F.cross_entropy(out, y)), "accuracy": 100 * right}
@@ -88,7 +88,7 @@ def loss_of(model: Any, batch: Batch) -> Any:
 
 
 @cache
-def _digits(images: bool) -> tuple[Any, Any, Any, Any]:
+def digits(images: bool) -> tuple[Any, Any, Any, Any]:
     import torch
     from sklearn.datasets import load_digits
 
@@ -105,7 +105,7 @@ def _digits(images: bool) -> tuple[Any, Any, Any, Any]:
 def _digit_batches(seed: int, rows: int, num_replicas: int, *, by_label: bool, images: bool) -> Iterator[Batch]:
     import torch
 
-    x, y, _, _ = _digits(images)
+    x, y, _, _ = digits(images)
     generator = torch.Generator().manual_seed(1000 + seed)
     if by_label:
         order = torch.argsort(y, stable=True)

@@ -20,6 +20,7 @@ from partita.planner.describe import title
 from partita.training.events import (
     CandidateMeasured,
     Checkpointed,
+    ConnectionsChanged,
     Event,
     MembersChanged,
     PlanChosen,
@@ -78,6 +79,9 @@ def describe(event: Event) -> str:
             return f"members: {event.num_replicas} from step {event.step} on; this process {place}"
         case SharesChanged():
             return f"rows: {', '.join(map(str, event.shares))} from step {event.step} on"
+        case ConnectionsChanged():
+            there = f"{event.density:.1%} are there"
+            return f"connections: {event.left} left, {event.come} came after step {event.step}, {there}"
         case Checkpointed():
             return f"checkpoint {event.action}: {event.path}, step {event.step}, {format_bytes(event.num_bytes)}"
 

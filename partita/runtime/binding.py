@@ -63,6 +63,12 @@ class UpdateFn(Protocol):
     def __call__(self, worker: int, slices: tuple[Slice, ...], gradients: list[Tensor]) -> None: ...
 
 
+class FilterFn(Protocol):
+    """Changes the gradients of slices, in the worker's thread, before they are clipped and applied."""
+
+    def __call__(self, slices: Sequence[Slice], gradients: Sequence[Tensor]) -> list[Tensor]: ...
+
+
 class Mode:
     """What `Update` does in the current step. `finite_only`: nothing if the loss, or the norm of the gradients where it
     is known, is NaN or infinite. `continues`: gradients of steps before that were only accumulated are added, else
@@ -82,6 +88,7 @@ class Surroundings(Protocol):
 
     mode: Mode
     update: UpdateFn
+    filter_gradients: FilterFn | None
     device: torch.device
 
     def code(self, segment: str) -> Code: ...
@@ -370,7 +377,7 @@ class Binder:
     def _sum_squares(self, instruction: SumSquares) -> Op:
         names, output = instruction.registers, instruction.output
         weights = torch.tensor(instruction.weights, dtype=torch.float64)
-        mode, loss, take = self.around.mode, self.program.loss, self._accumulation()
+        mode, loss, take = self.around.mode, self.program.loss, self._accumulation(names)
 
         def op(registers: Registers) -> None:
             gradients = None
@@ -402,7 +409,7 @@ class Binder:
         names = list(reads(update))
         mode, apply = self.around.mode, self.around.update
         loss, square = self.program.loss, self.program.square
-        take = self._accumulation() if not square else None  # else they have been added up before the norm
+        take = self._accumulation(names) if not square else None  # else they have been added up before the norm
 
         def op(registers: Registers) -> None:
             if mode.finite_only and loss and not math.isfinite(float(registers[loss])):
@@ -417,9 +424,11 @@ class Binder:
 
         return op
 
-    def _accumulation(self) -> Callable[[list[Tensor]], list[Tensor] | None]:
-        """Gradients with those of earlier steps that were only accumulated; None in a step that only accumulates."""
+    def _accumulation(self, names: Sequence[str]) -> Callable[[list[Tensor]], list[Tensor] | None]:
+        """Gradients in these registers, with those of earlier steps that were only accumulated, and filtered; None in a
+        step that only accumulates."""
         mode, sums, key = self.around.mode, self._sums, len(self._sums)
+        filtered, slices = self.around.filter_gradients, self._slices_of(names)
         sums[key] = []
 
         def take(gradients: list[Tensor]) -> list[Tensor] | None:
@@ -435,9 +444,15 @@ class Binder:
             if sums[key] and mode.update:
                 gradients = [total + gradient for total, gradient in zip(sums[key], gradients, strict=True)]
                 sums[key] = []
-            return gradients
+            return gradients if filtered is None else filtered(slices, gradients)
 
         return take
+
+    def _slices_of(self, names: Sequence[str]) -> tuple[Slice, ...]:
+        """Which slices the registers have the gradients of."""
+        updates = [item for item in self.program.instructions if isinstance(item, Update)]
+        known = {name: place for item in updates for name, place in zip(reads(item), item.slices, strict=True)}
+        return tuple(known[name] for name in names)
 
     def _free(self, free: Free) -> Op:
         names = free.registers

@@ -33,7 +33,7 @@ from partita.program.instructions import (
 )
 from partita.program.timeline import Timeline
 from partita.runtime.background import BackgroundSum, Courier, SumFn
-from partita.runtime.binding import Binder, Mode, Registers, UpdateFn
+from partita.runtime.binding import Binder, FilterFn, Mode, Registers, UpdateFn
 from partita.runtime.collectives import Seat
 from partita.runtime.cores import Crew
 from partita.runtime.ending import END_TIME_S, Order, close_at_end, tell_unended
@@ -90,6 +90,8 @@ class Engine:
         compiled: whether segments are compiled (default: as the plan says).
         sum_gradients: makes what forms a sum of gradients over processes, for each such instruction of each local
             worker and the processes of its group; None: they are summed exactly.
+        filter_gradients: changes the gradients of slices before they are clipped and applied, called in the owning
+            worker's thread.
 
     Raises (from `step`):
         WorkerError: a worker raised; `__cause__` is the original exception.
@@ -114,12 +116,14 @@ class Engine:
         timeout_s: float = 120.0,
         compiled: bool | None = None,
         sum_gradients: Callable[[AllReduce, tuple[int, ...]], SumFn] | None = None,
+        filter_gradients: FilterFn | None = None,
     ) -> None:
         self.programs = programs
         self.plan = plan
         self.process = process
         self.state = state
         self.update = update
+        self.filter_gradients = filter_gradients
         self._sum_gradients = sum_gradients
         self.mode = Mode()
         self.timeout_s = timeout_s

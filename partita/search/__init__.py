@@ -1,1 +1,1 @@
-"""Search of the configuration of a network: connections, widths and depth."""
+"""Searching the network's configuration: its connections, widths, depth and hyperparameters."""

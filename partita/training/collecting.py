@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def collect_all(team: Team, model: nn.Module, optimizer: torch.optim.Optimizer, 
         optimizer.load_state_dict(team.from_first(optimizer.state_dict()))
         return
     owners = owners_of(runner.programs)
-    parts = _parts(runner)
+    parts = parts_of(runner)
     for name, value in parameters.items():
         if name in parts:
             for source, box in parts[name].items():
@@ -44,10 +44,10 @@ def ownership_of(runner: object, num_processes: int) -> Ownership:
         return Ownership(num_processes=num_processes)  # rank 0 computes
     buffers = {name: (runner.buffer_owner(name),) for name in runner.buffers}
     owners = {**buffers, **owners_of(runner.programs)}
-    return Ownership(num_processes=num_processes, owners=owners, parts=_parts(runner))
+    return Ownership(num_processes=num_processes, owners=owners, parts=parts_of(runner))
 
 
-def _parts(runner: GraphRunner) -> dict[str, dict[int, Box]]:
+def parts_of(runner: GraphRunner) -> dict[str, dict[int, Box]]:
     """Parameter -> process -> the box that it brings, each box once, of the parameters that no process has whole."""
     found: dict[str, dict[int, Box]] = {}
     for process, held in sorted(runner.programs.held.items()):
@@ -55,6 +55,21 @@ def _parts(runner: GraphRunner) -> dict[str, dict[int, Box]]:
             by_process = found.setdefault(name, {})
             if box not in by_process.values():
                 by_process[process] = box
+    return found
+
+
+def sources_for_first(runner: object, names: Iterable[str]) -> dict[str, dict[int, Box | None]]:
+    """Of these parameters, those of which rank 0 has not all: the processes that have it, with their parts (None: all).
+    Gradients are where weights are."""
+    if not isinstance(runner, GraphRunner):
+        return {}  # rank 0 computes
+    parts, owners = parts_of(runner), owners_of(runner.programs)
+    found: dict[str, dict[int, Box | None]] = {}
+    for name in names:
+        if name in parts:
+            found[name] = dict(parts[name])
+        elif 0 not in owners.get(name, (0,)):
+            found[name] = {owners[name][0]: None}
     return found
 
 

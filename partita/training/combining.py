@@ -8,6 +8,7 @@ from partita.arguments import told
 from partita.cluster.job import current_job
 from partita.errors import InputError
 from partita.training.checkpoint.settings import Checkpoints
+from partita.training.connecting import Connections
 from partita.training.elastic_replicas import check_elastic_method
 from partita.training.membership import Elastic
 from partita.training.sync import Exact, Method, ReplicaMethod, method_of
@@ -57,6 +58,27 @@ def check_elastic(elastic: object, method: Method | None, checkpoints: Checkpoin
         raise InputError(
             "copies in memory are for jobs whose processes end together, but this one is elastic: there a living "
             "process gives its state. Leave Checkpoints(memory=...) out"
+        )
+
+
+def check_connections(connections: object, method: Method | None, elastic: object) -> None:
+    """Whether connections can be learnt in this job.
+
+    Raises:
+        InputError: it is no method that learns them, or does not go with how processes are brought together.
+    """
+    if connections is None:
+        return
+    if not isinstance(connections, Connections):
+        raise InputError(
+            f"connections must be a method that learns them or None, but got {told(connections)}. Pass e.g. "
+            "partita.connections.RigL(density=0.1, until=1500)"
+        )
+    if elastic is not None or not isinstance(method, Exact):
+        what = "elastic" if elastic is not None else f"sync={'auto' if method is None else method.name!r}"
+        raise InputError(
+            "connections must go with processes that train as one and sum gradients exactly (only of the connections "
+            f'that are there), but got {what} as well; drop it, or pass sync="exact"'
         )
 
 

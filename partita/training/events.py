@@ -31,6 +31,16 @@ class SyncChosen:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConnectionsChanged:
+    """A method that learns connections has replaced some after a step: so many have left and come."""
+
+    step: int
+    left: int
+    come: int
+    density: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class CandidateMeasured:
     """A candidate plan was run for some steps. `step_time_s` is the median; `failed` says why it could not run."""
 
@@ -118,6 +128,7 @@ Event = (
     | Checkpointed
     | MembersChanged
     | SharesChanged
+    | ConnectionsChanged
 )
 Callback = Callable[[Event], None]
 

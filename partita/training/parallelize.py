@@ -42,7 +42,8 @@ from partita.training.arguments import (
 )
 from partita.training.checkpoint.settings import Checkpoints
 from partita.training.choosing import choose, shared_sum_cost
-from partita.training.combining import check_elastic, check_method, wanted_method
+from partita.training.combining import check_connections, check_elastic, check_method, wanted_method
+from partita.training.connecting import Connecting, Connections
 from partita.training.described import described_plan, described_planner, is_described_gpus
 from partita.training.elastic import ElasticStep
 from partita.training.elastic_fragments import OuterMethod
@@ -67,7 +68,7 @@ from partita.training.runners import LossFn, named_state
 from partita.training.scaling import LossScale
 from partita.training.setup import StepSetup, make_runner
 from partita.training.step import Step
-from partita.training.sync import Exact, GradientMethod, Method, ReplicaMethod
+from partita.training.sync import Exact, GradientMethod, Masked, Method, ReplicaMethod
 from partita.training.sync.choice import Tolerance
 from partita.training.trial import fits
 from partita.training.update_costs import agreed_costs
@@ -184,6 +185,7 @@ def parallelize(
     ema: float | None = None,
     master_weights: bool = False,
     loss_scale: Literal["dynamic"] | float | None = None,
+    connections: Connections | None = None,
     elastic: Elastic | None = None,
     checkpoints: str | os.PathLike[str] | Checkpoints | None = None,
     resume: Literal["auto", "never"] = "auto",
@@ -218,6 +220,8 @@ def parallelize(
         loss_scale: what the loss is multiplied by for the gradients, which are divided by it in float32 before they are
             clipped: a number, or "dynamic" as of `torch.amp.GradScaler`. A step with a gradient of infinity or NaN is
             skipped (`StepResult.skipped`).
+        connections: a method of `partita.connections`, which learns which elements of weights are there while training
+            goes on (`Step.connections`); the others are zero. Processes then exchange gradients of those elements only.
         elastic: processes may come, go and crash while training goes on, exactly, or by replicas that agree now
             and then (LocalSGD, DiLoCo, StreamingDiLoCo(delay=0)), also compressed; each is started by itself.
         checkpoints: a folder for them, or `Checkpoints`, which says when they are written.
@@ -246,6 +250,7 @@ def parallelize(
     check_optimizer(optimizer, dict(model.named_parameters()))
     check_masters(optimizer, master_weights)
     check_elastic(elastic, method, settings)
+    check_connections(connections, method, elastic)
     check_method(method, optimizer, tolerance, elastic, masters=master_weights, scales=loss_scale is not None)
     where = _cluster_here(cluster, plan, timeout_s)
     keep_freed_memory()
@@ -267,7 +272,7 @@ def parallelize(
         shares_move=not isinstance(plan, Plan),
     )
     request = _Request(plan=plan, compile=compile)
-    setup, method = _agreed(setup, method, tolerance, request, batch)
+    setup, method = _agreed(setup, method, tolerance, connections, request, batch)
     step = _step_of(setup, method, elastic, batch, functools.partial(_made, request=request, start_s=start_s))
     if resume == "auto":
         try:
@@ -292,10 +297,21 @@ def _cluster_here(cluster: Cluster | None, plan: Plan | Constraints | Literal["a
 
 
 def _agreed(
-    setup: StepSetup, method: Method | None, tolerance: Tolerance | None, request: _Request, batch: Any
+    setup: StepSetup,
+    method: Method | None,
+    tolerance: Tolerance | None,
+    connections: Connections | None,
+    request: _Request,
+    batch: Any,
 ) -> tuple[StepSetup, Method]:
-    """All processes start alike, agree on what updates cost, and on the method where one is to be chosen."""
-    _equalise(setup, repr((method, tolerance)))
+    """All processes start alike, agree on connections, on what updates cost, and on the method where one is to be
+    chosen."""
+    _equalise(setup, repr((method, tolerance, connections)))
+    if connections is not None:
+        connecting = Connecting(connections, setup.model, setup.team)
+        connecting.begin(setup.optimizer)
+        setup = dataclasses.replace(setup, connecting=connecting)
+        method = Exact() if setup.team.is_alone else Masked(masks=connecting.travelling)
     if kind_of(setup.optimizer) == "parameter":
         parameters = dict(setup.model.named_parameters())
         costs = agreed_costs(setup.optimizer, parameters, setup.cluster, setup.team, masters=setup.masters)

@@ -28,6 +28,7 @@ from partita.runtime.binding import NORM_EPSILON
 from partita.runtime.engine import Engine, State
 from partita.runtime.transport import Transport
 from partita.training.averages import average_updated
+from partita.training.connecting import Connecting, GradientFilter
 from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
 from partita.training.masters import HALF, WholeMasters
@@ -126,6 +127,7 @@ class GraphRunner:
         costs: of updates of whole parameters.
         masters: half-precision parameters are updated by float32 masters; the graph has wide gradients.
         scale: what the graph's loss is multiplied by; None: by nothing.
+        connecting: says which elements of weights are there; None: all.
     """
 
     def __init__(
@@ -146,6 +148,7 @@ class GraphRunner:
         costs: UpdateCosts = UpdateCosts(),  # noqa: B008 - a frozen value
         masters: bool = False,
         scale: LossScale | None = None,
+        connecting: Connecting | None = None,
     ) -> None:
         self.graph, self.plan, self.process = graph, plan, process
         self.parameters, self.buffers = named_state(model)
@@ -188,6 +191,7 @@ class GraphRunner:
         )
         self._whole_masters = WholeMasters(optimizer, decay) if masters and self.kind == "coupled" else None
         self._gradients: dict[int, torch.Tensor] = {}  # of a step, by identity of the parameter, for these
+        self._filter = None if connecting is None else GradientFilter(connecting, self.held)
         constants = {item.name: graph.constants[item.name] for item in graph.inputs_of(InputKind.CONSTANT)}
         values = {name: value.detach() for name, value in self._stored.items()}
         shapes = {name: tuple(value.shape) for name, value in values.items()}
@@ -215,6 +219,7 @@ class GraphRunner:
                 timeout_s=timeout_s,
                 compiled=compiled,
                 sum_gradients=None if self.sums is None else self.sums.form,
+                filter_gradients=self._filter,
             )
         )
 
@@ -231,6 +236,8 @@ class GraphRunner:
     ) -> Outcome:
         if self._shards is not None:
             self._shards.refresh_options()
+        if self._filter is not None:
+            self._filter.before_step()
         outcome = Outcome(math.nan)
         if self._engine is not None:
             done = self._engine.step(
@@ -264,6 +271,8 @@ class GraphRunner:
             self._settled = True
         if applies and self.kind == "coupled":
             self._apply(outcome.loss)
+        if self._filter is not None:
+            self._filter.after_step()
         return outcome
 
     def _tell(self, transport: Transport, outcome: Outcome, record: bool) -> None:
@@ -438,7 +447,9 @@ class BlockRunner:
         decay: float | None = None,
         masters: bool = False,
         scale: LossScale | None = None,
+        connecting: Connecting | None = None,
     ) -> None:
+        self._filter = None if connecting is None else GradientFilter(connecting, {})
         self.model, self.optimizer, self._due = model, optimizer, due
         self._clip_norm, self._decay, self._scale = clip_norm, decay, scale
         self._masters = WholeMasters(optimizer, decay) if masters else None
@@ -513,6 +524,8 @@ class BlockRunner:
 
     def _apply(self, loss: float, update: bool, finite_only: bool) -> float:
         """Unscales, clips and applies the gradients that parameters have; their norm before they were clipped."""
+        if self._filter is not None:
+            self._filter.whole(dict(self.model.named_parameters()))
         gradients = self._taken()
         norm = self._clipped(list(gradients.values()))
         applies = update and (not finite_only or (math.isfinite(loss) and math.isfinite(norm)))

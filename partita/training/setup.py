@@ -17,7 +17,8 @@ from partita.plan import Plan
 from partita.program.ownership import UpdateCosts
 from partita.runtime.transport import Transport
 from partita.training.balance import Balance
-from partita.training.checkpoint.settings import Checkpoints
+from partita.training.checkpoint.settings import Checkpoints, Stateful
+from partita.training.connecting import Connecting
 from partita.training.events import StepFacts
 from partita.training.job import Team
 from partita.training.keeping import Keeper
@@ -84,6 +85,7 @@ class StepSetup:
     costs: UpdateCosts = UpdateCosts()  # noqa: RUF009 - a frozen value: of updates of whole parameters
     masters: bool = False  # whether half-precision parameters have some
     scale: LossScale | None = None  # of the loss
+    connecting: Connecting | None = None  # which elements of weights are there; None: all
     checkpoints: Checkpoints | None = None
     shares_move: bool = True  # whether rows may be dealt anew while training: not where the plan was given
     tells: bool = True  # whether the step emits `StepFinished`
@@ -126,7 +128,11 @@ class StepSetup:
     def keeper(self, method: object) -> Keeper:
         """Of the step's checkpoints; `method` is how processes are synchronised (None: exactly)."""
         text = "" if method is None else repr(method)
-        own = {} if self.scale is None else {"partita.loss_scale": self.scale}
+        own: dict[str, Stateful] = {}
+        if self.scale is not None:
+            own["partita.loss_scale"] = self.scale
+        if self.connecting is not None:
+            own["partita.connections"] = self.connecting
         ranks = sorted(self.cluster.processes, key=lambda process: process.rank)
         machines = [process.machine for process in ranks[: self.team.num_processes]]
         return Keeper(
@@ -169,6 +175,7 @@ def _runner_of(
             decay=setup.decay,
             masters=setup.masters,
             scale=setup.scale,
+            connecting=setup.connecting,
         )
     assert graph is not None
     return GraphRunner(
@@ -186,4 +193,5 @@ def _runner_of(
         costs=setup.costs,
         masters=setup.masters,
         scale=setup.scale,
+        connecting=setup.connecting,
     )

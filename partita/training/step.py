@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,9 +30,9 @@ from partita.training.arguments import check_sync_target
 from partita.training.averages import averaged
 from partita.training.checkpoint.loader import Loaded
 from partita.training.checkpoint.saver import Source
-from partita.training.collecting import collect_all, copy_state, ownership_of
+from partita.training.collecting import collect_all, copy_state, ownership_of, sources_for_first
 from partita.training.diagnose import check_before
-from partita.training.events import SharesChanged, StepFinished, emit, is_heard
+from partita.training.events import ConnectionsChanged, SharesChanged, StepFinished, emit, is_heard
 from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure, take_apart
 from partita.training.loading import ShardedBatch, whole_shape
 from partita.training.masters import ExactLoading
@@ -118,6 +118,12 @@ class Step(Saved):
         return self._setup.choice
 
     @property
+    def connections(self) -> Mapping[str, torch.Tensor]:
+        """By parameter, which of its elements are there (bool, in its shape), as they are now; empty unless
+        `parallelize` was given a method that learns connections."""
+        return {} if self._setup.connecting is None else self._setup.connecting.shown
+
+    @property
     def num_steps(self) -> int:
         """Steps made so far, those of a loaded checkpoint included."""
         return self._num_steps
@@ -153,6 +159,8 @@ class Step(Saved):
         runner = self._runner(leaves, batch)
         if self._setup.transport is not None:
             self._setup.transport.note(f"step {self._num_steps + 1} with a batch of {leaves.rows} rows")
+        if self._setup.connecting is not None:
+            self._setup.connecting.before_step(self._num_steps + 1)
         try:
             outcome = self._run(runner, leaves, batch, update)
         except (StepError, torch.distributed.DistBackendError) as error:
@@ -170,6 +178,8 @@ class Step(Saved):
         if self._record:
             self._timeline = outcome.timeline or self._timeline
         self._mark_stepped()
+        if update:
+            self._connect(skipped=skipped)
         self._move_to_large_pages()
         if self._balance is not None and update and self.is_settled:
             self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
@@ -266,6 +276,8 @@ class Step(Saved):
         """Goes on from what was loaded into model and optimizer; what methods of synchronisation keep from step to
         step, where it belongs to the same sums."""
         self._num_steps = loaded.step
+        if self._setup.connecting is not None:
+            self._setup.connecting.clean(self._setup.optimizer)
         for runner in self._runners.values():
             runner.take_weights()
         if self._setup.masters:  # those of parts of weights were compared with what the parts were before
@@ -532,6 +544,22 @@ class Step(Saved):
     def is_prepared(self) -> bool:
         """Whether all that is to be prepared is."""
         return self._adapter.is_prepared
+
+    def _connect(self, *, skipped: bool) -> None:
+        """Lets the connections change after a step, where they are due. Gradients of a skipped one say nothing."""
+        connecting, runner = self._setup.connecting, self._current
+        if connecting is None or runner is None:
+            return
+        if self._setup.facts.kind != "element":  # zero gradients do not keep a weight where it is
+            connecting.clean_weights()
+        if not connecting.method.is_due(self._num_steps) or (skipped and connecting.wants_gradients):
+            return
+        runner.collect()
+        left, come = connecting.change(self._num_steps, sources_for_first(runner, connecting.masks))
+        connecting.clean(self._setup.optimizer)
+        runner.take_weights()
+        runner.load_state()
+        emit(ConnectionsChanged(step=self._num_steps, left=left, come=come, density=connecting.density))
 
     def _mark_stepped(self) -> None:
         if isinstance(self._current, GraphRunner):

@@ -36,7 +36,7 @@ class Masked(GradientMethod):
         40
     """
 
-    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.masks, Mapping):

@@ -1,0 +1,231 @@
+"""Methods that learn which connections a network has.
+
+    t        steps made,  T  `until`: connections change before it,  ΔT  `every`
+    n_l      connections of a group of layer l,  d_l its density (`densities`)
+    f(t)     share that is replaced at t:  α/2 (1 + cos(π t / T)),  α  `fraction`
+
+    static       n_l connections at random, for good
+    SET          every ΔT the f(t) n_l smallest weights leave, as many connections come at random
+    RigL         as SET, but those come whose gradients are largest
+    magnitude    all connections at first; every ΔT after `since` the smallest weights leave, so that the density is
+                 d_l + (1 - d_l) (1 - (t - since) / (T - since))^3
+
+Sources: SET Mocanu et al. 2018; RigL Evci et al. 2020, algorithm 1 and section 3; gradual magnitude pruning Zhu and
+Gupta 2017, section 3. In blocks a unit's weight and gradient are the norms of its elements. Connections that come have
+weight zero and no optimizer state.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Generator, Tensor, nn
+
+from partita.arguments import check_number
+from partita.errors import InputError
+from partita.search.connections.choosing import random_GU, replaced_GU, top_GU
+from partita.search.connections.densities import Distribution, layer_densities, num_kept
+from partita.search.connections.grain import Grain
+from partita.search.connections.layers import connections_of
+from partita.training.connecting import Connections, Masks, Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learnt(Connections):
+    """What all methods share.
+
+    Args:
+        density: of all connections that the layers may have, the share that they have (in the end).
+        distribution: how that is dealt to layers: "erk" or "uniform".
+        block: outputs and inputs of a block, which is then what a connection is; None: single elements.
+        dense: patterns of parameters' names that stay dense, e.g. ``("head.*",)``.
+        seed: of the random choices.
+    """
+
+    density: float
+    distribution: Distribution = "erk"
+    block: tuple[int, int] | None = None
+    dense: Sequence[str] = ()
+    seed: int = 0
+    grain: Grain = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_number(self.density, "density", above=0, most=1)
+        check_number(self.seed, "seed", least=0, whole=True)
+        if isinstance(self.dense, str):
+            raise InputError(f"dense must be a sequence of patterns, but got {self.dense!r}: pass ({self.dense!r},)")
+        layer_densities({"any": (1, 1)}, self.density, self.distribution)  # raises where there is no such distribution
+        object.__setattr__(self, "grain", Grain(self.block))
+
+    def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return connections_of(model, dense=self.dense, grain=self.grain)
+
+    def start(self, weights: Tensors, random: Generator) -> Masks:
+        kept = self._num_kept(weights)
+        return {
+            name: self._mask(weight, random_GU(*self._extents(weight), kept[name], random))
+            for name, weight in weights.items()
+        }
+
+    def changed(self, step: int, weights: Tensors, gradients: Tensors, masks: Masks, random: Generator) -> Masks:
+        return dict(masks)
+
+    def _densities(self, weights: Tensors) -> dict[str, float]:
+        return layer_densities({n: tuple(w.shape) for n, w in weights.items()}, self.density, self.distribution)
+
+    def _num_kept(self, weights: Tensors) -> dict[str, int]:
+        """Units of each group of each layer."""
+        found = self._densities(weights)
+        return {name: num_kept(found[name], self._extents(weight)[1]) for name, weight in weights.items()}
+
+    def _extents(self, weight: Tensor) -> tuple[int, int]:
+        """Groups, and units of each."""
+        shape = tuple(weight.shape)
+        return self.grain.num_groups(shape), self.grain.num_units(shape)
+
+    def _mask(self, weight: Tensor, chosen_GU: Tensor) -> Tensor:
+        return self.grain.mask_of(chosen_GU, tuple(weight.shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Static(Learnt):
+    """Random connections that stay.
+
+    Example:
+        >>> step = partita.parallelize(model, optimizer, loss_fn, batch, connections=Static(density=0.1))
+    """
+
+    @property
+    def name(self) -> str:
+        return "static"
+
+    def is_due(self, step: int) -> bool:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changing(Learnt):
+    """What methods share whose connections change while training.
+
+    Args:
+        until: steps after which they stay as they are; three quarters of the training in the paper of RigL.
+        every: steps between changes.
+    """
+
+    until: int
+    every: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self.until, "until", least=1, whole=True)
+        check_number(self.every, "every", least=1, whole=True)
+
+    def is_due(self, step: int) -> bool:
+        return step % self.every == 0 and 0 < step < self.until
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replacing(Changing):
+    """What SET and RigL share.
+
+    Args:
+        fraction: of a layer's connections that the first change replaces; later ones replace fewer.
+    """
+
+    fraction: float = 0.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self.fraction, "fraction", above=0, most=1)
+
+    @abstractmethod
+    def growth_GU(self, name: str, weight: Tensor, gradients: Tensors, random: Generator) -> Tensor:
+        """How much each unit ought to come."""
+
+    def changed(self, step: int, weights: Tensors, gradients: Tensors, masks: Masks, random: Generator) -> Masks:
+        share = self.fraction / 2 * (1 + math.cos(math.pi * step / self.until))
+        found = {}
+        for name, weight in weights.items():
+            chosen_GU = self.grain.chosen_GU(masks[name])
+            num = int(share * int(chosen_GU[0].sum()))
+            growth_GU = self.growth_GU(name, weight, gradients, random)
+            found[name] = self._mask(weight, replaced_GU(chosen_GU, self.grain.scores_GU(weight), growth_GU, num))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class SET(Replacing):
+    """Small weights leave, random connections come (Mocanu et al. 2018).
+
+    Example:
+        >>> step = partita.parallelize(model, optimizer, loss_fn, batch, connections=SET(density=0.1, until=1500))
+    """
+
+    @property
+    def name(self) -> str:
+        return "set"
+
+    def growth_GU(self, name: str, weight: Tensor, gradients: Tensors, random: Generator) -> Tensor:
+        return torch.rand(self._extents(weight), generator=random)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RigL(Replacing):
+    """Small weights leave, connections with large gradients come (Evci et al. 2020).
+
+    Example:
+        >>> step = partita.parallelize(model, optimizer, loss_fn, batch, connections=RigL(density=0.1, until=1500))
+    """
+
+    @property
+    def name(self) -> str:
+        return "rigl"
+
+    @property
+    def needs_gradients(self) -> bool:
+        return True
+
+    def growth_GU(self, name: str, weight: Tensor, gradients: Tensors, random: Generator) -> Tensor:
+        return self.grain.scores_GU(gradients[name])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(Changing):
+    """Small weights leave little by little, until as many are there as the density says (Zhu and Gupta 2017).
+
+    Args:
+        since: steps before the first leave.
+    """
+
+    since: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self.since, "since", least=0, whole=True)
+        if self.since >= self.until:
+            raise InputError(f"since < until must hold, but got since={self.since}, until={self.until}")
+
+    @property
+    def name(self) -> str:
+        return "magnitude"
+
+    def is_due(self, step: int) -> bool:
+        return step == self.until or (super().is_due(step) and step > self.since)
+
+    def start(self, weights: Tensors, random: Generator) -> Masks:
+        return {name: self._mask(weight, weight.new_ones(self._extents(weight)).bool().cpu())
+                for name, weight in weights.items()}  # fmt: skip
+
+    def changed(self, step: int, weights: Tensors, gradients: Tensors, masks: Masks, random: Generator) -> Masks:
+        done = min(1.0, (step - self.since) / (self.until - self.since))
+        found = {}
+        for name, density in self._densities(weights).items():
+            weight, chosen_GU = weights[name], self.grain.chosen_GU(masks[name])
+            num = num_kept(density + (1 - density) * (1 - done) ** 3, chosen_GU.shape[1])
+            scores_GU = self.grain.scores_GU(weight).masked_fill(~chosen_GU, -1)
+            found[name] = self._mask(weight, top_GU(scores_GU, min(num, int(chosen_GU[0].sum()))))
+        return found
