@@ -41,7 +41,7 @@ PHASES = {
         ("partita.cost.table", "CostTable.measure_overheads"),
         ("partita.training.measuring", "PartMeasurer.measure"),
     ),
-    "lowering": (("partita.training.planning", "lower"), ("partita.training.runners", "lower")),
+    "lowering": (("partita.training.planning", "lower"), ("partita.training.graph_runner", "lower")),
     "compiling": (("partita.runtime.segments", "_compile"),),
     "stepping": (("partita.training.step", "Step.__call__"),),
 }

@@ -11,9 +11,10 @@ from partita.errors import CaptureError, PlanError
 from partita.graph import Graph
 from partita.plan import Plan
 from partita.training.ahead import Preparation
+from partita.training.block_runner import BlockRunner
 from partita.training.events import WarningRaised, emit
+from partita.training.graph_runner import GraphRunner
 from partita.training.planning import TooFewRowsError, adapted_plan, block_plan
-from partita.training.runners import BlockRunner, GraphRunner
 from partita.training.setup import StepSetup, make_runner
 
 MAX_GRAPHS = 8  # batch shapes and states of the model that are captured; further ones run as one block

@@ -23,10 +23,11 @@ from partita.program import ProgramSet
 from partita.program.timeline import Timeline
 from partita.runtime.compiling import Background
 from partita.training.ahead import compile_segments
+from partita.training.block_runner import BlockRunner
 from partita.training.events import CandidateMeasured, PlanChosen, emit
+from partita.training.graph_runner import GraphRunner
 from partita.training.job import Team
 from partita.training.optimizers import OptimizerFacts
-from partita.training.runners import BlockRunner, GraphRunner
 from partita.training.turns import Course, Turns
 
 AnyRunner = GraphRunner | BlockRunner

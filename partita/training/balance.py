@@ -19,12 +19,13 @@ from partita.cluster import Cluster
 from partita.plan import Plan
 from partita.program.timeline import Timeline
 from partita.training.ahead import Preparation
+from partita.training.block_runner import BlockRunner
 from partita.training.dealing import Dealer, Patience
 from partita.training.events import WarningRaised, emit
+from partita.training.graph_runner import GraphRunner
 from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
 from partita.training.optimizers import OptimizerFacts
-from partita.training.runners import BlockRunner, GraphRunner
 from partita.training.shares import can_move, columns_of, shares_of, unit_of, with_shares
 from partita.training.slow import SlowProcesses, host_of
 

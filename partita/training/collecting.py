@@ -11,9 +11,9 @@ from torch import nn
 from partita.errors import InputError
 from partita.program.instructions import Box
 from partita.training.checkpoint.contents import Ownership
+from partita.training.graph_runner import GraphRunner, named_state, owners_of
 from partita.training.job import Team
 from partita.training.optimizers import cut_state, paste_state
-from partita.training.runners import GraphRunner, named_state, owners_of
 
 
 def collect_all(team: Team, model: nn.Module, optimizer: torch.optim.Optimizer, runner: object) -> None:

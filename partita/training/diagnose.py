@@ -13,8 +13,9 @@ from torch import fx
 from partita.errors import NonFiniteLossError
 from partita.graph.execute import graph_arguments
 from partita.graph.graph import Graph, OpInfo
+from partita.training.block_runner import BlockRunner
+from partita.training.graph_runner import GraphRunner
 from partita.training.inputs import BatchLeaves
-from partita.training.runners import BlockRunner, GraphRunner
 
 
 class _Watch(fx.Interpreter):

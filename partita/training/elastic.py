@@ -25,7 +25,7 @@ from partita.training.checkpoint.saver import Source
 from partita.training.elastic_around import MOST_TRIES, ElasticAround
 from partita.training.keeping import Also, Folder
 from partita.training.membership import Elastic, Round
-from partita.training.runners import apply_gradients
+from partita.training.runner import apply_gradients
 from partita.training.setup import StepResult, StepSetup
 from partita.training.step import Step
 from partita.training.sync.method import flat_of, unflat

@@ -49,6 +49,7 @@ from partita.training.elastic import ElasticStep
 from partita.training.elastic_fragments import OuterMethod
 from partita.training.elastic_replicas import ElasticReplicas
 from partita.training.events import PlanChosen, SyncChosen, WarningRaised, emit
+from partita.training.graph_runner import named_state
 from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
 from partita.training.measuring import StepValues
@@ -64,7 +65,7 @@ from partita.training.planning import (
 )
 from partita.training.remembered import Memory
 from partita.training.replicated import ReplicatedStep
-from partita.training.runners import LossFn, named_state
+from partita.training.runner import LossFn
 from partita.training.scaling import LossScale
 from partita.training.setup import StepSetup, make_runner
 from partita.training.step import Step

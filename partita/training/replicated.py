@@ -24,7 +24,7 @@ from partita.training.job import Team
 from partita.training.keeping import Also, Folder
 from partita.training.loading import ShardedBatch, whole_shape
 from partita.training.replica_balance import ReplicaBalance
-from partita.training.runners import apply_gradients
+from partita.training.runner import apply_gradients
 from partita.training.setup import StepResult, StepSetup
 from partita.training.step import Step
 from partita.training.sync.method import Peers

@@ -17,13 +17,15 @@ from partita.plan import Plan
 from partita.program.ownership import UpdateCosts
 from partita.runtime.transport import Transport
 from partita.training.balance import Balance
+from partita.training.block_runner import BlockRunner
 from partita.training.checkpoint.settings import Checkpoints, Stateful
 from partita.training.connecting import Connecting
 from partita.training.events import StepFacts
+from partita.training.graph_runner import GraphRunner
 from partita.training.job import Team
 from partita.training.keeping import Keeper
 from partita.training.optimizers import OptimizerFacts
-from partita.training.runners import BlockRunner, Due, GraphRunner, LossFn, Outcome
+from partita.training.runner import Due, LossFn, Outcome
 from partita.training.scaling import LossScale
 from partita.training.sync.choice import Choice
 from partita.training.sync.method import GradientMethod

@@ -28,16 +28,18 @@ from partita.training.adapting import Adapter
 from partita.training.adopt import Adoption
 from partita.training.arguments import check_sync_target
 from partita.training.averages import averaged
+from partita.training.block_runner import BlockRunner
 from partita.training.checkpoint.loader import Loaded
 from partita.training.checkpoint.saver import Source
 from partita.training.collecting import collect_all, copy_state, ownership_of, sources_for_first
 from partita.training.diagnose import check_before
 from partita.training.events import ConnectionsChanged, SharesChanged, StepFinished, emit, is_heard
+from partita.training.graph_runner import GraphRunner, owners_differ
 from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure, take_apart
 from partita.training.loading import ShardedBatch, whole_shape
 from partita.training.masters import ExactLoading
 from partita.training.optimizers import check_optimizer
-from partita.training.runners import BlockRunner, GraphRunner, Outcome, owners_differ
+from partita.training.runner import Outcome
 from partita.training.saved import Saved
 from partita.training.setup import RECORDED_EVERY, StepResult, StepSetup, result_of
 from partita.training.shares import with_shares

@@ -18,7 +18,7 @@ from partita.runtime import compiling, segments
 from partita.runtime.segments import CompileWarning
 from partita.training import adopt, parallelize
 from partita.training.events import CandidateMeasured, PlanChosen, subscribe
-from partita.training.runners import GraphRunner
+from partita.training.graph_runner import GraphRunner
 
 HAS_COMPILER = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
 MOST_STEPS = 3000

@@ -22,7 +22,7 @@ from partita.errors import InputError
 from partita.runtime.background import Courier, Errand
 from partita.runtime.failure import Failure
 from partita.runtime.transport import Line
-from partita.training.runners import apply_due, apply_gradients
+from partita.training.runner import apply_due, apply_gradients
 from partita.training.sync.exact import Exact
 from partita.training.sync.fragments import fragments_of
 from partita.training.sync.gossip import Gossip
