@@ -196,12 +196,13 @@ def prepare_pipelining(model: Any, batches: list[Batch]) -> Prepared:
 
 
 def prepare_partita(model: Any, batches: list[Batch], axis: str = "") -> Prepared:
-    """The automatic plan, or one that is spread over the machines along one axis."""
+    """The automatic plan, or one that is spread over the machines along one axis: not compiled, its bytes are the same.
+    """
     start_s = time.perf_counter()
     plan: Any = "auto"
     if axis:
         extents = {"data": 1, "pipeline": 1, axis: int(os.environ["WORLD_SIZE"])}
-        plan = partita.Constraints(**extents)
+        plan = partita.Constraints(**extents, compiled=False)
     step = partita.parallelize(model, make_optimizer(model.parameters()), loss_of, batches[0], plan=plan)
     stream = itertools.cycle(batches)
     while not step.is_settled:  # candidates run in turns, and compiled ones come in when they are ready
