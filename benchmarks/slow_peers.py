@@ -196,7 +196,7 @@ def prepare_pipelining(model: Any, batches: list[Batch]) -> Prepared:
 
 
 def prepare_partita(model: Any, batches: list[Batch], axis: str = "") -> Prepared:
-    """The automatic plan, or one that is spread over the machines along one axis: not compiled, its bytes are the same."""
+    """The automatic plan, or one that is spread along one axis: not compiled, since its bytes are the same."""
     start_s = time.perf_counter()
     plan: Any = "auto"
     if axis:
