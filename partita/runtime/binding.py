@@ -397,7 +397,7 @@ class Binder:
 
         def op(registers: Registers) -> None:
             norm = math.sqrt(float(registers[square])) / mode.loss_scale
-            scale = min(mode.most_norm / (norm + NORM_EPSILON), 1.0) / mode.loss_scale
+            scale = clip_factor(norm, mode.most_norm) / mode.loss_scale
             if scale != 1 and math.isfinite(scale):
                 for name in names:  # what the register showed may be shared
                     registers[name] = registers[name] * scale
@@ -464,6 +464,11 @@ class Binder:
                 registers.pop(name, None)
 
         return op
+
+
+def clip_factor(norm: float, most_norm: float) -> float:
+    """What gradients are multiplied by so that their norm is at most `most_norm`."""
+    return min(most_norm / (norm + NORM_EPSILON), 1.0)
 
 
 def square_of(gradients: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 
 from partita.arguments import told
 from partita.errors import InputError
-from partita.runtime.binding import NORM_EPSILON
+from partita.runtime.binding import clip_factor
 from partita.runtime.transport import Transport
 from partita.training.averages import average_updated
 from partita.training.connecting import Connecting, GradientFilter
@@ -159,7 +159,7 @@ class BlockRunner:
         if (self._clip_norm is None and self._scale is None) or not gradients:
             return 0.0
         norm = float(nn.utils.get_total_norm(gradients))
-        factor = math.inf if self._clip_norm is None else self._clip_norm / (norm + NORM_EPSILON)
+        factor = clip_factor(norm, math.inf if self._clip_norm is None else self._clip_norm)
         if factor < 1:
             torch._foreach_mul_(gradients, factor)
         return norm

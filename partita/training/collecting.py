@@ -24,7 +24,7 @@ def collect_all(team: Team, model: nn.Module, optimizer: torch.optim.Optimizer, 
         optimizer.load_state_dict(team.from_first(optimizer.state_dict()))
         return
     owners = owners_of(runner.programs)
-    parts = parts_of(runner)
+    parts = _parts(runner)
     for name, value in parameters.items():
         if name in parts:
             for source, box in parts[name].items():
@@ -44,10 +44,10 @@ def ownership_of(runner: object, num_processes: int) -> Ownership:
         return Ownership(num_processes=num_processes)  # rank 0 computes
     buffers = {name: (runner.buffer_owner(name),) for name in runner.buffers}
     owners = {**buffers, **owners_of(runner.programs)}
-    return Ownership(num_processes=num_processes, owners=owners, parts=parts_of(runner))
+    return Ownership(num_processes=num_processes, owners=owners, parts=_parts(runner))
 
 
-def parts_of(runner: GraphRunner) -> dict[str, dict[int, Box]]:
+def _parts(runner: GraphRunner) -> dict[str, dict[int, Box]]:
     """Parameter -> process -> the box that it brings, each box once, of the parameters that no process has whole."""
     found: dict[str, dict[int, Box]] = {}
     for process, held in sorted(runner.programs.held.items()):
@@ -63,7 +63,7 @@ def sources_for_first(runner: object, names: Iterable[str]) -> dict[str, dict[in
     Gradients are where weights are."""
     if not isinstance(runner, GraphRunner):
         return {}  # rank 0 computes
-    parts, owners = parts_of(runner), owners_of(runner.programs)
+    parts, owners = _parts(runner), owners_of(runner.programs)
     found: dict[str, dict[int, Box | None]] = {}
     for name in names:
         if name in parts:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.errors import InputError, NonFiniteLossError
-from partita.runtime.binding import NORM_EPSILON
+from partita.runtime.binding import clip_factor
 from partita.training.checkpoint.contents import random_state, set_random_state
 from partita.training.checkpoint.saver import Source
 from partita.training.elastic_around import MOST_TRIES, ElasticAround
@@ -185,7 +185,7 @@ class ElasticStep(ElasticAround):
         if self._setup.clip_norm is None:
             return None
         norm = float(torch.linalg.vector_norm(gradients))
-        gradients *= min(self._setup.clip_norm / (norm + NORM_EPSILON), 1.0)
+        gradients *= clip_factor(norm, self._setup.clip_norm)
         return norm
 
     def _state_for_peers(self) -> dict[str, Any]:

@@ -65,7 +65,6 @@ class Turns:
         self._current: int | None = None  # whose turn it is
         self._num_steps = 0  # in this turn
         self._last = -1  # who ran the last step
-        self._is_calm = True  # when this race began
 
     def next(self, ready: Sequence[bool], *, calm: bool = True) -> int:
         """The candidate that runs the next step. `ready`: whether each could; `calm`: nothing else takes time."""
@@ -134,7 +133,6 @@ class Turns:
             if not new:
                 return
             self._racing = new if self.best == self._absent else [self.best, *new]
-            self._is_calm = calm
             for index in self._racing:
                 course = self.courses[index]
                 course.times_s, course.num_turns, course.has_raced, course.was_calm = [], 0, True, calm
@@ -147,7 +145,8 @@ class Turns:
         if any(not self.courses[i].times_s for i in self._racing):
             return  # it has not begun
         fastest_s = min((self.courses[i].median_s for i in self._racing), default=0.0)
-        hopeless_s = (HOPELESS_RATIO if self._is_calm else DISTURBED_RATIO) * fastest_s
+        calm = all(self.courses[i].was_calm for i in self._racing)
+        hopeless_s = (HOPELESS_RATIO if calm else DISTURBED_RATIO) * fastest_s
         self._racing = [i for i in self._racing if self.courses[i].median_s <= hopeless_s]
         if len(self._racing) < 2 or self.courses[self._racing[0]].num_turns >= NUM_TURNS:
             self.best = self._fastest(self._racing, self.best)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from partita.errors import InputError
 from partita.graph.block_ops import block_linear
+from partita.search.connections.grain import Grain
 
 Block = tuple[int, int]  # outputs, inputs
 
@@ -113,7 +114,7 @@ class BlockLinear(nn.Module):
             InputError: the mask cuts through a block, or output blocks have unequal numbers of input blocks.
         """
         blocks = block_mask(mask, linear.in_features, linear.out_features, block)
-        (height, width), counts = block, blocks.sum(1)
+        counts = blocks.sum(1)
         if int(counts.min()) != int(counts.max()) or not int(counts.min()):
             raise InputError(
                 "every output block must have the same number of input blocks, at least one, but they have "
@@ -125,7 +126,7 @@ class BlockLinear(nn.Module):
             linear.in_features, linear.out_features, block, num_inputs=num_inputs, index=index,
             bias=linear.bias is not None, device=linear.weight.device, dtype=linear.weight.dtype,
         )  # fmt: skip
-        parts = linear.weight.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2)
+        parts = Grain(block).units(linear.weight).unflatten(2, block)
         found.weight.copy_(parts[torch.arange(len(index), device=parts.device)[:, None], found.index])
         found.weight.requires_grad_(linear.weight.requires_grad)
         if linear.bias is not None and found.bias is not None:
@@ -179,7 +180,7 @@ def block_mask(mask: Tensor, in_features: int, out_features: int, block: Block) 
             f"a mask must have an entry for each of the weight's, {(out_features, in_features)}, or for each block, "
             f"{shape}, but it has the shape {tuple(mask.shape)}"
         )
-    parts = present.unflatten(1, (-1, width)).unflatten(0, (-1, height)).transpose(1, 2).flatten(2)
+    parts = Grain(block).units(present)
     whole: Tensor = parts.all(2)
     if not torch.equal(whole, parts.any(2)):
         raise InputError(

@@ -16,11 +16,19 @@ import math
 from collections.abc import Mapping
 from typing import Literal, get_args
 
+from partita.arguments import check_number
 from partita.errors import InputError
 
 Distribution = Literal["erk", "uniform"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_density(density: float, distribution: str) -> None:
+    """Raises InputError unless the density is in (0, 1] and there is such a distribution."""
+    check_number(density, "density", above=0, most=1)
+    if distribution not in DISTRIBUTIONS:
+        raise InputError(f"distribution must be one of {DISTRIBUTIONS}, but got {distribution!r}")
 
 
 def layer_densities(shapes: Shapes, density: float, distribution: Distribution) -> dict[str, float]:
@@ -34,10 +42,7 @@ def layer_densities(shapes: Shapes, density: float, distribution: Distribution) 
         >>> {name: round(density, 3) for name, density in found.items()}
         {'wide': 0.092, 'small': 0.918}
     """
-    if not 0 < density <= 1:
-        raise InputError(f"density must be in (0, 1], but got {density}")
-    if distribution not in DISTRIBUTIONS:
-        raise InputError(f"distribution must be one of {DISTRIBUTIONS}, but got {distribution!r}")
+    check_density(density, distribution)
     if distribution == "uniform":
         return dict.fromkeys(shapes, density)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}

@@ -28,7 +28,7 @@ from torch import Generator, Tensor, nn
 from partita.arguments import check_number
 from partita.errors import InputError
 from partita.search.connections.choosing import random_GU, replaced_GU, top_GU
-from partita.search.connections.densities import Distribution, layer_densities, num_kept
+from partita.search.connections.densities import Distribution, check_density, layer_densities, num_kept
 from partita.search.connections.grain import Grain
 from partita.search.connections.layers import connections_of
 from partita.training.connecting import Connections, Masks, Tensors
@@ -54,11 +54,10 @@ class Learnt(Connections):
     grain: Grain = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_number(self.density, "density", above=0, most=1)
+        check_density(self.density, self.distribution)
         check_number(self.seed, "seed", least=0, whole=True)
         if isinstance(self.dense, str):
             raise InputError(f"dense must be a sequence of patterns, but got {self.dense!r}: pass ({self.dense!r},)")
-        layer_densities({"any": (1, 1)}, self.density, self.distribution)  # raises where there is no such distribution
         object.__setattr__(self, "grain", Grain(self.block))
 
     def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
