@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,7 +47,25 @@ def constructor(module: nn.Module, attributes: Mapping[str, Any]) -> str | None:
     name = next((cls.__name__ for cls in type(module).__mro__ if getattr(nn, cls.__name__, None) is cls), None)
     twin = copy.copy(module)
     twin.__dict__ = {**module.__dict__, **attributes}
-    return f"nn.{name}({twin.extra_repr()})" if name and name != "Module" else None
+    if not name or name == "Module":
+        return None
+    return f"nn.{name}({_without_defaults(getattr(nn, name), twin.extra_repr())})"
+
+
+def _without_defaults(cls: type[nn.Module], arguments: str) -> str:
+    """Not every version of torch prints (and takes) the same arguments."""
+    try:
+        call = ast.parse(f"_({arguments})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        parameters = inspect.signature(cls).parameters
+        kept = [ast.unparse(value) for value in call.args]
+        for keyword in call.keywords:
+            default = parameters[keyword.arg or ""].default
+            if ast.literal_eval(keyword.value) != default:
+                kept.append(ast.unparse(keyword))
+    except (SyntaxError, ValueError, KeyError):
+        return arguments  # no constructor's: `is_leaf` will see
+    return ", ".join(kept)
 
 
 def _has_hooks(module: nn.Module) -> bool:

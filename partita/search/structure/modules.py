@@ -67,7 +67,7 @@ class Modules:
 
     def is_sequence(self, path: str) -> bool:
         """Whether it is an `nn.Sequential` that calls its modules one after the other, and nothing else."""
-        if type(self.module(path)) is not nn.Sequential or not path:
+        if type(self.module(path)) is not nn.Sequential:
             return False
         if not all(name.isdigit() for name, _ in self.module(path).named_children()):
             return False
@@ -89,7 +89,9 @@ class Modules:
     def is_class(self, path: str) -> bool:
         """Whether it is written as a class of its own."""
         holders = (*_LISTS, *_DICTS)
-        return not (self.is_leaf(path) or isinstance(self.module(path), holders) or self.is_sequence(path))
+        return not path or not (
+            self.is_leaf(path) or isinstance(self.module(path), holders) or self.is_sequence(path)
+        )
 
     def length_of_list(self, path: str) -> int:
         found = self.module(path)
@@ -132,11 +134,17 @@ class Modules:
         if isinstance(module, nn.ParameterList | nn.ParameterDict):
             made = [(key, self.parameter(f"{path}.{key}")) for key in self._own_tensors(path)]
         else:
-            made = [(key, self.constructor(f"{path}.{key}", of_class)) for key, _ in module.named_children()]
+            made = self.made_children(path, of_class)
         if isinstance(module, _DICTS):
             return f"nn.{name}({{{', '.join(f'{key!r}: {text}' for key, text in made)}}})"
         inner = ", ".join(text for _, text in made)
         return f"nn.Sequential({inner})" if isinstance(module, nn.Sequential) else f"nn.{name}([{inner}])"
+
+    def made_children(self, path: str, of_class: Callable[[str], str]) -> list[tuple[str, str]]:
+        """Names and constructors of all modules right inside."""
+        prefix = f"{path}." if path else ""
+        names = [name for name, _ in self.module(path).named_children()]
+        return [(name, self.constructor(prefix + name, of_class)) for name in names]
 
     def _layer(self, path: str) -> str:
         nodes = [node for scope in self.calls.get(path, ()) for node in scope.nodes()]

@@ -222,6 +222,8 @@ def ranked(call: Call) -> list[Dims]:
 def embedded(call: Call) -> Dims:
     vocabulary, features = call.dims("weight")
     fix(vocabulary, "embedding reads it by index")
+    if call.values["weight"] in call.trace.names:
+        call.trace.made.append((call.trace.names[call.values["weight"]], 1))
     return [*call.dims("indices"), features]
 
 

@@ -8,6 +8,8 @@ et al. 2017).
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Mapping
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from partita.arguments import check_number
 from partita.errors import InputError
 from partita.search.structure.network import Network
+
+STEPS = 64  # in which `sizes_within` makes a width smaller, at most
 
 Scores = Mapping[str, Tensor]  # by name of a width, one for each unit
 
@@ -109,23 +113,31 @@ def sizes_within(
     """
     scores = importance(network) if scores is None else scores
     ordered = {name: _shares(scores_of(scores, name, width.size)) for name, width in network.widths.items()}
-    sizes = network.sizes
-    while over := _excess(network, sizes, num_parameters, num_flops):
-        choices = {}
-        for name, size in sizes.items():
-            fewer = size - (size % multiple or multiple)
-            if fewer >= max(least, 1):
-                saved = over - _excess(network, sizes | {name: fewer}, num_parameters, num_flops)
-                lost = float(ordered[name][fewer:size].sum())
-                choices[name] = (lost / saved if saved > 0 else float("inf"), fewer)
-        if not choices or min(choices.values())[0] == float("inf"):
+    sizes, limits = network.sizes, (num_parameters, num_flops)
+    over = _excess(network, sizes, *limits)
+
+    def offer(name: str) -> tuple[float, str, int]:
+        """What it costs to leave out the next units, for what that saves."""
+        step = max(multiple, ordered[name].numel() // STEPS // multiple * multiple)
+        fewer = sizes[name] - (sizes[name] % multiple or step)
+        saved = over - _excess(network, sizes | {name: fewer}, *limits) if fewer >= max(least, 1) else 0.0
+        return (float(ordered[name][fewer : sizes[name]].sum()) / saved if saved > 0 else math.inf), name, fewer
+
+    offers = [offer(name) for name in sizes] if over else []
+    heapq.heapify(offers)
+    while over:
+        best = offer(offers[0][1]) if offers else (math.inf, "", 0)  # what others left out has changed it
+        if best[0] == math.inf and all(offer(name)[0] == math.inf for name in sizes):
             raise InputError(
                 f"the network must fit num_parameters={num_parameters}, num_flops={num_flops}, but its smallest sizes "
                 f"have {network.num_parameters(sizes)} parameters and {network.num_flops(sizes)} flops; allow more, or "
                 "a smaller `least`"
             )
-        best = min(choices, key=choices.__getitem__)
-        sizes[best] = choices[best][1]
+        if best[0] <= offers[0][0] or len(offers) == 1 or best[0] <= min(offers[1:3])[0]:
+            sizes[best[1]] = best[2]
+            over = _excess(network, sizes, *limits)
+            best = offer(best[1])
+        heapq.heapreplace(offers, best)
     return sizes
 
 

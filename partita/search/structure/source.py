@@ -7,9 +7,10 @@ classes differ in numbers alone share one, which takes these numbers as argument
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch.utils._pytree as pytree
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from partita.search.structure.network import Network
 
 _NUMBER = re.compile(r"""(?<![\w."'])\d+(?![\w."'])""")
+LONGEST_LINE = 100
 _RESERVED = {"nn", "F", "torch", "SimpleNamespace", "load"}
 
 
@@ -61,7 +63,8 @@ class _Class:
     base: str
     init: list[str]
     forward: list[str]
-    paths: list[str] = field(default_factory=list)
+    path: str
+    parent: str = "nn.Module"
 
     def numbers(self) -> list[str]:
         return _NUMBER.findall("\n".join((*self.init, *self.forward)))
@@ -114,7 +117,10 @@ class _File:
 
     def _class(self, path: str) -> _Class:
         module = self._modules.module(path)
-        init = [f"self.{name} = {text}" for name, text in self._parameters(path)]
+        if not path and self._modules.is_sequence(path):
+            return self._sequence()
+        init = ["super().__init__()"]
+        init += [f"self.{name} = {text}" for name, text in self._parameters(path)]
         init += [f'self.register_buffer("{name}", {text})' for name, text in self._buffers(path)]
         for child in self._modules.children(path):
             name, text = child.rpartition(".")[2], self._modules.constructor(child, self._made.__getitem__)
@@ -126,8 +132,18 @@ class _File:
             forward = next(iter(forwards)).split("\n") if forwards else []
         else:
             init += [f"self.{name} = self.{first}" for name, first in self._modules.tied.items()]
+            init += self._frozen()
             forward = self._root_forward()
-        return _Class(type(module).__name__, init, forward, [path])
+        return _Class(type(module).__name__, init, forward, path)
+
+    def _sequence(self) -> _Class:
+        """The whole network is a sequence."""
+        made = self._modules.made_children("", self._made.__getitem__)
+        return _Class("Network", [f"super().__init__({', '.join(text for _, text in made)})"], [], "", "nn.Sequential")
+
+    def _frozen(self) -> list[str]:
+        names = [name for name, value in self._modules.network.parameters.items() if not value.requires_grad]
+        return [f"for name in {names!r}:", "    self.get_parameter(name).requires_grad_(False)"] if names else []
 
     def _parameters(self, path: str) -> list[tuple[str, str]]:
         return [item for item in self._modules.tensors(path).items() if item[1].startswith("nn.Parameter")]
@@ -184,14 +200,14 @@ class _File:
         forward, _ = _replaced(group[0].forward, places, used, "self.")
         in_forward = [argument for argument in names.values() if any(f"self.{argument}" in line for line in forward)]
         init += [f"self.{argument} = {argument}" for argument in in_forward]
-        lines = [f"class {name}(nn.Module):", f"    def __init__({', '.join(['self', *names.values()])}):",
-                 "        super().__init__()", *(f"        {line}" for line in init)]  # fmt: skip
+        lines = [f"class {name}({group[0].parent}):", f"    def __init__({', '.join(['self', *names.values()])}):",
+                 *(f"        {inner}" for line in init for inner in _wrapped(line))]  # fmt: skip
         if forward:
             lines += ["", *(f"    {line}" for line in forward)]
         self._texts.append("\n".join(lines))
         for at, made in enumerate(group):
             arguments = ", ".join(f"{argument}={column[at]}" for column, argument in names.items())
-            self._made[made.paths[0]] = f"{name}({arguments})"
+            self._made[made.path] = f"{name}({arguments})"
 
     def _class_name(self, base: str) -> str:
         name, count = base, 1
@@ -200,6 +216,22 @@ class _File:
             name = f"{base}{count}"
         self._names.add(name)
         return name
+
+
+def _wrapped(line: str) -> list[str]:
+    """A long call with a line for each argument."""
+    if len(line) <= LONGEST_LINE or not line.endswith(")"):
+        return [line]
+    depth, commas = 0, []
+    for start in range(len(line) - 1, -1, -1):  # back to the parenthesis that the last one closes
+        depth += (line[start] in ")]}") - (line[start] in "([{")
+        if depth == 0:
+            break
+        if line[start] == "," and depth == 1:
+            commas.append(start)
+    bounds = [start, *reversed(commas), len(line) - 1]
+    parts = [line[a + 1 : b].strip() for a, b in itertools.pairwise(bounds)]
+    return [line[: start + 1], *(f"    {part}," for part in parts), ")"]
 
 
 def _labels(made: _Class) -> list[str]:

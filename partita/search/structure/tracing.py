@@ -104,6 +104,7 @@ class Trace:
         dims: of each node; a list of them where it has several results.
         names: first names of the parameters and buffers that placeholders stand for.
         weights: (name, dim) of parameters over whose dim an op sums.
+        made: (name, dim) of parameters that are read by index, with the features that this gives.
         products: extents that are multiplied in a product or a convolution.
         scales: parameters that a norm multiplies with.
         mixed: extents all of whose units another op reads at once, and which.
@@ -113,6 +114,7 @@ class Trace:
     dims: dict[fx.Node, Any] = field(default_factory=dict)
     names: dict[fx.Node, str] = field(default_factory=dict)
     weights: list[tuple[str, int]] = field(default_factory=list)
+    made: list[tuple[str, int]] = field(default_factory=list)
     products: list[list[Extent]] = field(default_factory=list)
     scales: set[str] = field(default_factory=set)
     mixed: list[tuple[Extent, str]] = field(default_factory=list)
