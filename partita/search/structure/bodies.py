@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
 import re
 from collections import Counter
@@ -15,8 +16,8 @@ from torch import fx
 
 from partita.search.structure.modules import Modules
 from partita.search.structure.scopes import Scope
-from partita.search.structure.tracing import op_name, symbol_of
-from partita.search.structure.wording import Wording
+from partita.search.structure.tracing import in_place, op_name, symbol_of
+from partita.search.structure.wording import Wording, text_of
 
 _SHORTER = {"scaled_dot_product_attention": "attention", "embedding": "embedded", "contiguous": "x"}
 LONGEST_INNER = 60  # characters of an expression that stands inside another
@@ -32,9 +33,16 @@ class Unwritten(Exception):
 
 @dataclass
 class Body:
+    """A function's parts.
+
+    Attributes:
+        sizes: what the last parameters are: sizes of the network's inputs that none of its own has.
+    """
+
     parameters: list[str]
     lines: list[str]
     results: list[str]
+    sizes: list[sympy.Expr]
 
 
 def written(scope: Scope, modules: Modules, inputs: Sequence[str] | None = None) -> Body:
@@ -44,7 +52,7 @@ def written(scope: Scope, modules: Modules, inputs: Sequence[str] | None = None)
         inputs: texts of its inputs; by default they are parameters ``x``, ``x_2``, ...
 
     Raises:
-        Unwritten: it reads sizes that none of its inputs has.
+        Unwritten: it reads sizes that none of its inputs has, and can't be given them.
     """
     return _Writer(scope, modules, inputs).body()
 
@@ -59,10 +67,11 @@ class _Writer:
         self._uses = _uses(scope)
         for place, node in enumerate(scope.inputs):
             self._names[node] = inputs[place] if inputs else self._name("x")
+        self._sizes: dict[sympy.Expr, str] = {}
         tensors = [node for node in scope.inputs if isinstance(node.meta.get("val"), torch.Tensor)]
         device = f"{self._names[tensors[0]]}.device" if tensors else "None"
         self._wording = Wording(
-            modules.trace, modules.new, self._value, self._symbol, device, modules.network.model.training
+            modules.trace, modules.new, self._value, self._expression, device, modules.network.model.training
         )
 
     def body(self) -> Body:
@@ -77,14 +86,18 @@ class _Writer:
             else:
                 self._write(items[place], items[place + 1] if place + 1 < len(items) else None)
             place += max(1, len(run))
-        return Body(parameters, self._lines, [_bare(self._value(node)) for node in self._scope.outputs])
+        results = [_bare(self._value(node)) for node in self._scope.outputs]
+        if self._sizes and not self._modules.takes_sizes(self._scope.path):
+            raise Unwritten(self._scope.path)
+        return Body([*parameters, *self._sizes.values()], self._lines, results, list(self._sizes))
 
     # -- names ------------------------------------------------------------------------------------------------------
 
     def _name(self, base: str) -> str:
         base = re.sub(r"\W", "_", base).strip("_") or "x"
         base = _SHORTER.get(base, base)
-        base = base if base.isidentifier() and base not in ("self", "torch", "nn", "F") else f"x_{base}"
+        known = keyword.iskeyword(base) or base in ("self", "torch", "nn", "F")
+        base = base if base.isidentifier() and not known else f"x_{base}"
         self._taken[base] += 1
         return base if self._taken[base] == 1 else self._name(f"{base}_{self._taken[base]}")
 
@@ -97,13 +110,25 @@ class _Writer:
             return f"{self._value(node.args[0])}[{node.args[1]}]"  # type: ignore[arg-type]
         return self._modules.attribute(self._modules.trace.names[node], self._scope.path)
 
-    def _symbol(self, symbol: sympy.Symbol) -> str:
+    def _expression(self, expr: sympy.Expr) -> str:
+        """From the sizes of what comes in, else given."""
+        found = self._size_of_input(expr)
+        names = {symbol: self._size_of_input(symbol) for symbol in expr.free_symbols}
+        if found is not None:
+            return found
+        if expr not in self._sizes and all(names.values()):
+            return text_of(expr, {symbol: name for symbol, name in names.items() if name})
+        if expr not in self._sizes:
+            self._sizes[expr] = self._name("size")
+        return self._sizes[expr]
+
+    def _size_of_input(self, expr: sympy.Expr) -> str | None:
         for node in self._scope.inputs:
             value = node.meta.get("val")
             for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-                if symbol_of(size) == symbol:
+                if symbol_of(size) == expr:
                     return f"{self._value(node)}.size({dim})"
-        raise Unwritten(self._scope.path)
+        return None
 
     # -- lines ------------------------------------------------------------------------------------------------------
 
@@ -113,7 +138,7 @@ class _Writer:
         base = item.path.rpartition(".")[2] if isinstance(item, Scope) else op_name(item).strip("_")
         if isinstance(item, Scope) and base.isdigit():
             base = item.path.split(".")[-2] if "." in item.path else "x"
-        if isinstance(item, fx.Node) and op_name(item).endswith("_"):
+        if isinstance(item, fx.Node) and in_place(item):
             self._lines.append(text)
             self._names[item] = self._value(item.args[0])  # type: ignore[arg-type]
         elif len(results) == 1 and self._stands_inside(results[0], following, text):
@@ -130,8 +155,11 @@ class _Writer:
     def _text(self, item: fx.Node | Scope) -> str:
         if isinstance(item, fx.Node):
             return self._wording.op(item)
-        arguments = [_bare(self._value(node)) for node in item.inputs]
+        arguments = [_bare(self._value(node)) for node in item.inputs] + self._given_sizes(item)
         return f"{self._modules.attribute(item.path, self._scope.path)}({', '.join(arguments)})"
+
+    def _given_sizes(self, scope: Scope) -> list[str]:
+        return [self._expression(expr) for expr in self._modules.sizes.get(scope, ())]
 
     def _stands_inside(self, node: fx.Node, following: fx.Node | Scope | None, text: str) -> bool:
         if self._uses[node] != 1 or isinstance(node.meta.get("val"), tuple | list):
@@ -142,7 +170,7 @@ class _Writer:
             return False
         if isinstance(following, Scope):
             return node in following.inputs
-        return node in following.all_input_nodes and not op_name(following).endswith("_")
+        return node in following.all_input_nodes and not in_place(following)
 
     # -- loops ------------------------------------------------------------------------------------------------------
 
@@ -157,6 +185,8 @@ class _Writer:
         if len(run) != length or length < 2 or [item.path for item in run] != [f"{holder}.{i}" for i in range(length)]:
             return []
         if any(len(item.outputs) != 1 or len(item.inputs) != len(head.inputs) for item in run):
+            return []
+        if any(self._modules.sizes.get(item) != self._modules.sizes.get(head) for item in run):
             return []
         for before, after in pairwise(run):
             moved = [a for a, b in zip(after.inputs, head.inputs, strict=True) if a is not b]
@@ -177,6 +207,7 @@ class _Writer:
             carried = self._name("x")
             self._lines.append(f"{carried} = {_bare(text)}")
         arguments = [carried if at == place else self._value(node) for at, node in enumerate(run[0].inputs)]
+        arguments += self._given_sizes(run[0])
         self._lines.append(f"for {each} in {self._modules.attribute(holder, self._scope.path)}:")
         self._lines.append(f"    {carried} = {each}({', '.join(arguments)})")
         self._names[run[-1].outputs[0]] = carried

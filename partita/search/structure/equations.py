@@ -12,6 +12,7 @@ from partita.search.structure.widths import Extent, Width, equate, factored, fix
     "pointwise", "dropout", "alpha_dropout", "feature_dropout", "contiguous", "clone", "detach", "to", "_to_copy",
     "type_as", "alias", "lift_fresh_copy", "relu6", "selu", "rrelu", "float", "where", "masked_fill", "zeros_like",
     "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "tril", "triu", "bernoulli", "silu", "mish",
+    "__and__", "__or__", "__xor__", "copy", "fill",
 )  # fmt: skip
 def pointwise(call: Call) -> Dims:
     """Dims from the right are the same, unless one is 1."""
@@ -39,6 +40,18 @@ def made(call: Call) -> Dims:
 @equation("arange", "linspace", "eye", "one_hot", "multinomial")
 def numbered(call: Call) -> Dims:
     return call.fresh(fixed=f"{call.name} numbers it")
+
+
+@equation("cross_entropy_loss", "nll_loss", "nll_loss_nd", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "diff",
+          "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "unfold", "im2col", "col2im",
+          "pixel_shuffle", "pixel_unshuffle", "cdist", "nonzero", "scatter", "scatter_add", "index_put", "searchsorted",
+          "bincount", "unique", "trace", "grid_sampler", "lu_solve", "inverse", "linalg_inv")  # fmt: skip
+def fixing(call: Call) -> Dims:
+    """Ops that need the sizes as they are."""
+    for node in call.tensors:
+        for extent in call.dims_of(node):
+            fix(extent, call.why)
+    return call.fresh(fixed=f"{call.name} makes it")
 
 
 @equation("prelu")

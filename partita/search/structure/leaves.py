@@ -27,9 +27,10 @@ New = Mapping[Width, int]
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether its constructor's text makes it again."""
-    if isinstance(module, _OTHERS) or list(module.children()) or type(module).forward is not module.forward.__func__:
+    if isinstance(module, _OTHERS) or list(module.children()) or _has_hooks(module):
         return False
-    if not any(cls.__module__ in _LAYERS for cls in type(module).__mro__) or _has_hooks(module):
+    known = _known_class(module)
+    if known is None or known.__module__ not in _LAYERS or type(module).forward is not known.forward:
         return False
     text = constructor(module, {})
     if text is None:
@@ -44,12 +45,16 @@ def is_leaf(module: nn.Module) -> bool:
 
 def constructor(module: nn.Module, attributes: Mapping[str, Any]) -> str | None:
     """As ``module``, but for these attributes; None if it is no class of `torch.nn`."""
-    name = next((cls.__name__ for cls in type(module).__mro__ if getattr(nn, cls.__name__, None) is cls), None)
+    known = _known_class(module)
     twin = copy.copy(module)
     twin.__dict__ = {**module.__dict__, **attributes}
-    if not name or name == "Module":
-        return None
-    return f"nn.{name}({_without_defaults(getattr(nn, name), twin.extra_repr())})"
+    return f"nn.{known.__name__}({_without_defaults(known, twin.extra_repr())})" if known else None
+
+
+def _known_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class of `torch.nn` that it is of, or is derived from."""
+    known = next(cls for cls in type(module).__mro__ if getattr(nn, cls.__name__, None) is cls)
+    return None if known is nn.Module else known
 
 
 def _without_defaults(cls: type[nn.Module], arguments: str) -> str:

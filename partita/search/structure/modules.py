@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import sympy
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,8 @@ class Modules:
 
     Attributes:
         root: what the network did, call by call.
+        calls: of each module, "" for the network itself.
+        sizes: which calls are given besides their inputs.
         paths: names of modules that run or have parameters, and those around them.
     """
 
@@ -36,8 +39,9 @@ class Modules:
         self.network, self.trace, self.new = network, network.trace, new
         self._leaves: dict[str, bool] = {}
         self._placeholders = {node: network.aliases[name] for node, name in network.trace.names.items()}
-        self.root = self._scopes(inlined)
         self.calls: dict[str, list[Scope]] = {}
+        self.sizes: dict[Scope, list[sympy.Expr]] = {}
+        self.root = self._scopes(inlined)
         for scope in self.root.scopes():
             self.calls.setdefault(scope.path, []).append(scope)
         self.paths = {""}
@@ -51,7 +55,7 @@ class Modules:
         """Calls of layers that take or give several tensors are written out as well."""
         while True:
             root = scope_of(self.network.program, self._placeholders, inlined)
-            odd = {scope.path for scope in root.scopes() if scope.path and self.is_leaf(scope.path)
+            odd = {scope.path for scope in root.scopes() if scope.path and is_leaf(self.module(scope.path))
                    and (len(scope.inputs) != 1 or len(scope.outputs) != 1)}  # fmt: skip
             if not odd:
                 return root
@@ -61,9 +65,11 @@ class Modules:
         return self.network.model.get_submodule(path)
 
     def is_leaf(self, path: str) -> bool:
+        """Whether it is a layer that its constructor makes: one that runs (else others use its weights, whose sizes say
+        less than its own ops), or a linear one."""
         if path not in self._leaves:
             self._leaves[path] = bool(path) and is_leaf(self.module(path))
-        return self._leaves[path]
+        return self._leaves[path] and (path in self.calls or isinstance(self.module(path), nn.Linear))
 
     def is_sequence(self, path: str) -> bool:
         """Whether it is an `nn.Sequential` that calls its modules one after the other, and nothing else."""
@@ -86,16 +92,18 @@ class Modules:
             value, last = item.outputs[0], int(name)
         return scope.outputs == [value]
 
+    def takes_sizes(self, path: str) -> bool:
+        """Whether its call may be given sizes: not if a sequence makes it."""
+        return bool(path) and not self.is_sequence(path.rpartition(".")[0])
+
     def is_class(self, path: str) -> bool:
         """Whether it is written as a class of its own."""
-        holders = (*_LISTS, *_DICTS)
-        return not path or not (
-            self.is_leaf(path) or isinstance(self.module(path), holders) or self.is_sequence(path)
-        )
+        holder = type(self.module(path)) in (*_LISTS, *_DICTS)
+        return not path or not (holder or self.is_leaf(path) or self.is_sequence(path))
 
     def length_of_list(self, path: str) -> int:
         found = self.module(path)
-        return len(found) if isinstance(found, nn.ModuleList) else 0
+        return len(found) if type(found) is nn.ModuleList else 0
 
     def children(self, path: str) -> list[str]:
         """The modules right inside it that are needed."""
@@ -107,10 +115,10 @@ class Modules:
         text, path = "self", start
         for token in (target.removeprefix(f"{start}.") if start else target).split("."):
             holder = self.module(path)
-            if isinstance(holder, _DICTS):
+            if type(holder) in _DICTS:
                 text += f'["{token}"]'
             elif token.isdigit():
-                listed = isinstance(holder, _LISTS) or self.is_sequence(path)
+                listed = type(holder) in _LISTS or self.is_sequence(path)
                 text += f"[{token}]" if listed else f'.get_submodule("{token}")'
             else:
                 text += f".{token}"
@@ -135,7 +143,7 @@ class Modules:
             made = [(key, self.parameter(f"{path}.{key}")) for key in self._own_tensors(path)]
         else:
             made = self.made_children(path, of_class)
-        if isinstance(module, _DICTS):
+        if type(module) in _DICTS:
             return f"nn.{name}({{{', '.join(f'{key!r}: {text}' for key, text in made)}}})"
         inner = ", ".join(text for _, text in made)
         return f"nn.Sequential({inner})" if isinstance(module, nn.Sequential) else f"nn.{name}([{inner}])"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _NUMBER = re.compile(r"""(?<![\w."'])\d+(?![\w."'])""")
 LONGEST_LINE = 100
-_RESERVED = {"nn", "F", "torch", "SimpleNamespace", "load"}
+_RESERVED = {"nn", "F", "torch", "namedtuple", "load"}
 
 
 @dataclass(frozen=True)
@@ -78,17 +78,19 @@ class _File:
         self._modules = modules
         self._made: dict[str, str] = {}  # constructor of a module that is a class, by path
         self._texts: list[str] = []
+        self._tuples: dict[str, list[str]] = {}
         self._names: set[str] = set(_RESERVED)
 
     def source(self) -> Source:
         for level in self._levels():
             for group in self._groups(level):
                 self._write(group)
-        head = ["from types import SimpleNamespace", ""] if any("SimpleNamespace(" in text for text in self._texts) else []
+        head = ["from collections import namedtuple", ""] if self._tuples else []
         head += ["import torch", "from torch import nn"]
         if any("F." in text for text in self._texts):
             head.append("from torch.nn import functional as F")
-        text = "\n".join(head) + "\n\n\n" + "\n\n\n".join(self._texts) + "\n"
+        head += ["", *(f'{name} = namedtuple("{name}", {fields!r})' for name, fields in self._tuples.items())]
+        text = "\n".join(head).rstrip() + "\n\n\n" + "\n\n\n".join(self._texts) + "\n"
         return Source(text, self._made[""].removesuffix("()"))
 
     def _levels(self) -> list[list[str]]:
@@ -152,7 +154,9 @@ class _File:
         return [item for item in self._modules.tensors(path).items() if not item[1].startswith("nn.Parameter")]
 
     def _forward(self, path: str, at: int) -> list[str]:
-        body = written(self._modules.calls[path][at], self._modules)
+        scope = self._modules.calls[path][at]
+        body = written(scope, self._modules)
+        self._modules.sizes[scope] = body.sizes
         results = [f"return {', '.join(body.results)}"] if body.results else []
         return [f"def forward({', '.join(['self', *body.parameters])}):", *(f"    {line}" for line in body.lines),
                 *(f"    {line}" for line in results)]  # fmt: skip
@@ -166,9 +170,10 @@ class _File:
         results = [self._result(spec.arg, values, texts) for spec in network.program.graph_signature.output_specs
                    if spec.kind.name == "USER_OUTPUT"]  # fmt: skip
         assert network.program.call_spec.out_spec is not None
-        result = _literal(pytree.tree_unflatten(results, network.program.call_spec.out_spec))
+        result = pytree.tree_unflatten(results, network.program.call_spec.out_spec)
+        self._tuples = _named_tuples(result)
         head = f"def forward({', '.join(['self', *_signature(network)])}):"
-        return [head, *(f"    {line}" for line in body.lines), f"    return {result}"]
+        return [head, *(f"    {line}" for line in body.lines), f"    return {_literal(result)}"]
 
     def _result(self, argument: Any, values: dict[str, str], inputs: dict[str, str]) -> str:
         name = getattr(argument, "name", None)
@@ -189,12 +194,14 @@ class _File:
         """One class for all of them, with the numbers in which they differ as arguments."""
         name = self._class_name(group[0].base)
         columns = list(zip(*(made.numbers() for made in group), strict=True))
+        attributes = set(re.findall(r"self\.(\w+) =|register_buffer\(\"(\w+)", "\n".join(group[0].init)))
+        attributes = {name for pair in attributes for name in pair}
         names: dict[tuple[str, ...], str] = {}
         places: dict[int, str] = {}
         for place, (column, base) in enumerate(zip(columns, _labels(group[0]), strict=True)):
             if len(set(column)) > 1:
                 if column not in names:
-                    names[column] = base if base not in names.values() else f"{base}_{place}"
+                    names[column] = _unlike(base, {*names.values(), *attributes})
                 places[place] = names[column]
         init, used = _replaced(group[0].init, places, 0, "")
         forward, _ = _replaced(group[0].forward, places, used, "self.")
@@ -210,12 +217,17 @@ class _File:
             self._made[made.path] = f"{name}({arguments})"
 
     def _class_name(self, base: str) -> str:
-        name, count = base, 1
-        while name in self._names:
-            count += 1
-            name = f"{base}{count}"
+        name = _unlike(base, self._names)
         self._names.add(name)
         return name
+
+
+def _unlike(base: str, others: set[str]) -> str:
+    name, count = base, 1
+    while name in others:
+        count += 1
+        name = f"{base}_{count}"
+    return name
 
 
 def _wrapped(line: str) -> list[str]:
@@ -241,8 +253,9 @@ def _labels(made: _Class) -> list[str]:
         attribute = re.match(r"self\.(\w+) =", line)
         for match in _NUMBER.finditer(line):
             argument = re.search(r"(\w+)=\(?$", line[: match.start()])
-            parts = [part for part in (attribute and attribute[1], argument and argument[1]) if part]
-            found.append("_".join(parts) or "size")
+            own = re.search(r"= nn\.|zeros\(", line) is None and argument is not None  # an argument of a class of ours
+            parts = [argument[1]] if own else [attribute[1] if attribute else "own", argument[1] if argument else "size"]
+            found.append("_".join(parts))
     return found + ["size" for line in made.forward for _ in _NUMBER.finditer(line)]
 
 
@@ -299,5 +312,26 @@ def _literal(value: Any) -> str:
         return f"[{', '.join(map(_literal, value))}]"
     if type(value) is dict:
         return f"{{{', '.join(f'{key!r}: {_literal(item)}' for key, item in value.items())}}}"
-    items = value._asdict() if hasattr(value, "_asdict") else dict(value) if hasattr(value, "keys") else vars(value)
-    return f"SimpleNamespace({', '.join(f'{key}={_literal(item)}' for key, item in items.items() if item is not None)})"
+    names, items = _fields(value)
+    return f"{type(value).__name__}({', '.join(f'{name}={_literal(items[name])}' for name in names)})"
+
+
+def _fields(value: Any) -> tuple[list[str], dict[str, Any]]:
+    """Of a named tuple, a data class or a mapping with attributes."""
+    if hasattr(value, "_asdict"):
+        items = value._asdict()
+    else:
+        items = dict(value) if hasattr(value, "keys") else vars(value)
+    return [name for name, item in items.items() if item is not None], items
+
+
+def _named_tuples(value: Any) -> dict[str, list[str]]:
+    """Names and fields of the classes in a result that a file of its own must define."""
+    if isinstance(value, str) or value is None:
+        return {}
+    if type(value) in (tuple, list, dict):
+        inner = value.values() if isinstance(value, dict) else value
+        return {name: fields for item in inner for name, fields in _named_tuples(item).items()}
+    names, items = _fields(value)
+    found = {name: fields for item in names for name, fields in _named_tuples(items[item]).items()}
+    return found | {type(value).__name__: names}

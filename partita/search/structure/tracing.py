@@ -157,7 +157,7 @@ class Trace:
         if not isinstance(values, torch.Tensor | Sequence) or not isinstance(node.target, torch._ops.OpOverload):
             return  # sizes, and arithmetic with them
         call = Call(node, op_name(node), arguments_of(node), self)
-        name = call.name.rstrip("_") if call.name not in EQUATIONS else call.name  # in place
+        name = call.name.removesuffix("_") if in_place(node) else call.name
         known = EQUATIONS.get(name) or (EQUATIONS["pointwise"] if torch.Tag.pointwise in node.target.tags else None)
         try:
             found = known(call) if known else None
@@ -216,6 +216,12 @@ def equal(a: Sequence[Extent], b: Sequence[Extent]) -> None:
 def op_name(node: fx.Node) -> str:
     """The op's name, without overload; "" if it is none of torch's."""
     return node.target.overloadpacket.__name__ if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
+def in_place(node: fx.Node) -> bool:
+    """Whether the op changes its first input."""
+    name = op_name(node)
+    return name.endswith("_") and not name.endswith("__")
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:

@@ -130,7 +130,10 @@ def factored(extent: Extent, sizes: Sequence[int]) -> list[Extent]:
         taken: list[Extent] = []
         have = 1
         while have < size:
-            head = rest.pop(0)
+            head = resolved(rest.pop(0))  # dividing others may have told more of it
+            if isinstance(head, Product):
+                rest[:0] = head.factors
+                continue
             if size % (have * size_of(head)):
                 if size % have or size_of(head) % (size // have):
                     raise Uneven
@@ -182,7 +185,10 @@ def _regrouped(rest: list[Extent], sizes: Sequence[int]) -> list[Extent]:
     for size in sizes:
         taken: list[Extent] = []
         while (missing := size - sum(map(size_of, taken))) > 0:
-            head = rest.pop(0)
+            head = resolved(rest.pop(0))
+            if isinstance(head, Sum):
+                rest[:0] = head.parts
+                continue
             if size_of(head) > missing:
                 head, tail = parted(head, [missing, size_of(head) - missing])
                 rest.insert(0, tail)

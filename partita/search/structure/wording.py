@@ -21,8 +21,9 @@ from partita.search.structure.leaves import New, new_groups
 from partita.search.structure.tracing import Trace, arguments_of, op_name, symbol_of
 from partita.search.structure.widths import Extent, Product, Sum, Width, resolved, size_of
 
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@"}
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "__and__": "&", "__or__": "|", "__xor__": "^"}
 _METHODS_IN_PYTHON = {"split", "unflatten"}
+_FUNCTIONS_IN_PYTHON = {"silu", "mish", "pad"}
 _MODES = {"train", "training"}  # arguments that say whether the network trains
 
 
@@ -31,7 +32,7 @@ class Wording:
 
     Args:
         value: text of a tensor.
-        symbol: text of a symbol that stands for a size of an input.
+        expression: text of a size that depends on those of the inputs.
         device: text of the device on which new tensors are made.
         trains: whether the network was traced while training.
     """
@@ -41,26 +42,31 @@ class Wording:
         trace: Trace,
         new: New,
         value: Callable[[fx.Node], str],
-        symbol: Callable[[sympy.Symbol], str],
+        expression: Callable[[sympy.Expr], str],
         device: str,
         trains: bool,
     ) -> None:
-        self._trace, self._new, self._value, self._symbol = trace, new, value, symbol
+        self._trace, self._new, self._value, self.expression = trace, new, value, expression
         self._device, self._trains = device, trains
 
     def op(self, node: fx.Node) -> str:
         assert isinstance(node.target, torch._ops.OpOverload)
         name = op_name(node)
-        values = arguments_of(node) | _REWRITTEN.get(name.rstrip("_"), lambda op: {})(_Op(self, node))
+        if node.target.namespace not in ("aten", "prims"):
+            raise InputError(f"ops must be torch's own to be written, but {node.target} is not: that model has no file of "
+                             "its own")  # fmt: skip
+        values = arguments_of(node) | _REWRITTEN.get(name.removesuffix("_"), lambda op: {})(_Op(self, node))
         if name in ("split", "split_with_sizes", "unsafe_split") or (name == "chunk" and "sizes" in values):
             return f"{self.text(values['self'])}.split({self.text(values['sizes'])}, {values.get('dim', 0)})"
         if name in _SUBSCRIPTS:
-            return f"{self.text(values['self'])}[{_SUBSCRIPTS[name](self, values)}]"
+            subscript = _SUBSCRIPTS[name](self, values)
+            whole = subscript.replace(":, ", "") == ":"
+            return self.text(values["self"]) if whole else f"{self.text(values['self'])}[{subscript}]"
         schema = node.target._schema.arguments
         given = [argument for place, argument in enumerate(schema)
                  if place < len(node.args) or argument.name in node.kwargs]  # fmt: skip
         given = [argument for argument in given if argument.name not in ("layout", "pin_memory")]
-        if name in _INFIX and len(given) == 2 and not name.endswith("_"):
+        if name in _INFIX and len(given) == 2:
             a, b = (self.text(values[argument.name]) for argument in given)
             return f"({a} {_INFIX[name]} {b})"
         texts = []
@@ -81,7 +87,8 @@ class Wording:
         if is_method and (inspect.ismethoddescriptor(method) or name in _METHODS_IN_PYTHON):
             return f"{texts[0]}.{name}({', '.join(texts[1:])})"
         for module, prefix in ((torch, "torch"), (F, "F")):
-            if inspect.isbuiltin(getattr(module, name, None)):
+            function = getattr(module, name, None)
+            if inspect.isbuiltin(function) or (name in _FUNCTIONS_IN_PYTHON and callable(function)):
                 return f"{prefix}.{name}({', '.join(texts)})"
         return f"torch.ops.aten.{name}.{target._overloadname}({', '.join(texts)})"
 
@@ -105,13 +112,6 @@ class Wording:
             return repr(value)
         return self.expression(value.node.expr)
 
-    def expression(self, expr: sympy.Expr) -> str:
-        names = {symbol: sympy.Symbol(self._symbol(symbol), integer=True) for symbol in expr.free_symbols}
-        text = str(expr.xreplace(names))
-        if any(part in text for part in ("Piecewise", "ToFloat", "Pow", "Where", "TruncTo")):
-            raise InputError(f"sizes must be integers made by + - * // % to be written, but one is {text}")
-        return text
-
     def size(self, extent: Extent) -> str:
         """The size of a dim, from the widths of which it is made."""
         extent = resolved(extent)
@@ -121,11 +121,23 @@ class Wording:
             return str(size_of(extent, self._new))
         if isinstance(extent, Sum):
             return "(" + " + ".join(map(self.size, extent.parts)) + ")"
-        return " * ".join(map(self.size, extent.factors))
+        return " * ".join(f"({text})" if " " in text else text for text in map(self.size, extent.factors))
 
 
 class _Words(str):
     """Text that stands as it is."""
+
+
+def text_of(expr: sympy.Expr, names: Mapping[sympy.Symbol, str]) -> str:
+    """An expression of sizes in Python.
+
+    Raises:
+        InputError: it is not made by integer arithmetic.
+    """
+    text = str(expr.xreplace({symbol: sympy.Symbol(name, integer=True) for symbol, name in names.items()}))
+    if any(part in text for part in ("Piecewise", "ToFloat", "Pow", "Where", "TruncTo")):
+        raise InputError(f"sizes must be integers made by + - * // % to be written, but one is {text}")
+    return text
 
 
 def _has_symbol(extent: Extent) -> bool:
