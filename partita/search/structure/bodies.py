@@ -108,7 +108,8 @@ class _Writer:
             return self._inner.pop(node)
         if node.target is operator.getitem:
             return f"{self._value(node.args[0])}[{node.args[1]}]"  # type: ignore[arg-type]
-        return self._modules.attribute(self._modules.trace.names[node], self._scope.path)
+        aliases = self._modules.network.aliases[self._modules.trace.names[node]]
+        return self._modules.attribute(next(filter(self._scope.owns, aliases)), self._scope.path)
 
     def _expression(self, expr: sympy.Expr) -> str:
         """From the sizes of what comes in, else given."""
@@ -141,7 +142,7 @@ class _Writer:
         if isinstance(item, fx.Node) and in_place(item):
             self._lines.append(text)
             self._names[item] = self._value(item.args[0])  # type: ignore[arg-type]
-        elif len(results) == 1 and self._stands_inside(results[0], following, text):
+        elif results == _own_results(item) and len(results) == 1 and self._stands_inside(results[0], following, text):
             self._inner[results[0]] = text
         elif results:
             for node in results:
@@ -190,7 +191,7 @@ class _Writer:
             return []
         for before, after in pairwise(run):
             moved = [a for a, b in zip(after.inputs, head.inputs, strict=True) if a is not b]
-            if moved != before.outputs or self._uses[before.outputs[0]] != 1 or before.outputs[0] in self._scope.outputs:
+            if moved != before.outputs or self._uses[moved[0]] != 1 or moved[0] in self._scope.outputs:
                 return []
         places = {item.inputs.index(before.outputs[0]) for before, item in pairwise(run)}
         return run if len(places) == 1 else []
@@ -230,6 +231,11 @@ def _results(item: fx.Node | Scope) -> list[fx.Node]:
     return [node for node in _unpacked(item) if node is not None] if item.users else []
 
 
+def _own_results(item: fx.Node | Scope) -> list[fx.Node]:
+    """Results that are what the expression gives, and no parts of it."""
+    return item.outputs if isinstance(item, Scope) else [item]
+
+
 def _unpacked(node: fx.Node) -> list[fx.Node | None]:
     """The node itself, or of several results those that are read, by their places."""
     value = node.meta.get("val")
@@ -239,7 +245,7 @@ def _unpacked(node: fx.Node) -> list[fx.Node | None]:
     for user in node.users:
         if user.target is not operator.getitem:
             return [node]
-        found[user.args[1]] = user  # type: ignore[index,call-overload]
+        found[user.args[1]] = user  # type: ignore[index]
     return found
 
 

@@ -1,8 +1,8 @@
 """Networks with more or fewer blocks.
 
 A block that is put behind its original changes nothing at first. Where the original adds to what comes in (residual
-blocks), the copy adds zero: the last weights of what it adds are zero, and learn from the first step on. Else the copy's
-layers are identities, if its activations allow that, as ReLU does (Chen, Goodfellow and Shlens 2016, "Net2Net").
+blocks), the copy adds zero: the last weights of what it adds are zero, and learn from the first step on. Else the
+copy's layers are identities, if its activations allow that, as ReLU does (Chen, Goodfellow and Shlens 2016, "Net2Net").
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _run(model: nn.Module, network: Network) -> Any:
     trained = model.training
     twin = copy.deepcopy(model).eval() if trained else model
     with torch.no_grad():
-        return twin(*network.args, **(network.kwargs or {}))
+        return twin(*network.args, **network.kwargs)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -155,7 +155,7 @@ def _taken(network: Network, model: nn.Module, block: str) -> tuple[tuple[Any, .
     handle = module.register_forward_pre_hook(lambda _, args, kwargs: taken.append((args, kwargs)), with_kwargs=True)
     trained = model.training
     try:
-        model.eval()(*network.args, **(network.kwargs or {}))
+        model.eval()(*network.args, **network.kwargs)
     finally:
         model.train(trained)
         handle.remove()

@@ -8,6 +8,7 @@ from partita.search.structure.movements import kept_where_same
 from partita.search.structure.tracing import Call, Dims, equal, equation, sizes_of, width_of
 from partita.search.structure.widths import Extent, Width, equate, factored, fix, product, size_of
 
+
 @equation(
     "pointwise", "dropout", "alpha_dropout", "feature_dropout", "contiguous", "clone", "detach", "to", "_to_copy",
     "type_as", "alias", "lift_fresh_copy", "relu6", "selu", "rrelu", "float", "where", "masked_fill", "zeros_like",
@@ -31,7 +32,9 @@ def pointwise(call: Call) -> Dims:
             for extent, size in zip(found, call.result().shape, strict=True)]  # fmt: skip
 
 
-@equation("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor")
+@equation(
+    "zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"
+)
 def made(call: Call) -> Dims:
     """As many as what it meets has."""
     return call.fresh()
@@ -42,10 +45,12 @@ def numbered(call: Call) -> Dims:
     return call.fresh(fixed=f"{call.name} numbers it")
 
 
-@equation("cross_entropy_loss", "nll_loss", "nll_loss_nd", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "diff",
-          "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "unfold", "im2col", "col2im",
-          "pixel_shuffle", "pixel_unshuffle", "cdist", "nonzero", "scatter", "scatter_add", "index_put", "searchsorted",
-          "bincount", "unique", "trace", "grid_sampler", "lu_solve", "inverse", "linalg_inv")  # fmt: skip
+@equation(
+    "cross_entropy_loss", "nll_loss", "nll_loss_nd", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div",
+    "binary_cross_entropy", "binary_cross_entropy_with_logits", "diff", "unfold", "im2col", "col2im", "pixel_shuffle",
+    "pixel_unshuffle", "cdist", "nonzero", "scatter", "scatter_add", "index_put", "searchsorted", "bincount", "trace",
+    "grid_sampler", "inverse", "linalg_inv",
+)  # fmt: skip
 def fixing(call: Call) -> Dims:
     """Ops that need the sizes as they are."""
     for node in call.tensors:
@@ -295,7 +300,7 @@ def recurrent(call: Call) -> list[Dims] | None:
     if "data" in call.values or not call.has("params"):
         return None  # packed sequences
     gates, params = _GATES[call.name], list(call.values["params"])
-    per_cell = (4 if call.values["has_biases"] else 2)
+    per_cell = 4 if call.values["has_biases"] else 2
     if len(params) != per_cell * call.values["num_layers"] * (2 if call.values["bidirectional"] else 1):
         return None  # with projections
     source, batch_first = call.dims("input"), call.values["batch_first"]

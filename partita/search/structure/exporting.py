@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +20,8 @@ from partita.errors import InputError
 def exported(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ExportedProgram:
     """The graph of ``model(*args, **kwargs)``, as it is in the mode (training or not) of ``model``.
 
-    Sizes of inputs stay open where the model allows it: the batch, and all those of vectors and sequences (images of open
-    sizes take minutes in models that cut them into windows); else the batch alone, else none.
+    Sizes of inputs stay open where the model allows it: the batch, and all those of vectors and sequences (images of
+    open sizes take minutes in models that cut them into windows); else the batch alone, else none.
 
     Raises:
         InputError: `torch.export` can't capture it.
@@ -33,7 +34,9 @@ def exported(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
             shapes = _shapes(model, args, kwargs, open_dims)
         try:
             traced = copy.deepcopy(model)  # a norm counts batches, and some models keep sizes
-            program = torch.export.export(traced, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The tensor attributes", UserWarning)  # those that an LSTM keeps
+                program = torch.export.export(traced, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
             _flatten(program.graph_module)
             return program
         except Exception as error:  # whatever the model's own code raises on symbolic sizes
@@ -112,7 +115,7 @@ def _put_in_place(module: fx.GraphModule, node: fx.Node, *, detached: bool) -> N
             found = [_detached(module.graph, result) for result in found]
     for user in list(node.users):
         assert user.target is operator.getitem
-        user.replace_all_uses_with(found[user.args[1]])  # type: ignore[index,call-overload]
+        user.replace_all_uses_with(found[user.args[1]])  # type: ignore[index]
         module.graph.erase_node(user)
     module.graph.erase_node(node)
 

@@ -61,7 +61,9 @@ def _more_units(network: Network, name: str, size: int, random: Generator) -> Te
     old = network.width(name).size
     check_number(size, f"the size of {name}", least=1, whole=True)
     if size < old:
-        raise InputError(f"widening makes widths larger, but {name!r} has {old} units and {size} are wanted; use pruned()")
+        raise InputError(
+            f"widening makes widths larger, but {name!r} has {old} units and {size} are wanted; use pruned()"
+        )
     reasons = network.reads_all(name)
     if reasons:
         raise InputError(f"results must stay the same while {name!r} grows, but they can't: {'; '.join(reasons)}")
@@ -166,7 +168,8 @@ def _fastest(network: Network, name: str, num: int, loss: Callable[[nn.Module], 
         )
     best = left[:, torch.arange(num) % useful].T @ directions
     norms = [_outgoing_rows(network, name, tensor, dim, torch.arange(old)) for tensor, dim in network.outgoing(name)]
-    return best * torch.cat(norms, 1).norm(dim=1).mean()
+    found: Tensor = best * torch.cat(norms, 1).norm(dim=1).mean()
+    return found
 
 
 def _per_unit(network: Network, name: str, tensor: str, dim: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from partita.search.structure.tracing import Call, Dims, equal, equation, hint_of, sizes_of, symbol_of, width_of
@@ -172,7 +173,8 @@ def sliced(call: Call) -> Dims:
     if size == new and call.values.get("step", 1) == 1:
         return dims
     start = call.values.get("start") or 0
-    if isinstance(start, fx.Node) or call.values.get("step", 1) != 1 or symbol_of(call.result().shape[place]) is not None:
+    is_open = isinstance(start, fx.Node) or symbol_of(call.result().shape[place]) is not None
+    if is_open or call.values.get("step", 1) != 1:
         fix(dims[place], f"{call.name} reads some of its units")
         dims[place] = width_of(call.result().shape[place], f"{call.name} makes it")
         return dims
@@ -255,7 +257,8 @@ def indexed(call: Call) -> Dims | None:
     dims, given = call.dims("self"), list(call.values["indices"])
     given += [None] * (len(dims) - len(given))
     places = [place for place, index in enumerate(given) if index is not None]
-    if places != list(range(places[0], places[-1] + 1)) or any("bool" in str(given[p].meta["val"].dtype) for p in places):
+    masks = any(given[place].meta["val"].dtype == torch.bool for place in places)
+    if masks or places != list(range(places[0], places[-1] + 1)):
         return None
     for place in places:
         fix(dims[place], "it is read by index")

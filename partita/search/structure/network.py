@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -44,17 +44,16 @@ class Network:
 
     model: nn.Module
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.args, Tensor) or not isinstance(self.args, tuple):
             raise InputError(f"args must be a tuple of what the model takes, but got {type(self.args).__name__}")
-        self.kwargs = dict(self.kwargs or {})
         _ = self.trace
 
     @cached_property
     def program(self) -> ExportedProgram:
-        return exported(self.model, self.args, self.kwargs or {})
+        return exported(self.model, self.args, self.kwargs)
 
     @cached_property
     def trace(self) -> Trace:
@@ -122,8 +121,9 @@ class Network:
 
     def width(self, name: str) -> Width:
         if name not in self.widths:
-            raise InputError(f"a width must be one of {list(self.widths)}, but got {name!r}; Network.explain() says why "
-                             "others are fixed")  # fmt: skip
+            raise InputError(
+                f"a width must be one of {list(self.widths)}, but got {name!r}; explain() says why others are fixed"
+            )
         return self.widths[name]
 
     def uses(self, name: str) -> list[tuple[str, int]]:
@@ -217,4 +217,3 @@ def _labelled(name: str, dim: int, extent: Extent) -> list[tuple[str, Width]]:
     label = name.removesuffix(".weight") + (f"[{dim}]" if dim else "")
     widths = free_widths([extent])
     return [(f"{label}/{place}" if len(widths) > 1 else label, width) for place, width in enumerate(widths)]
-

@@ -67,7 +67,9 @@ class WidthPrices:
 
     def penalty(self, model: nn.Module) -> Tensor:
         """To be added to the loss of ``model`` (whose parameters have the network's names)."""
-        found = [price * sizes.sum() for (price, _), sizes in zip(self._groups.values(), self._sizes(model), strict=True)]
+        found = [
+            price * sizes.sum() for (price, _), sizes in zip(self._groups.values(), self._sizes(model), strict=True)
+        ]
         return torch.stack(found).sum()
 
     def _sizes(self, model: nn.Module) -> list[Tensor]:

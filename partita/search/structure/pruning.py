@@ -1,9 +1,9 @@
 """Which units matter, and networks without the others.
 
 A unit is everything that is there for its sake: rows of the weights that make it, its biases, entries of norms, and the
-columns of the weights that read it. Its importance is the norm of all of these (Li et al. 2017 take the rows alone; Fang
-et al. 2023, "DepGraph", all that depends on it), or how much the loss would change without it, to first order (Molchanov
-et al. 2017).
+columns of the weights that read it. Its importance is the norm of all of these (Li et al. 2017 take the rows alone;
+Fang et al. 2023, "DepGraph", all that depends on it), or how much the loss would change without it, to first order
+(Molchanov et al. 2017).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def load(path="weights.safetensors"):
 def save_network(network: Network, folder: str | Path, masks: Mapping[str, Tensor] | None = None) -> Path:
     """Write a network as ``model.py`` and ``weights.safetensors``.
 
-    ``model.py`` has plain classes of `torch.nn` and a function ``load``; it imports torch, and safetensors when it loads.
+    ``model.py`` has plain classes of `torch.nn` and a function ``load``. It imports torch, and safetensors to load.
 
     Args:
         folder: where the files go; made if it is not there.
@@ -52,7 +52,9 @@ def save_network(network: Network, folder: str | Path, masks: Mapping[str, Tenso
     for name, mask in (masks or {}).items():
         if name not in network.parameters or mask.shape != tensors[name].shape:
             shape = tuple(tensors[name].shape) if name in tensors else "none"
-            raise InputError(f"a mask must be shaped like its parameter, but {name!r} is {tuple(mask.shape)} and {shape}")
+            raise InputError(
+                f"a mask must be shaped like its parameter, but {name!r} is {tuple(mask.shape)} and {shape}"
+            )
         tensors[name] = tensors[name].detach() * mask.to(tensors[name])
     model = made(network.source, tensors, network.model)
     save_model(model, str(folder / "weights.safetensors"))

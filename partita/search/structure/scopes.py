@@ -10,6 +10,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+Names = Mapping[fx.Node, Sequence[str]]
+
 
 @dataclass(eq=False)
 class Scope:
@@ -51,7 +53,9 @@ def is_value(node: fx.Node) -> bool:
     return not isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
 
 
-def scope_of(program: ExportedProgram, names: Mapping[fx.Node, Sequence[str]], inlined: frozenset[str] = frozenset()) -> Scope:
+def scope_of(
+    program: ExportedProgram, names: Mapping[fx.Node, Sequence[str]], inlined: frozenset[str] = frozenset()
+) -> Scope:
     """The network's call. Calls of modules in ``inlined`` are dissolved into those around them, and so are calls whose
     ops are interleaved with others' and those of modules that the caller does not own. ``names`` has all names of a
     parameter."""
@@ -125,7 +129,7 @@ def _grouped(nodes: list[fx.Node], stacks: dict[fx.Node, Stack], depth: int) -> 
     return body
 
 
-def _find_ends(scope: Scope, names: Mapping[fx.Node, Sequence[str]]) -> None:
+def _find_ends(scope: Scope, names: Names) -> None:
     inner = list(scope.nodes())
     inside = set(inner)
     inputs: dict[fx.Node, None] = {}

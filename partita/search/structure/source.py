@@ -253,8 +253,9 @@ def _labels(made: _Class) -> list[str]:
         attribute = re.match(r"self\.(\w+) =", line)
         for match in _NUMBER.finditer(line):
             argument = re.search(r"(\w+)=\(?$", line[: match.start()])
-            own = re.search(r"= nn\.|zeros\(", line) is None and argument is not None  # an argument of a class of ours
-            parts = [argument[1]] if own else [attribute[1] if attribute else "own", argument[1] if argument else "size"]
+            word = argument[1] if argument else "size"
+            of_layer = "= nn." in line or "zeros(" in line  # else an argument of one of these classes
+            parts = [attribute[1] if attribute else "own", word] if of_layer else [word]
             found.append("_".join(parts))
     return found + ["size" for line in made.forward for _ in _NUMBER.finditer(line)]
 
@@ -276,7 +277,7 @@ def _replaced(lines: list[str], places: dict[int, str], start: int, prefix: str)
 
 
 def _signature(network: Network) -> list[str]:
-    found = []
+    found: list[str] = []
     for parameter in inspect.signature(network.model.forward).parameters.values():
         given = len(found) < len(network.args) or parameter.name in network.kwargs
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -295,8 +296,13 @@ def _input_texts(network: Network) -> dict[str, str]:
     found = {}
     paths, _ = pytree.tree_flatten_with_path((network.args, dict(network.kwargs)))
     for name, (path, _) in zip(names, paths, strict=True):
-        of_args, place, *inner = path
-        first = place.key if of_args.idx else signature[min(place.idx, len(signature) - 1)]
+        container, place, *inner = path
+        assert isinstance(container, pytree.SequenceKey)
+        if isinstance(place, pytree.MappingKey):
+            found[name] = str(place.key) + "".join(map(str, inner))
+            continue
+        assert isinstance(place, pytree.SequenceKey)
+        first = signature[min(place.idx, len(signature) - 1)]
         if first.startswith("*"):
             inner, first = [pytree.SequenceKey(place.idx - len(signature) + 1), *inner], first[1:]
         found[name] = first + "".join(map(str, inner))
@@ -318,10 +324,7 @@ def _literal(value: Any) -> str:
 
 def _fields(value: Any) -> tuple[list[str], dict[str, Any]]:
     """Of a named tuple, a data class or a mapping with attributes."""
-    if hasattr(value, "_asdict"):
-        items = value._asdict()
-    else:
-        items = dict(value) if hasattr(value, "keys") else vars(value)
+    items = value._asdict() if hasattr(value, "_asdict") else dict(value) if hasattr(value, "keys") else vars(value)
     return [name for name, item in items.items() if item is not None], items
 
 

@@ -18,7 +18,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from partita.search.structure.widths import Extent, Uneven, Width, equate, fix, size_of
+from partita.search.structure.widths import Extent, Uneven, Width, equate, fix, size_of, symbolic_size
 
 Dims = list[Extent]
 
@@ -62,7 +62,8 @@ class Call:
 
     def result(self, index: int | None = None) -> torch.Tensor:
         value = self.node.meta["val"]
-        return value if index is None else value[index]
+        found: torch.Tensor = value if index is None else value[index]
+        return found
 
     def fresh(self, index: int | None = None, fixed: str = "") -> Dims:
         """New widths for a result's dims."""
@@ -149,7 +150,7 @@ class Trace:
 
     def _call(self, node: fx.Node) -> None:
         if node.target is operator.getitem:
-            source = self.dims.get(node.args[0])
+            source = self.dims.get(node.args[0])  # type: ignore[arg-type]
             if source is not None:
                 self.dims[node] = source[node.args[1]]
             return
@@ -166,8 +167,7 @@ class Trace:
         if found is None:
             self._unknown(node, values, call)
             return
-        self.dims[node] = found
-        _check(node, values, found)
+        self.dims[node] = _checked(node, values, found)
 
     def _unknown(self, node: fx.Node, values: Any, call: Call) -> None:
         self.unknown.setdefault(str(node.target), node)
@@ -237,10 +237,23 @@ def _flat(dims: Any) -> list[Extent]:
     return [extent for item in dims for extent in _flat(item)] if isinstance(dims, list) else [dims]
 
 
-def _check(node: fx.Node, values: Any, found: Any) -> None:
-    """Equations that give a wrong shape are a mistake of ours, and better found here."""
-    pairs = [(values, found)] if isinstance(values, torch.Tensor) else list(zip(values, found, strict=True))
-    for value, dims in pairs:
-        if isinstance(value, torch.Tensor) and list(map(size_of, dims)) != sizes_of(value):
-            raise AssertionError(f"{node.format_node()} has shape {sizes_of(value)}, but its dims are {dims}")
+def _checked(node: fx.Node, values: Any, found: Any) -> Any:
+    """Equations that give a wrong shape are a mistake of ours, and better found here. Where sizes agree for this
+    example alone, the dim is a new one."""
+    if not isinstance(values, torch.Tensor):
+        pairs = zip(values, found, strict=True)
+        return [_checked(node, *pair) if isinstance(pair[0], torch.Tensor) else [] for pair in pairs]
+    if list(map(size_of, found)) != sizes_of(values):
+        raise AssertionError(f"{node.format_node()} has shape {sizes_of(values)}, but its dims are {found}")
+    return [_same_always(extent, size) for extent, size in zip(found, values.shape, strict=True)]
 
+
+def _same_always(extent: Extent, size: int | torch.SymInt) -> Extent:
+    symbol = symbol_of(size)
+    known = symbolic_size(extent)
+    if not known.free_symbols and symbol is None:
+        return extent
+    if symbol is not None and sympy.expand(known - symbol) == 0:
+        return extent
+    fix(extent, "its size depends on the inputs")
+    return width_of(size)

@@ -95,6 +95,16 @@ def size_of(extent: Extent, new: Mapping[Width, int] = MappingProxyType({})) -> 
     return sum(size_of(part, new) for part in extent.parts)
 
 
+def symbolic_size(extent: Extent) -> sympy.Expr:
+    """Its size, in terms of the inputs'."""
+    extent = resolved(extent)
+    if isinstance(extent, Width):
+        return extent.symbol if extent.symbol is not None else sympy.Integer(extent.size)
+    if isinstance(extent, Product):
+        return sympy.Mul(*map(symbolic_size, extent.factors))
+    return sympy.Add(*map(symbolic_size, extent.parts))
+
+
 def widths_of(extent: Extent) -> Iterator[Width]:
     """All widths in it, as often as they occur."""
     extent = resolved(extent)
@@ -124,7 +134,7 @@ def factored(extent: Extent, sizes: Sequence[int]) -> list[Extent]:
         Uneven: it is already divided in another way.
     """
     extent = resolved(extent)
-    rest = list(extent.factors) if isinstance(extent, Product) else [extent]
+    rest: list[Extent] = list(extent.factors) if isinstance(extent, Product) else [extent]
     found: list[Extent] = []
     for size in sizes:
         taken: list[Extent] = []
@@ -263,7 +273,6 @@ def indices(extent: Extent, chosen: Chosen) -> Tensor:
         return found
     starts = itertools.accumulate(map(size_of, extent.parts), initial=0)
     return torch.cat([start + indices(part, chosen) for start, part in zip(starts, extent.parts, strict=False)])
-
 
 
 def positions(extent: Extent, width: Width) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 
 import sympy
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import fx
 
 from partita.errors import InputError
@@ -53,9 +53,10 @@ class Wording:
         assert isinstance(node.target, torch._ops.OpOverload)
         name = op_name(node)
         if node.target.namespace not in ("aten", "prims"):
-            raise InputError(f"ops must be torch's own to be written, but {node.target} is not: that model has no file of "
-                             "its own")  # fmt: skip
-        values = arguments_of(node) | _REWRITTEN.get(name.removesuffix("_"), lambda op: {})(_Op(self, node))
+            raise InputError(
+                f"ops must be torch's own to be written, but {node.target} is not: that model has no file of its own"
+            )
+        values = arguments_of(node) | _rewritten(_Op(self, node), name)
         if name in ("split", "split_with_sizes", "unsafe_split") or (name == "chunk" and "sizes" in values):
             return f"{self.text(values['self'])}.split({self.text(values['sizes'])}, {values.get('dim', 0)})"
         if name in _SUBSCRIPTS:
@@ -63,8 +64,8 @@ class Wording:
             whole = subscript.replace(":, ", "") == ":"
             return self.text(values["self"]) if whole else f"{self.text(values['self'])}[{subscript}]"
         schema = node.target._schema.arguments
-        given = [argument for place, argument in enumerate(schema)
-                 if place < len(node.args) or argument.name in node.kwargs]  # fmt: skip
+        given = [argument for place, argument in enumerate(schema) if place < len(node.args)
+                 or argument.name in node.kwargs or argument.name == "reduction"]  # fmt: skip
         given = [argument for argument in given if argument.name not in ("layout", "pin_memory")]
         if name in _INFIX and len(given) == 2:
             a, b = (self.text(values[argument.name]) for argument in given)
@@ -72,7 +73,8 @@ class Wording:
         texts = []
         for argument in given:
             text = self._argument(argument.name, values[argument.name])
-            texts.append(f"{argument.name}={text}" if argument.kwarg_only else text)
+            by_name = argument.kwarg_only or argument.name == "reduction"  # functions have defaults of their own
+            texts.append(f"{argument.name}={text}" if by_name else text)
         return self._called(node.target, name, texts, is_method=bool(given) and given[0].name == "self")
 
     def _argument(self, name: str, value: Any) -> str:
@@ -134,7 +136,7 @@ def text_of(expr: sympy.Expr, names: Mapping[sympy.Symbol, str]) -> str:
     Raises:
         InputError: it is not made by integer arithmetic.
     """
-    text = str(expr.xreplace({symbol: sympy.Symbol(name, integer=True) for symbol, name in names.items()}))
+    text: str = str(expr.xreplace({symbol: sympy.Symbol(name, integer=True) for symbol, name in names.items()}))
     if any(part in text for part in ("Piecewise", "ToFloat", "Pow", "Where", "TruncTo")):
         raise InputError(f"sizes must be integers made by + - * // % to be written, but one is {text}")
     return text
@@ -149,9 +151,9 @@ def _has_symbol(extent: Extent) -> bool:
 def _slice_text(wording: Wording, values: Mapping[str, Any]) -> str:
     start, end = values.get("start"), values.get("end")
     step = f":{values['step']}" if values.get("step", 1) != 1 else ""
-    bounds = ("" if start in (None, 0) else wording.text(start)) + ":"
+    bounds: str = ("" if start in (None, 0) else wording.text(start)) + ":"
     bounds += "" if end is None or (isinstance(end, int) and end >= 2**62) else wording.text(end)
-    dim = values.get("dim", 0)
+    dim: int = values.get("dim", 0)
     if dim >= 0:
         return ":, " * dim + bounds + step
     return "..., " + bounds + step + ", :" * (-dim - 1)
@@ -161,7 +163,7 @@ def _index_text(wording: Wording, values: Mapping[str, Any]) -> str:
     return ", ".join(":" if index is None else wording.text(index) for index in values["indices"])
 
 
-_SUBSCRIPTS = {"slice": _slice_text, "index": _index_text}
+_SUBSCRIPTS: dict[str, Callable[[Wording, Mapping[str, Any]], str]] = {"slice": _slice_text, "index": _index_text}
 
 
 # -- arguments that are sizes -----------------------------------------------------------------------------------------
@@ -221,7 +223,8 @@ def _chunks(op: _Op) -> Rewritten:
 def _sliced(op: _Op) -> Rewritten:
     place = op.values.get("dim", 0)
     extent, taken = op.dims("self")[place], op.result[place]
-    if symbol_of(op.node.meta["val"].shape[place]) is not None or isinstance(op.values.get("start"), fx.Node):
+    is_open = symbol_of(op.node.meta["val"].shape[place]) is not None or isinstance(op.values.get("start"), fx.Node)
+    if is_open or op.values.get("step", 1) != 1:
         return {}
     if not op.new or size_of(extent) == size_of(taken):
         return {} if not op.new or op.values.get("end") is None else {"end": 2**63 - 1}
@@ -263,6 +266,11 @@ def offset(extent: Extent, start: int, new: Mapping[Width, int]) -> int:
 
 def _groups(op: _Op) -> Rewritten:
     return {"groups": new_groups(op.node, op.trace, op.new)}
+
+
+def _rewritten(op: _Op, name: str) -> Rewritten:
+    known = _REWRITTEN.get(name.removesuffix("_"))
+    return known(op) if known else {}
 
 
 _REWRITTEN: dict[str, Callable[[_Op], Rewritten]] = {
