@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,13 +27,32 @@ from partita.training.job import Team
 
 Tensors = Mapping[str, Tensor]
 Masks = dict[str, Tensor]  # parameter -> bool, in its shape
+Block = tuple[int, int]  # outputs, inputs
+Form = Literal["auto", "masked", "blocks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLayer:
+    """A linear layer of which each block of outputs reads `num_inputs` blocks of inputs, for so many rows."""
+
+    num_rows: int
+    in_features: int
+    out_features: int
+    block: Block
+    num_inputs: int
+    needs_input_gradient: bool
 
 
 class Connections(abc.ABC):
     """The contract of methods that learn connections. They are pure: everything that changes is given to them, and all
-    tensors are in the memory of the processor."""
+    tensors are in the memory of the processor.
+
+    `block` is what a connection is (None: an element), `form` how weights are stored and multiplied: with zeros where
+    nothing is ("masked"), by their blocks alone ("blocks"), or as is faster ("auto")."""
 
     seed: int
+    block: Block | None = None
+    form: Form = "masked"
 
     @property
     @abc.abstractmethod
@@ -59,6 +79,15 @@ class Connections(abc.ABC):
     def needs_gradients(self) -> bool:
         """Whether `changed` wants gradients of all elements."""
         return False
+
+    @property
+    def keeps_numbers(self) -> bool:
+        """Whether every block of outputs reads as many blocks of inputs all the time, so that these may be stored."""
+        return False
+
+    def times_s(self, layer: BlockLayer, *, num_threads: int) -> Mapping[str, float]:
+        """Seconds that a layer takes here as "dense", "masked" and "blocks"; asked where the form is "auto"."""
+        raise NotImplementedError
 
     @abc.abstractmethod
     def changed(self, step: int, weights: Tensors, gradients: Tensors, masks: Masks, random: Generator) -> Masks:
@@ -208,10 +237,11 @@ class GradientFilter:
         connecting: has the masks.
         held: parameter -> its part that this process stores, where it does not store all of it; slices are then of
             that part.
+        without: parameters of which nothing else is stored than what is there.
     """
 
-    def __init__(self, connecting: Connecting, held: Mapping[str, Box]) -> None:
-        self._connecting, self._held = connecting, dict(held)
+    def __init__(self, connecting: Connecting, held: Mapping[str, Box], without: Collection[str] = ()) -> None:
+        self._connecting, self._held, self._without = connecting, dict(held), without
         self._version = -1
         self._masks: dict[int, tuple[Sequence[Slice], list[Tensor | None]]] = {}  # by identity of the slices
         self._gradients: dict[str, Tensor] = {}  # of all elements of what is stored here, flat
@@ -263,7 +293,7 @@ class GradientFilter:
 
     def _mask_of(self, place: Slice) -> Tensor | None:
         mask = self._connecting.masks.get(place.parameter)
-        if mask is None:
+        if mask is None or place.parameter in self._without:
             return None
         box = self._held.get(place.parameter)
         return (mask if box is None else box.of(mask)).reshape(-1)[place.start : place.end]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -37,6 +38,7 @@ from partita.training.events import ConnectionsChanged, SharesChanged, StepFinis
 from partita.training.graph_runner import GraphRunner, owners_differ
 from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure, take_apart
 from partita.training.loading import ShardedBatch, whole_shape
+from partita.training.masked_steps import masked_runner
 from partita.training.masters import ExactLoading
 from partita.training.optimizers import check_optimizer
 from partita.training.runner import Outcome
@@ -50,6 +52,7 @@ from partita.training.watch import Watch
 from partita.units import MIB
 
 CALM_STEPS = 3  # by the adopted plan; afterwards its memory is where it stays
+MASKED = "masked, "  # before the state of the model, of runners that make steps of masked weights
 LEAST_PAGED_BYTES = 16 * MIB  # of parameters, gradients and states: below, they fit the caches
 
 
@@ -106,7 +109,10 @@ class Step(Saved):
     @property
     def plan(self) -> Plan:
         """The plan that is run: the adopted one, or until `is_settled` the best one so far."""
-        return self._plan
+        explained = self._setup.explained
+        if not explained:
+            return self._plan
+        return msgspec.structs.replace(self._plan, reasons=(*self._plan.reasons, *explained))
 
     @property
     def is_settled(self) -> bool:
@@ -158,11 +164,11 @@ class Step(Saved):
         else:
             leaves = self._take_apart(batch)
         self._follow(leaves, batch)
+        if self._setup.connecting is not None:
+            self._setup.connecting.before_step(self._num_steps + 1)
         runner = self._runner(leaves, batch)
         if self._setup.transport is not None:
             self._setup.transport.note(f"step {self._num_steps + 1} with a batch of {leaves.rows} rows")
-        if self._setup.connecting is not None:
-            self._setup.connecting.before_step(self._num_steps + 1)
         try:
             outcome = self._run(runner, leaves, batch, update)
         except (StepError, torch.distributed.DistBackendError) as error:
@@ -183,7 +189,7 @@ class Step(Saved):
         if update:
             self._connect(skipped=skipped)
         self._move_to_large_pages()
-        if self._balance is not None and update and self.is_settled:
+        if self._balance is not None and update and self.is_settled and not self._is_masked:
             self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
         time_s = time.perf_counter() - start_s
         result = result_of(
@@ -328,7 +334,7 @@ class Step(Saved):
                 return
         before, self._state = self._state, self._watch.token
         if self._watch.ignores(change):
-            self._runners = {(key, self._state if state == before else state): runner
+            self._runners = {(key, state.replace(before, self._state)): runner
                              for (key, state), runner in self._runners.items()}  # fmt: skip
             self._adopting_key = (self._adopting_key[0], self._state)
         # Modes and frozen layers change once in a while; a number that changes in every step is not worth compiling.
@@ -357,7 +363,8 @@ class Step(Saved):
         if self._is_adopting(leaves) and not self._is_accumulating:
             self._next_of_adoption()
         self._take_shares(leaves)
-        runner = self._runners.get((leaves.key, self._state))
+        key = leaves.key, MASKED * self._is_masked + self._state
+        runner = self._runners.get(key)
         if self._is_accumulating and runner is not self._current:
             self._is_accumulating = False
             raise InputError(
@@ -366,9 +373,14 @@ class Step(Saved):
             )
         if runner is None:
             check_structure(leaves.key, self._first_key)
-            runner = self._adapt(leaves, batch)
-            self._runners[leaves.key, self._state] = runner
+            runner = self._runners[key] = self._adapt(leaves, batch)
         return self._switch(runner)
+
+    @property
+    def _is_masked(self) -> bool:
+        """Whether the step that comes is one of masked weights, though others are in blocks."""
+        connecting = self._setup.connecting
+        return self._setup.masked is not None and connecting is not None and connecting.wants_gradients
 
     def _switch(self, runner: GraphRunner | BlockRunner) -> GraphRunner | BlockRunner:
         if runner is not self._current:
@@ -424,7 +436,8 @@ class Step(Saved):
     # Adoption --------------------------------------------------------------------------------------------------
 
     def _is_adopting(self, leaves: BatchLeaves) -> bool:
-        return self._adoption is not None and (leaves.key, self._state) == self._adopting_key
+        usual = (leaves.key, self._state) == self._adopting_key
+        return self._adoption is not None and usual and not self._is_masked
 
     def _next_of_adoption(self) -> None:
         """Takes the runner whose turn it is, or the adopted one."""
@@ -521,6 +534,8 @@ class Step(Saved):
     # Other batches ---------------------------------------------------------------------------------------------
 
     def _adapt(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
+        if self._setup.masked is not None and self._is_masked:
+            return masked_runner(self._setup.masked, self._plan, batch)
         if self._plan.mode == "block":
             return self._first if isinstance(self._first, BlockRunner) else self._adapter.make(self._plan, None)
         prepared = self._adapter.prepared((leaves.key, self._state))

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -31,7 +32,7 @@ from partita.search.connections.choosing import random_GU, replaced_GU, top_GU
 from partita.search.connections.densities import Distribution, check_density, layer_densities, num_kept
 from partita.search.connections.grain import Grain
 from partita.search.connections.layers import connections_of
-from partita.training.connecting import Connections, Masks, Tensors
+from partita.training.connecting import Block, BlockLayer, Connections, Form, Masks, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +43,17 @@ class Learnt(Connections):
         density: of all connections that the layers may have, the share that they have (in the end).
         distribution: how that is dealt to layers: "erk" or "uniform".
         block: outputs and inputs of a block, which is then what a connection is; None: single elements.
+        form: how weights in blocks are stored and multiplied: "masked" as dense ones with zeros, "blocks" by the blocks
+            that are there alone, wherever a layer can be, "auto" so where that was measured to be faster.
         dense: patterns of parameters' names that stay dense, e.g. ``("head.*",)``.
         seed: of the random choices.
     """
 
     density: float
     distribution: Distribution = "erk"
-    block: tuple[int, int] | None = None
+    block: Block | None = None
     dense: Sequence[str] = ()
+    form: Form = "auto"
     seed: int = 0
     grain: Grain = field(init=False, repr=False, compare=False)
 
@@ -59,6 +63,27 @@ class Learnt(Connections):
         if isinstance(self.dense, str):
             raise InputError(f"dense must be a sequence of patterns, but got {self.dense!r}: pass ({self.dense!r},)")
         object.__setattr__(self, "grain", Grain(self.block))
+        if self.form not in get_args(Form):
+            raise InputError(f"form must be one of {get_args(Form)}, but got {self.form!r}")
+        if self.form == "blocks" and (self.block is None or not self.keeps_numbers):
+            raise InputError(
+                'form="blocks" needs blocks of which each block of outputs reads as many all the time, but '
+                f"{self.name} has {'single elements' if self.block is None else 'fewer and fewer'}. "
+                'Pass block=(64, 64) to SET, RigL or Static, or form="masked"'
+            )
+
+    @property
+    def keeps_numbers(self) -> bool:
+        return self.block is not None
+
+    def times_s(self, layer: BlockLayer, *, num_threads: int) -> Mapping[str, float]:
+        from partita.search.blocks.forms import fastest_form  # which needs the grain of connections itself
+
+        found = fastest_form(
+            layer.num_rows, layer.in_features, layer.out_features, layer.block, layer.num_inputs,
+            needs_input_gradient=layer.needs_input_gradient, num_threads=num_threads,
+        )  # fmt: skip
+        return {"blocks": found.blocks_s, "dense": found.dense_s, "masked": found.masked_s}
 
     def parameters_of(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return connections_of(model, dense=self.dense, grain=self.grain)
@@ -211,6 +236,10 @@ class Magnitude(Changing):
     @property
     def name(self) -> str:
         return "magnitude"
+
+    @property
+    def keeps_numbers(self) -> bool:
+        return False
 
     def is_due(self, step: int) -> bool:
         return step == self.until or (super().is_due(step) and step > self.since)
