@@ -139,7 +139,8 @@ class BlockForm:
 
     def collect(self) -> None:
         """Brings blocks and states into the user's weights and optimizer."""
-        self.show()
+        if not self.is_stale:
+            self.show()
         for parameter, state in self.optimizer.state.items():
             layer = self._by_blocks.get(id(parameter))
             if layer is None:

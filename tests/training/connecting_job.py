@@ -20,9 +20,17 @@ METHODS: dict[str, Connections] = {
     "static": Static(density=0.4),
     "set": SET(density=0.4, until=8, every=2, fraction=0.5, seed=2),
     "rigl": RigL(density=0.4, until=8, every=2, fraction=0.5),
-    "blocks": RigL(density=0.5, until=8, every=2, fraction=0.8, block=(3, 2)),
+    "blocks": RigL(density=0.5, until=8, every=2, fraction=0.8, block=(3, 2), form="masked"),
     "magnitude": Magnitude(density=0.3, until=7, every=2, since=2, distribution="uniform", dense=("4.*",)),
 }
+OPTIONS: dict[str, Any] = {"density": 0.5, "block": (3, 2), "distribution": "uniform", "form": "blocks"}
+BY_BLOCKS: dict[str, Connections] = {
+    "static by blocks": Static(**OPTIONS),
+    "set by blocks": SET(**OPTIONS, until=8, every=3, fraction=0.8, seed=2),
+    "rigl by blocks": RigL(**OPTIONS, until=8, every=2, fraction=0.8),
+    "some by blocks": RigL(**OPTIONS | {"distribution": "erk"}, until=8, every=2, fraction=0.8, dense=("0.*",)),
+}
+ALL = METHODS | BY_BLOCKS
 
 CASES = [
     *(("rigl", corner) for corner in PLANS),
@@ -31,6 +39,10 @@ CASES = [
     ("set", "fully sharded"),
     ("magnitude", "pipeline"),
     ("blocks", "tensor"),
+    *(("rigl by blocks", corner) for corner in PLANS),
+    ("static by blocks", "data"),
+    ("set by blocks", "pipeline"),
+    ("some by blocks", "data"),
 ]
 
 
@@ -84,7 +96,7 @@ def main(corner: str, folder: str, rank: int) -> None:
     for name, corner in CASES:
         model, optimizer = build("AdamW")
         with partita.parallelize(
-            model, optimizer, loss_fn, batch_of(0), plan=PLANS[corner], connections=METHODS[name], timeout_s=30
+            model, optimizer, loss_fn, batch_of(0), plan=PLANS[corner], connections=ALL[name], timeout_s=30
         ) as step:
             results = [step(batch_of(index)) for index in range(NUM_STEPS)]
             step.sync_to(model)

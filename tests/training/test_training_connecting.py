@@ -14,7 +14,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import connecting_job
 from clipping_job import batch_of, branching, build, loss_fn
-from connecting_job import CASES, METHODS, NUM_STEPS, plain
+from connecting_job import ALL, CASES, METHODS, NUM_STEPS, plain
 from test_training_averages import PLANS
 from test_training_processes import run_job
 
@@ -230,7 +230,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("name", "corner"), CASES)
 def test_in_a_job(found: list[dict[str, Any]], name: str, corner: str) -> None:
-    model, masks, losses = plain(METHODS[name])
+    model, masks, losses = plain(ALL[name])
     for one in (process[f"{name}, {corner}"] for process in found):
         assert one["losses"] == pytest.approx(losses, rel=1e-4)
         assert {key: torch.tensor(mask).tolist() for key, mask in one["masks"].items()} == {
@@ -240,13 +240,14 @@ def test_in_a_job(found: list[dict[str, Any]], name: str, corner: str) -> None:
             torch.testing.assert_close(torch.tensor(value), wanted.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["static", "rigl"])
+@pytest.mark.parametrize("name", ["static", "rigl", "static by blocks", "rigl by blocks", "some by blocks"])
 def test_gradients_of_connections_alone_travel(found: list[dict[str, Any]], name: str) -> None:
-    model, masks, _ = plain(METHODS[name])
+    method = ALL[name]
+    model, masks, _ = plain(method)
     there = sum(int(mask.sum()) for mask in masks.values())
     others = sum(item.numel() for key, item in model.named_parameters() if key not in masks)
     everything = sum(item.numel() for item in model.parameters())
     for process in found:
         for step, sent in enumerate(process[f"{name}, data"]["bytes"], start=1):
-            wanted = everything if METHODS[name].needs_gradients and METHODS[name].is_due(step) else there + others
+            wanted = everything if method.needs_gradients and method.is_due(step) else there + others
             assert sent == pytest.approx(4 * wanted, abs=64), step  # and the loss
