@@ -43,6 +43,14 @@ class BlockLayer:
     needs_input_gradient: bool
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How many of a layer's outputs, and of its inputs, each device has, in order."""
+
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
+
+
 class Connections(abc.ABC):
     """The contract of methods that learn connections. They are pure: everything that changes is given to them, and all
     tensors are in the memory of the processor.
@@ -89,10 +97,23 @@ class Connections(abc.ABC):
         """Seconds that a layer takes here as "dense", "masked" and "blocks"; asked where the form is "auto"."""
         raise NotImplementedError
 
+    @property
+    def prices_crossing(self) -> bool:
+        """Whether `changed` wants cuts."""
+        return False
+
     @abc.abstractmethod
-    def changed(self, step: int, weights: Tensors, gradients: Tensors, masks: Masks, random: Generator) -> Masks:
+    def changed(
+        self,
+        step: int,
+        weights: Tensors,
+        gradients: Tensors,
+        masks: Masks,
+        random: Generator,
+        cuts: Mapping[str, Cut] = MappingProxyType({}),
+    ) -> Masks:
         """The connections from then on. `gradients` are those of the last step, before they were clipped; empty unless
-        they are needed."""
+        they are needed. `cuts` are those of layers that lie on several devices; empty unless they are wanted."""
 
 
 class Connecting:
@@ -146,7 +167,9 @@ class Connecting:
             held = self._gradients[name] = torch.zeros_like(self.masks[name], dtype=torch.float32)
         (held if box is None else box.of(held)).copy_(gradient)
 
-    def change(self, step: int, sources: Mapping[str, Mapping[int, Box | None]]) -> tuple[int, int]:
+    def change(
+        self, step: int, sources: Mapping[str, Mapping[int, Box | None]], cuts: Mapping[str, Cut]
+    ) -> tuple[int, int]:
         """Lets the method change the connections after step number `step`: how many have left and come. `sources` says
         which processes have which parts of weights and gradients, of those that rank 0 has not."""
         gradients, self._gradients = self._gradients, {}
@@ -155,7 +178,7 @@ class Connecting:
         decided = self.masks
         if self._decides:
             weights, masks = _on_cpu(self.parameters), _on_cpu(self.masks)
-            decided = self.method.changed(step, weights, _on_cpu(gradients), masks, self._random)
+            decided = self.method.changed(step, weights, _on_cpu(gradients), masks, self._random, cuts)
         self._take(decided)
         left = sum(int((old & ~self.masks[name]).sum()) for name, old in before.items())
         come = sum(int((self.masks[name] & ~old).sum()) for name, old in before.items())

@@ -30,11 +30,12 @@ from partita.training.adopt import Adoption
 from partita.training.arguments import check_sync_target
 from partita.training.averages import averaged
 from partita.training.block_runner import BlockRunner
+from partita.training.changing import change_connections, explained
 from partita.training.checkpoint.loader import Loaded
 from partita.training.checkpoint.saver import Source
-from partita.training.collecting import collect_all, copy_state, ownership_of, sources_for_first
+from partita.training.collecting import collect_all, copy_state, ownership_of
 from partita.training.diagnose import check_before
-from partita.training.events import ConnectionsChanged, SharesChanged, StepFinished, emit, is_heard
+from partita.training.events import SharesChanged, StepFinished, emit, is_heard
 from partita.training.graph_runner import GraphRunner, owners_differ
 from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure, take_apart
 from partita.training.loading import ShardedBatch, whole_shape
@@ -109,10 +110,8 @@ class Step(Saved):
     @property
     def plan(self) -> Plan:
         """The plan that is run: the adopted one, or until `is_settled` the best one so far."""
-        explained = self._setup.explained
-        if not explained:
-            return self._plan
-        return msgspec.structs.replace(self._plan, reasons=(*self._plan.reasons, *explained))
+        told = explained(self._setup, self._adopted)
+        return msgspec.structs.replace(self._plan, reasons=(*self._plan.reasons, *told)) if told else self._plan
 
     @property
     def is_settled(self) -> bool:
@@ -186,8 +185,8 @@ class Step(Saved):
         if self._record:
             self._timeline = outcome.timeline or self._timeline
         self._mark_stepped()
-        if update:
-            self._connect(skipped=skipped)
+        if update and self._current is not None:
+            change_connections(self._setup, self._current, self._adopted, self._num_steps, skipped=skipped)
         self._move_to_large_pages()
         if self._balance is not None and update and self.is_settled and not self._is_masked:
             self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
@@ -435,6 +434,11 @@ class Step(Saved):
 
     # Adoption --------------------------------------------------------------------------------------------------
 
+    @property
+    def _adopted(self) -> GraphRunner | BlockRunner | None:
+        """The runner of the adopted plan, if there is one."""
+        return self._first if self.is_settled else None
+
     def _is_adopting(self, leaves: BatchLeaves) -> bool:
         usual = (leaves.key, self._state) == self._adopting_key
         return self._adoption is not None and usual and not self._is_masked
@@ -561,22 +565,6 @@ class Step(Saved):
     def is_prepared(self) -> bool:
         """Whether all that is to be prepared is."""
         return self._adapter.is_prepared
-
-    def _connect(self, *, skipped: bool) -> None:
-        """Lets the connections change after a step, where they are due. Gradients of a skipped one say nothing."""
-        connecting, runner = self._setup.connecting, self._current
-        if connecting is None or runner is None:
-            return
-        if self._setup.facts.kind != "element":  # zero gradients do not keep a weight where it is
-            connecting.clean_weights()
-        if not connecting.method.is_due(self._num_steps) or (skipped and connecting.wants_gradients):
-            return
-        runner.collect()
-        left, come = connecting.change(self._num_steps, sources_for_first(runner, connecting.masks))
-        connecting.clean(self._setup.optimizer)
-        runner.take_weights()
-        runner.load_state()
-        emit(ConnectionsChanged(step=self._num_steps, left=left, come=come, density=connecting.density))
 
     def _mark_stepped(self) -> None:
         if isinstance(self._current, GraphRunner):

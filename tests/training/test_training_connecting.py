@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from test_training_averages import PLANS
 from test_training_processes import run_job
 
 import partita
-from partita import CheckpointError, InputError
+from partita import CheckpointError, Constraints, InputError
+from partita.connections import RigL
+from partita.search.connections.crossing import num_crossing
+from partita.training.connecting import Cut
 from partita.training.events import ConnectionsChanged
 
 
@@ -221,6 +225,35 @@ def test_changes_are_told() -> None:
 def test_what_cannot_be_is_refused(options: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         partita.parallelize(*build("AdamW"), loss_fn, batch_of(0), **options)
+
+
+WIDTHS = {"0.*": {"tensor": "S(0)"}, "2.*": {"tensor": "S(0)"}}  # the outputs of two layers, one after the other
+PRICED = RigL(density=0.3, until=40, every=2, fraction=1.0, crossing=50.0)
+
+
+def crossing_after(method: RigL, inputs: Any, num_steps: int = 30) -> tuple[int, tuple[str, ...]]:
+    """Inputs of the second layer that cross, where its widths are cut in halves, and what the plan tells."""
+    plan = Constraints(compiled=False, threads_per_worker=1, data=1, tensor=2, pipeline=1, inputs=inputs)
+    with partita.parallelize(*build("SGD"), loss_fn, batch_of(0), plan=plan, connections=method) as step:
+        for index in range(num_steps):
+            step(batch_of(index % 4))
+        return num_crossing(step.connections["2.weight"], Cut((6, 6), (6, 6))), step.plan.reasons
+
+
+@pytest.mark.parametrize("options", [{}, {"block": (2, 2), "form": "blocks", "dense": ("4.*",)}])
+def test_inputs_that_cross_devices_have_a_price(options: Any) -> None:
+    priced, reasons = crossing_after(dataclasses.replace(PRICED, **options), WIDTHS)
+    free, _ = crossing_after(dataclasses.replace(PRICED, **options, crossing=0.0), WIDTHS)
+    assert priced < free
+    assert "new connections of 2.weight are priced by the inputs that they make cross devices" in reasons
+
+
+def test_a_plan_that_cuts_no_widths_makes_nothing_cross() -> None:
+    priced, reasons = crossing_after(PRICED, PLANS["tensor"].inputs, 9)  # type: ignore[union-attr]
+    free, others = crossing_after(dataclasses.replace(PRICED, crossing=0.0), PLANS["tensor"].inputs, 9)  # type: ignore[union-attr]
+    assert priced == free
+    assert any("crossing has no effect" in reason for reason in reasons)
+    assert not any("cross" in reason for reason in others)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import get_args
 
 import torch
@@ -28,11 +29,12 @@ from torch import Generator, Tensor, nn
 
 from partita.arguments import check_number
 from partita.errors import InputError
-from partita.search.connections.choosing import random_GU, replaced_GU, top_GU
+from partita.search.connections.choosing import grown_GU, kept_of, random_GU, top_GU
+from partita.search.connections.crossing import prices_OI
 from partita.search.connections.densities import Distribution, check_density, layer_densities, num_kept
 from partita.search.connections.grain import Grain
 from partita.search.connections.layers import connections_of
-from partita.training.connecting import Block, BlockLayer, Connections, Form, Masks, Tensors
+from partita.training.connecting import Block, BlockLayer, Connections, Cut, Form, Masks, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,15 @@ class Learnt(Connections):
             for name, weight in weights.items()
         }
 
-    def changed(self, step: int, weights: Tensors, gradients: Tensors, masks: Masks, random: Generator) -> Masks:
+    def changed(
+        self,
+        step: int,
+        weights: Tensors,
+        gradients: Tensors,
+        masks: Masks,
+        random: Generator,
+        cuts: Mapping[str, Cut] = MappingProxyType({}),
+    ) -> Masks:
         return dict(masks)
 
     def _densities(self, weights: Tensors) -> dict[str, float]:
@@ -158,26 +168,47 @@ class Replacing(Changing):
 
     Args:
         fraction: of a layer's connections that the first change replaces; later ones replace fewer.
+        crossing: what a connection is kept from coming by if it makes an input cross from one device to another that
+            does not yet: its growth is divided by ``1 + crossing`` (`partita.search.connections.crossing`). It depends
+            on the plan, and has an effect where that cuts the widths of layers.
     """
 
     fraction: float = 0.3
+    crossing: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self.fraction, "fraction", above=0, most=1)
+        check_number(self.crossing, "crossing", least=0)
+
+    @property
+    def prices_crossing(self) -> bool:
+        return self.crossing > 0
 
     @abstractmethod
     def growth_GU(self, name: str, weight: Tensor, gradients: Tensors, random: Generator) -> Tensor:
         """How much each unit ought to come."""
 
-    def changed(self, step: int, weights: Tensors, gradients: Tensors, masks: Masks, random: Generator) -> Masks:
+    def changed(
+        self,
+        step: int,
+        weights: Tensors,
+        gradients: Tensors,
+        masks: Masks,
+        random: Generator,
+        cuts: Mapping[str, Cut] = MappingProxyType({}),
+    ) -> Masks:
         share = self.fraction / 2 * (1 + math.cos(math.pi * step / self.until))
         found = {}
         for name, weight in weights.items():
             chosen_GU = self.grain.chosen_GU(masks[name])
             num = int(share * int(chosen_GU[0].sum()))
+            kept_GU = kept_of(chosen_GU, self.grain.scores_GU(weight), num)
             growth_GU = self.growth_GU(name, weight, gradients, random)
-            found[name] = self._mask(weight, replaced_GU(chosen_GU, self.grain.scores_GU(weight), growth_GU, num))
+            if self.crossing and name in cuts:
+                prices = prices_OI(self._mask(weight, kept_GU), cuts[name])
+                growth_GU = growth_GU / (1 + self.crossing * self.grain.units(prices).mean(2))
+            found[name] = self._mask(weight, grown_GU(kept_GU, growth_GU, num))
         return found
 
 
@@ -248,7 +279,15 @@ class Magnitude(Changing):
         return {name: self._mask(weight, weight.new_ones(self._extents(weight)).bool().cpu())
                 for name, weight in weights.items()}  # fmt: skip
 
-    def changed(self, step: int, weights: Tensors, gradients: Tensors, masks: Masks, random: Generator) -> Masks:
+    def changed(
+        self,
+        step: int,
+        weights: Tensors,
+        gradients: Tensors,
+        masks: Masks,
+        random: Generator,
+        cuts: Mapping[str, Cut] = MappingProxyType({}),
+    ) -> Masks:
         done = min(1.0, (step - self.since) / (self.until - self.since))
         found = {}
         for name, density in self._densities(weights).items():
