@@ -10,9 +10,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
+from partita.cluster import Cluster
 from partita.cost.sums import EXACT_SUM
 from partita.errors import CaptureError, InputError
 from partita.graph import Graph
@@ -173,13 +175,42 @@ def _with(setup: StepSetup, connecting: Connecting, form: BlockForm | None, expl
         return dataclasses.replace(setup, explained=explained)
     # All gradients of the steps after which connections are chosen travel, so these need no masks.
     masked = dataclasses.replace(setup, sync=None, sums=EXACT_SUM)
-    found = dataclasses.replace(setup, blocks=form, explained=explained, sync=None, sums=EXACT_SUM, masked=masked)
+    found = dataclasses.replace(
+        setup,
+        blocks=form,
+        masked=masked,
+        explained=explained,
+        sync=None,
+        sums=EXACT_SUM,
+        cluster=_with_less_memory(setup.cluster, _kept_bytes(setup, connecting, form)),
+    )
     others = {name: mask for name, mask in connecting.travelling.items() if name not in form.names}
     if not others or setup.team.is_alone:
         return found
     method = Masked(masks=others)
     with found.in_form():
         return dataclasses.replace(found, sync=method, sums=shared_sum_cost(method, found))
+
+
+def _kept_bytes(setup: StepSetup, connecting: Connecting, form: BlockForm) -> int:
+    """Of a process, for weights in blocks as dense ones: these, their states, and in the steps after which connections
+    are chosen by them their gradients, one that is made and one that is kept."""
+    num_elements = sum(connecting.masks[name].numel() for name in form.names)
+    num_values = 1 + 2 * connecting.method.needs_gradients
+    return int(num_elements * (4 * num_values + setup.facts.state_bytes_per_element))
+
+
+def _with_less_memory(cluster: Cluster, num_bytes: int) -> Cluster:
+    """The cluster as plans see it whose processes need so many bytes for something else."""
+    return msgspec.structs.replace(
+        cluster,
+        processes=tuple(
+            msgspec.structs.replace(process, memory_bytes=max(process.memory_bytes - num_bytes, 1))
+            if process.memory_bytes
+            else process
+            for process in cluster.processes
+        ),
+    )
 
 
 def _explained(
