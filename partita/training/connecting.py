@@ -5,7 +5,8 @@ is clipped and applied, and since its optimizer state is zero as well: an elemen
 is. Others may not (Muon makes a whole matrix of what it gets), so their weights are zeroed again after each step.
 
 Workers see the gradients of all elements, so a method that wants those has them of a step that is made anyway, under
-every plan; where weights are in blocks (`partita.training.block_form`), that one step is made with masked weights. Rank 0 decides; masks are the same on all processes, which is checked whenever they have changed.
+every plan; where weights are in blocks (`partita.training.block_form`), that one step is made with masked weights.
+Rank 0 decides; masks are the same on all processes, which is checked whenever they have changed.
 """
 
 from __future__ import annotations
