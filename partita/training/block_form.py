@@ -181,10 +181,12 @@ class BlockForm:
 
 
 class BlockUse(NamedTuple):
-    """What a step does with a layer's blocks: rows of all products together, and whether its input needs a gradient."""
+    """What a step does with a layer's blocks: rows of all products together, whether its input needs a gradient, and
+    whether it is computed in another type than the weight's."""
 
     num_rows: int
     needs_input_gradient: bool
+    is_cast: bool
 
 
 def _use_of(weight: fx.Node) -> BlockUse | None:
@@ -194,7 +196,9 @@ def _use_of(weight: fx.Node) -> BlockUse | None:
     if any(node.target not in OPS for node in readers):
         return None
     rows = [node.args[0].meta["val"].shape[0] for node in readers if node.target is OPS[0]]  # type: ignore[union-attr]
-    return BlockUse(sum(rows), any(node.target is OPS[1] for node in readers)) if rows else None
+    if not rows:
+        return None
+    return BlockUse(sum(rows), any(node.target is OPS[1] for node in readers), bool(casts))
 
 
 @dataclass

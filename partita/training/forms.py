@@ -85,7 +85,7 @@ def _possible(setup: StepSetup, connecting: Connecting, why: dict[str, str]) -> 
     names = []
     for name, weight in connecting.parameters.items():
         module = setup.model.get_submodule(name.rpartition(".")[0])
-        text = _why_masked(name, module, weight, users[id(weight)], bool(connecting.masks[name].all()))
+        text = _why_masked(module, weight, users[id(weight)], bool(connecting.masks[name].all()))
         if text:
             why[name] = text
         else:
@@ -95,7 +95,7 @@ def _possible(setup: StepSetup, connecting: Connecting, why: dict[str, str]) -> 
     return BlockForm(setup.model, setup.optimizer, connecting, names, block) if names else None
 
 
-def _why_masked(name: str, module: nn.Module, weight: nn.Parameter, num_users: int, is_full: bool) -> str:
+def _why_masked(module: nn.Module, weight: nn.Parameter, num_users: int, is_full: bool) -> str:
     if type(module) is not nn.Linear or module._parameters.get("weight") is not weight or "forward" in vars(module):
         return "is not that of a plain nn.Linear"
     if num_users > 1:
@@ -120,7 +120,9 @@ def _chosen(
     why |= dict.fromkeys(form.names - uses.keys(), "is read by the step in another way than by its layer")
     times: dict[str, str] = {}
     if connecting.method.form == "auto":
-        measured = _measured(setup, connecting, uses, wanted) if setup.team.rank == 0 else {}
+        why |= {name: "is not computed in float32, which is not measured" for name, use in uses.items() if use.is_cast}
+        known = {name: use for name, use in uses.items() if not use.is_cast}
+        measured = _measured(setup, connecting, known, wanted) if setup.team.rank == 0 else {}
         for name, forms_s in setup.team.from_first(measured).items():
             ratio = forms_s["dense"] / forms_s["blocks"]
             text = f"{forms_s['blocks'] * 1e3:.3g} ms by blocks, {forms_s['dense'] * 1e3:.3g} ms dense"

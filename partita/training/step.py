@@ -110,7 +110,7 @@ class Step(Saved):
     @property
     def plan(self) -> Plan:
         """The plan that is run: the adopted one, or until `is_settled` the best one so far."""
-        told = explained(self._setup, self._adopted)
+        told = [text for text in explained(self._setup, self._adopted) if text not in self._plan.reasons]
         return msgspec.structs.replace(self._plan, reasons=(*self._plan.reasons, *told)) if told else self._plan
 
     @property

@@ -356,8 +356,27 @@ def test_a_given_plan_decides_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     for method, words in ((RIGL, "computed by its blocks"), (masked(RIGL), "is one of masked weights")):
         model, optimizer = build("AdamW")
         with partita.parallelize(model, optimizer, loss_fn, batch_of(0), plan=one_worker(), connections=method) as step:
-            plan = step._plan
+            plan = step.plan
         assert any(words in reason for reason in reasons_of(auto, plan=plan))
+
+
+def test_other_types_are_masked_unless_blocks_are_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_autocast(model: nn.Module, batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(batch[0])
+        return nn.functional.cross_entropy(logits.float(), batch[1])
+
+    monkeypatch.setattr(forms, "fastest_form", lambda *args, **options: WIN)
+    found = reasons_of(dataclasses.replace(RIGL, form="auto"), function=with_autocast)  # type: ignore[type-var]
+    assert "0.weight is masked: it is not computed in float32, which is not measured" in found
+    losses = []
+    for method in (RIGL, masked(RIGL)):
+        model, optimizer = build("SGD")
+        with partita.parallelize(
+            model, optimizer, with_autocast, batch_of(0), plan=one_worker(), connections=method
+        ) as step:
+            losses.append([step(batch_of(index)).loss for index in range(4)])
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
 @pytest.mark.parametrize(
