@@ -160,7 +160,7 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def training(num_workers: int) -> Row:
     times_s = steps_in_turns([(model_of(None), None), (model_of(0.9), None)], num_workers, STEP_TURNS)
-    return row_of(f"training, {told(num_workers)}", WIDTH, 0.9, times_s)
+    return row_of(f"training, {workers(num_workers)}", WIDTH, 0.9, times_s)
 
 
 def learning(num_workers: int) -> Row:
@@ -173,7 +173,10 @@ def learning(num_workers: int) -> Row:
     usual, changes_s = apart(times_s)
     means_s = [[time_s + change_s / RigL.every for time_s, change_s in zip(turn, changes_s, strict=True)]
                for turn in usual]  # fmt: skip
-    return {**row_of(f"training with RigL, {told(num_workers)}", WIDTH, 0.9, means_s), "change_ms": changes_s[1] * 1e3}
+    return {
+        **row_of(f"training with RigL, {workers(num_workers)}", WIDTH, 0.9, means_s),
+        "change_ms": changes_s[1] * 1e3,
+    }
 
 
 def apart(times_s: Sequence[Sequence[float]]) -> tuple[list[Sequence[float]], list[float]]:
@@ -191,7 +194,7 @@ def apart(times_s: Sequence[Sequence[float]]) -> tuple[list[Sequence[float]], li
     ]
 
 
-def told(num_workers: int) -> str:
+def workers(num_workers: int) -> str:
     return f"{num_workers} worker{'s' if num_workers > 1 else ''}"
 
 
