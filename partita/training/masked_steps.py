@@ -32,6 +32,7 @@ def masked_runner(setup: StepSetup, plan: Plan, batch: Any) -> GraphRunner | Blo
         batch: a global batch.
     """
     if plan.mode == "block":
+        plan = msgspec.structs.replace(plan, compiled=False)
         return make_runner(setup, plan, None, setup.model, setup.optimizer)
     try:
         graph = setup.capture(batch)

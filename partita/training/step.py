@@ -379,7 +379,9 @@ class Step(Saved):
     def _is_masked(self) -> bool:
         """Whether the step that comes is one of masked weights, though others are in blocks."""
         connecting = self._setup.connecting
-        return self._setup.masked is not None and connecting is not None and connecting.wants_gradients
+        if self._setup.masked is None or connecting is None or not connecting.wants_gradients:
+            return False
+        return self._plan.mode == "graph" or not self.is_settled  # plain PyTorch knows no others
 
     def _switch(self, runner: GraphRunner | BlockRunner) -> GraphRunner | BlockRunner:
         if runner is not self._current:
