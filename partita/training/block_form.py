@@ -32,7 +32,7 @@ from partita.training.connecting import Block, Connecting
 from partita.training.optimizers import options_of
 from partita.training.torch_adapter import clone_optimizer
 
-INDEX = "index"  # name of the buffer that a layer has meanwhile
+INDEX = "partita_index"  # name of the buffer that a layer has meanwhile
 
 
 class BlockForm:
@@ -90,9 +90,11 @@ class BlockForm:
     def uses(self, graph: Graph) -> dict[str, BlockUse]:
         """How the weights are used by a step that was captured `in_place`; those that it also reads in another way
         than by their layer's product are left out."""
+        held = {id(value) for value in graph.constants.values()}  # e.g. those that are in a list of the model's
         nodes = {node.name: node for node in graph.module.graph.nodes if node.op == "placeholder"}
         weights = {item.name: nodes[item.node] for item in graph.inputs_of(InputKind.PARAMETER)}
-        found = {name: _use_of(weights[name]) for name in self._layers if name in weights}
+        names = [name for name, layer in self._layers.items() if name in weights and id(layer.weight) not in held]
+        found = {name: _use_of(weights[name]) for name in names}
         return {name: use for name, use in found.items() if use is not None}
 
     def check(self, graph: Graph) -> None:

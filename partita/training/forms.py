@@ -117,7 +117,7 @@ def _chosen(
 ) -> tuple[BlockForm | None, dict[str, str]]:
     """The form with those layers only whose blocks are faster, and what was measured of these, in words."""
     uses = form.uses(graph)
-    why |= dict.fromkeys(form.names - uses.keys(), "is read by the step in another way than by its layer")
+    why |= dict.fromkeys(form.names - uses.keys(), "is not read by its layer alone")
     times: dict[str, str] = {}
     if connecting.method.form == "auto":
         why |= {name: "is not computed in float32, which is not measured" for name, use in uses.items() if use.is_cast}

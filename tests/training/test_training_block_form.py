@@ -341,14 +341,21 @@ def with_penalty(model: nn.Module, batch: Any) -> torch.Tensor:
     return loss_fn(model, batch) + weight.square().sum()
 
 
-def test_a_weight_that_is_read_otherwise_is_masked() -> None:
-    assert "2.weight is masked: it is read by the step in another way than by its layer" in reasons_of(
-        RIGL, function=with_penalty
-    )
+def with_penalty_on_list(model: nn.Module, batch: Any) -> torch.Tensor:
+    weight: torch.Tensor = model.penalized[0]  # type: ignore[index, assignment]
+    return loss_fn(model, batch) + weight.square().sum()
+
+
+@pytest.mark.parametrize("with_penalty", [with_penalty, with_penalty_on_list])
+def test_a_weight_that_is_read_otherwise_is_masked(with_penalty: Callable[..., torch.Tensor]) -> None:
     model, optimizer = build("AdamW")
+    model.penalized = [model[2].weight]  # type: ignore[index, assignment]
     with partita.parallelize(model, optimizer, with_penalty, batch_of(0), plan=one_worker(), connections=RIGL) as step:
-        loss = with_penalty(model, batch_of(0)).item()
-        assert step(batch_of(0)).loss == pytest.approx(loss, rel=1e-4)
+        assert "2.weight is masked: it is not read by its layer alone" in step.plan.reasons
+        assert any("0.weight is computed by its blocks" in reason for reason in step.plan.reasons)
+        for _ in range(3):
+            loss = with_penalty(model, batch_of(0)).item()
+            assert step(batch_of(0)).loss == pytest.approx(loss, rel=1e-4)
 
 
 def test_a_given_plan_decides_the_form(monkeypatch: pytest.MonkeyPatch) -> None:

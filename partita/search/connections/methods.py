@@ -12,7 +12,7 @@
 
 Sources: SET Mocanu et al. 2018; RigL Evci et al. 2020, algorithm 1 and section 3; gradual magnitude pruning Zhu and
 Gupta 2017, section 3. In blocks a unit's weight and gradient are the norms of its elements. Connections that come have
-weight zero and no optimizer state.
+weight zero and no optimizer state. With `crossing`, growth has a price where it makes inputs cross devices.
 """
 
 from __future__ import annotations
