@@ -7,11 +7,13 @@ import sys
 from typing import Any
 
 import torch
-from averages_job import PLANS
+from averages_job import BASE
+from averages_job import PLANS as OTHER_PLANS
 from clipping_job import batch_of, build, loss_fn
 from torch import nn
 
 import partita
+from partita import Constraints, PlanError
 from partita.connections import SET, Magnitude, RigL, Static
 from partita.training.connecting import Connections
 
@@ -32,18 +34,25 @@ BY_BLOCKS: dict[str, Connections] = {
 }
 ALL = METHODS | BY_BLOCKS
 
+WIDTHS = {"0.*": {"tensor": "S(0)"}, "2.*": {"tensor": "S(0)"}}  # the outputs of two layers, one after the other
+PLANS = OTHER_PLANS | {"widths": Constraints(**BASE, data=1, pipeline=1, tensor=2, inputs=WIDTHS)}
 CASES = [
-    *(("rigl", corner) for corner in PLANS),
+    *(("rigl", corner) for corner in OTHER_PLANS),
     ("static", "data"),
     ("set", "data"),
     ("set", "fully sharded"),
     ("magnitude", "pipeline"),
     ("blocks", "tensor"),
-    *(("rigl by blocks", corner) for corner in PLANS),
+    ("rigl by blocks", "data"),
+    ("rigl by blocks", "pipeline"),
+    ("rigl by blocks", "widths"),
     ("static by blocks", "data"),
     ("set by blocks", "pipeline"),
+    ("set by blocks", "widths"),
     ("some by blocks", "data"),
+    ("some by blocks", "fully sharded"),
 ]
+REFUSED = "rigl by blocks", "tensor"  # a process would store some of the blocks that a block of outputs reads
 
 
 def plain(
@@ -106,6 +115,13 @@ def main(corner: str, folder: str, rank: int) -> None:
                 "weights": [value.tolist() for value in model.parameters()],
                 "masks": {key: mask.tolist() for key, mask in step.connections.items()},
             }
+    name, corner = REFUSED
+    try:
+        partita.parallelize(
+            *build("AdamW"), loss_fn, batch_of(0), plan=PLANS[corner], connections=ALL[name], timeout_s=30
+        )
+    except PlanError as error:
+        found["refused"] = str(error)
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)
 

@@ -15,7 +15,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import connecting_job
 from clipping_job import batch_of, branching, build, loss_fn
-from connecting_job import ALL, CASES, METHODS, NUM_STEPS, plain
+from connecting_job import ALL, CASES, METHODS, NUM_STEPS, WIDTHS, plain
 from test_training_averages import PLANS
 from test_training_processes import run_job
 
@@ -227,7 +227,6 @@ def test_what_cannot_be_is_refused(options: Any, message: str) -> None:
         partita.parallelize(*build("AdamW"), loss_fn, batch_of(0), **options)
 
 
-WIDTHS = {"0.*": {"tensor": "S(0)"}, "2.*": {"tensor": "S(0)"}}  # the outputs of two layers, one after the other
 PRICED = RigL(density=0.3, until=40, every=2, fraction=1.0, crossing=50.0)
 
 
@@ -271,6 +270,10 @@ def test_in_a_job(found: list[dict[str, Any]], name: str, corner: str) -> None:
         }
         for value, wanted in zip(one["weights"], model.parameters(), strict=True):
             torch.testing.assert_close(torch.tensor(value), wanted.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_parts_of_rows_of_blocks_are_refused(found: list[dict[str, Any]]) -> None:
+    assert all("must store all blocks that a block of outputs reads" in process["refused"] for process in found)
 
 
 @pytest.mark.parametrize("name", ["static", "rigl", "static by blocks", "rigl by blocks", "some by blocks"])
