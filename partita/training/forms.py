@@ -29,8 +29,9 @@ from partita.training.sync import Masked
 Wanted = Plan | Constraints
 
 
-def in_blocks(setup: StepSetup, batch: Any, wanted: Wanted) -> StepSetup:
-    """The setup with the layers in blocks that are to be; all processes call it.
+def in_blocks(setup: StepSetup, batch: Any, wanted: Wanted) -> tuple[StepSetup, Graph | None]:
+    """The setup with the layers in blocks that are to be, and the step on the batch where that is captured already; all
+    processes call it.
 
     Args:
         setup: its masks are the first ones.
@@ -42,28 +43,31 @@ def in_blocks(setup: StepSetup, batch: Any, wanted: Wanted) -> StepSetup:
     """
     connecting = setup.connecting
     if connecting is None or connecting.method.form == "masked" or connecting.method.block is None:
-        return setup
+        return setup, None
     why: dict[str, str] = {}  # why weights are masked, by name
     reason = _why_none(setup, connecting, wanted)
-    form = None if reason else _possible(setup, connecting, why)
+    possible = None if reason else _possible(setup, connecting, why)
+    form: BlockForm | None = None
+    graph: Graph | None = None
     times: dict[str, str] = {}
-    if form is not None:
-        setup_of_form = dataclasses.replace(setup, blocks=form)
+    if possible is not None:
         try:
-            graph = setup_of_form.capture(batch)
+            graph = dataclasses.replace(setup, blocks=possible).capture(batch)
         except CaptureError as error:
-            form, reason = None, f"the step cannot be captured with blocks: {error}"
+            reason = f"the step cannot be captured with blocks: {error}"
         else:
-            form, times = _chosen(setup, connecting, form, graph, wanted, why)
-    if form is not None and not _is_of_plan(dataclasses.replace(setup, blocks=form), batch, wanted):
-        form, reason = None, "the plan that was given is one of masked weights"
+            form, times = _chosen(setup, connecting, possible, graph, wanted, why)
+    if form is not possible:
+        graph = None if form is None else dataclasses.replace(setup, blocks=form).capture(batch)
+    if graph is not None and not _is_of_plan(graph, connecting, wanted):
+        form, graph, reason = None, None, "the plan that was given is one of masked weights"
     if form is None and connecting.method.form == "blocks":
         listed = reason or "; ".join(f"{name} {text}" for name, text in why.items())
         raise InputError(
             f'form="blocks" needs layers that can be computed by their blocks, but there is none: {listed}. Pass '
             'form="auto", which masks the others'
         )
-    return _with(setup, connecting, form, _explained(connecting, reason, times, why))
+    return _with(setup, connecting, form, _explained(connecting, reason, times, why)), graph
 
 
 def _why_none(setup: StepSetup, connecting: Connecting, wanted: Wanted) -> str:
@@ -164,12 +168,11 @@ def _measured(
     return found
 
 
-def _is_of_plan(setup: StepSetup, batch: Any, wanted: Wanted) -> bool:
-    """Whether a given plan, if there is one, is of the step with these blocks; else it is of another step, and one who
-    insists on blocks is told so when the plan is validated."""
-    if not isinstance(wanted, Plan) or (setup.connecting is not None and setup.connecting.method.form == "blocks"):
-        return True
-    return setup.capture(batch).fingerprint == wanted.graph_fingerprint
+def _is_of_plan(graph: Graph, connecting: Connecting, wanted: Wanted) -> bool:
+    """Whether a given plan, if there is one, is of the step with these blocks. Whoever insists on blocks is told when
+    the plan is validated."""
+    insists = connecting.method.form == "blocks"
+    return insists or not isinstance(wanted, Plan) or graph.fingerprint == wanted.graph_fingerprint
 
 
 def _with(setup: StepSetup, connecting: Connecting, form: BlockForm | None, explained: tuple[str, ...]) -> StepSetup:

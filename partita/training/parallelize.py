@@ -327,8 +327,8 @@ def _made(setup: StepSetup, batch: Any, request: _Request, start_s: float) -> St
     """The step of processes that train as one."""
     leaves = take_apart(batch)
     with _old_objects_left_alone():
-        setup = in_blocks(setup, batch, request.wanted)
-        decision = _decide(setup, batch, leaves, request)
+        setup, graph = in_blocks(setup, batch, request.wanted)
+        decision = _decide(setup, batch, leaves, request, graph)
         step = _make_step(setup, decision, leaves, start_s)
     let_go_of_garbage()  # of planning and measuring
     return step
@@ -368,13 +368,13 @@ class _Decision:
     memory: Memory | None = None
 
 
-def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request) -> _Decision:
+def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request, captured: Graph | None) -> _Decision:
     plan = request.plan
     if isinstance(plan, Plan) and plan.mode == "block":
         plan.validate(None, setup.cluster)
         return _Decision(plan=plan)
     try:
-        graph = setup.capture(batch)
+        graph = captured or setup.capture(batch)
     except CaptureError as error:
         if isinstance(plan, Plan):
             raise PlanError(f"the plan needs the model as a graph, but it cannot be captured: {error}") from error
