@@ -64,12 +64,7 @@ class BlockForm:
         self._layers = {name: _Layer.of(module, connecting.masks[name], block) for name, module in modules.items()}
         self._by_blocks = {id(layer.blocks): layer for layer in self._layers.values()}
         self._users = optimizer
-        own = {id(layer.weight): layer.blocks for layer in self._layers.values()}
-        groups = [
-            {**options_of(group), "params": [own.get(id(item), item) for item in group["params"]]}
-            for group in optimizer.param_groups
-        ]
-        self.optimizer = clone_optimizer(optimizer, groups)
+        self.optimizer = clone_optimizer(optimizer, self._groups())
         self._seen: list[int] = []  # versions of the user's weights
         self.take_weights()
         self.load_state()
@@ -108,10 +103,17 @@ class BlockForm:
 
     # Weights and states ----------------------------------------------------------------------------------------------
 
-    def refresh_options(self) -> None:
-        """Copies the options (learning rates, ...) of the user's groups; called before each step."""
-        for own, group in zip(self.optimizer.param_groups, self._users.param_groups, strict=True):
-            own.update(options_of(group))
+    def refresh_groups(self) -> None:
+        """Takes the user's groups: learning rates and other options, and which parameters there are; called before each
+        step."""
+        self.optimizer.param_groups[:] = self._groups()
+
+    def _groups(self) -> list[dict[str, Any]]:
+        own = {id(layer.weight): layer.blocks for layer in self._layers.values()}
+        return [
+            {**options_of(group), "params": [own.get(id(item), item) for item in group["params"]]}
+            for group in self._users.param_groups
+        ]
 
     @torch.no_grad()
     def take_weights(self) -> None:

@@ -90,6 +90,7 @@ class GraphRunner:
         self.graph, self.plan, self.process, self._blocks = graph, plan, process, blocks
         if blocks is not None:
             blocks.check(graph)
+            blocks.refresh_groups()
             optimizer = blocks.optimizer
         with contextlib.nullcontext() if blocks is None else blocks.in_place():
             self.parameters, self.buffers = named_state(model)
@@ -178,7 +179,7 @@ class GraphRunner:
         finite_only: bool = False,
     ) -> Outcome:
         if self._blocks is not None:
-            self._blocks.refresh_options()
+            self._blocks.refresh_groups()
             if self._blocks.is_stale:
                 self.take_weights()
         if self._shards is not None:

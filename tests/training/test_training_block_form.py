@@ -217,6 +217,18 @@ def test_learning_rates_and_frozen_layers_are_followed() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_a_new_group_is_followed() -> None:
+    losses = []
+    for method in (RIGL, masked(RIGL)):
+        model, _ = build("AdamW")
+        optimizer = torch.optim.AdamW(model[:2].parameters(), lr=1e-2)
+        with partita.parallelize(model, optimizer, loss_fn, batch_of(0), plan=one_worker(), connections=method) as step:
+            found = [step(batch_of(index)).loss for index in range(3)]
+            optimizer.add_param_group({"params": list(model[2:].parameters()), "lr": 1e-3})
+            losses.append([*found, *(step(batch_of(index)).loss for index in range(3, NUM_STEPS))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_other_batches_and_plans_that_are_tried() -> None:
     model, optimizer = build("SGD")
     method = RIGL
