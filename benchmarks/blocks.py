@@ -7,6 +7,8 @@
 * ``compiled``: the three as `partita.parallelize` compiles them.
 * ``training``: steps of `partita.parallelize` (three layers of 2048, batch 256, SGD with momentum) on one worker and on
   two, with blocks against dense.
+* ``training with RigL``: the same dense model with `partita.connections.RigL`, by blocks and with masked weights,
+  against dense; the mean step where connections change every `RigL.every` steps, what a change takes included.
 
 All that is compared runs in turns in one process, so that a busy machine slows all alike. Times are medians; the ratios
 are medians of the ratios of the turns.
@@ -14,11 +16,13 @@ are medians of the ratios of the turns.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import partita
 from benchmarks.common import Report, Row, option_parser, show
@@ -28,6 +32,7 @@ from partita import Constraints
 import torch  # isort: skip
 from torch import nn  # isort: skip
 
+from partita.connections import RigL  # isort: skip
 from partita.cost.measure_ops import on_pinned_threads  # isort: skip
 from partita.search.blocks import BlockLinear, measure_forms  # isort: skip
 
@@ -35,7 +40,9 @@ BLOCK, BATCH, WIDTH, NUM_CLASSES = (64, 64), 256, 2048, 10
 LEAST = {0.8: 2.4, 0.9: 3.2}  # times as fast as dense, by sparsity
 LEAST_TRAINING = 1.8
 LAYER_TURNS, STEP_TURNS = 11, 15
-COLUMNS = ("what", "size", "sparsity", "dense_ms", "masked_ms", "blocks_ms", "against_dense", "against_masked")
+CHANGE_EVERY, NUM_CHANGES = 8, 4  # steps, of those that are timed; the first change is not
+COLUMNS = ("what", "size", "sparsity", "dense_ms", "masked_ms", "blocks_ms", "change_ms", "against_dense",
+           "against_masked")  # fmt: skip
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -50,6 +57,7 @@ def main() -> int:
             report.add(compiled(size, sparsity))
     for num_workers in (1, 2):
         report.add(training(num_workers))
+        report.add(learning(num_workers))
     misses = [miss for row in report.rows for miss in missed(row)]
     report.finish({"least_against_dense": min(row["against_dense"] for row in report.rows)}, misses)
     show(report, COLUMNS)
@@ -151,21 +159,58 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def training(num_workers: int) -> Row:
+    times_s = steps_in_turns([(model_of(None), None), (model_of(0.9), None)], num_workers, STEP_TURNS)
+    return row_of(f"training, {workers(num_workers)}", WIDTH, 0.9, times_s)
+
+
+def learning(num_workers: int) -> Row:
+    def method(form: Literal["blocks", "masked"]) -> RigL:
+        return RigL(density=0.1, distribution="uniform", block=BLOCK, form=form, dense=("6.*",), until=10**6,
+                    every=CHANGE_EVERY)  # fmt: skip
+
+    cases = [(model_of(None), connections) for connections in (None, method("blocks"), method("masked"))]
+    times_s = steps_in_turns(cases, num_workers, CHANGE_EVERY * (1 + NUM_CHANGES))
+    usual, changes_s = apart(times_s)
+    means_s = [[time_s + change_s / RigL.every for time_s, change_s in zip(turn, changes_s, strict=True)]
+               for turn in usual]  # fmt: skip
+    return {
+        **row_of(f"training with RigL, {workers(num_workers)}", WIDTH, 0.9, means_s),
+        "change_ms": changes_s[1] * 1e3,
+    }
+
+
+def apart(times_s: Sequence[Sequence[float]]) -> tuple[list[Sequence[float]], list[float]]:
+    """Of turns from step 3 on those without a change, and by column what a change takes beside its step: in that step,
+    and in the next one, to which weights are handed over."""
+    numbered = dict(enumerate(times_s, start=3))
+    usual = [turn for number, turn in numbered.items() if number % CHANGE_EVERY > 1]
+    medians_s = [statistics.median(column) for column in zip(*usual, strict=True)]
+    due = [
+        number for number in numbered if number % CHANGE_EVERY == 0 and number > CHANGE_EVERY and number + 1 in numbered
+    ]
+    return usual, [
+        statistics.median(numbered[number][column] + numbered[number + 1][column] for number in due) - 2 * median_s
+        for column, median_s in enumerate(medians_s)
+    ]
+
+
+def workers(num_workers: int) -> str:
+    return f"{num_workers} worker{'s' if num_workers > 1 else ''}"
+
+
+def steps_in_turns(
+    cases: Sequence[tuple[nn.Module, RigL | None]], num_workers: int, num_turns: int
+) -> list[list[float]]:
+    """Seconds of steps of models with their connections, by turn."""
     batch = torch.randn(BATCH, WIDTH), torch.randint(0, NUM_CLASSES, (BATCH,))
     constraints = Constraints(data=num_workers, pipeline=1, tensor=1, threads_per_worker=1)
-    models = [model_of(None), model_of(0.9)]
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9) for model in models]
-    steps = [
-        partita.parallelize(model, optimizer, loss_of, batch, plan=constraints)
-        for model, optimizer in zip(models, optimizers, strict=True)
-    ]
-    try:
-        times_s = in_turns([lambda step=step: step(batch) for step in steps], STEP_TURNS)
-    finally:
-        for step in steps:
-            step.close()
-    name = f"training, {num_workers} worker{'s' if num_workers > 1 else ''}"
-    return row_of(name, WIDTH, 0.9, times_s)
+    with contextlib.ExitStack() as stack:
+        steps = []
+        for model, connections in cases:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+            step = partita.parallelize(model, optimizer, loss_of, batch, plan=constraints, connections=connections)
+            steps.append(stack.enter_context(step))
+        return in_turns([lambda step=step: step(batch) for step in steps], num_turns)
 
 
 if __name__ == "__main__":

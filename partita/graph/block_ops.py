@@ -178,6 +178,15 @@ block_linear.register_autograd(_gradients, setup_context=_keep)
 OPS = tuple(op._opoverload for op in (block_linear, block_linear_input, block_linear_weight))
 
 
+def block_layer(x: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None) -> Tensor:
+    """y [..., O] of x [..., I]; under autocast in its type, as `torch.nn.functional.linear` does."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    y: Tensor = block_linear(x.reshape(-1, x.shape[-1]), weight, index, bias)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
 def num_input_blocks(target: Any, args: Sequence[Any]) -> int:
     """How many input blocks a layer has, from the arguments of one of `OPS` (tensors, fake ones too): the bound of
     `index`."""

@@ -50,7 +50,7 @@ def ownership_of(runner: object, num_processes: int) -> Ownership:
 def _parts(runner: GraphRunner) -> dict[str, dict[int, Box]]:
     """Parameter -> process -> the box that it brings, each box once, of the parameters that no process has whole."""
     found: dict[str, dict[int, Box]] = {}
-    for process, held in sorted(runner.programs.held.items()):
+    for process, held in sorted(runner.users_parts().items()):
         for name, box in held.items():
             by_process = found.setdefault(name, {})
             if box not in by_process.values():

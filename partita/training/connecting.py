@@ -5,16 +5,18 @@ is clipped and applied, and since its optimizer state is zero as well: an elemen
 is. Others may not (Muon makes a whole matrix of what it gets), so their weights are zeroed again after each step.
 
 Workers see the gradients of all elements, so a method that wants those has them of a step that is made anyway, under
-every plan. Rank 0 decides; masks are the same on all processes, which is checked whenever they have changed.
+every plan; where weights are in blocks (`partita.training.block_form`), that one step is made with masked weights.
+Rank 0 decides; masks are the same on all processes, which is checked whenever they have changed.
 """
 
 from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,13 +28,40 @@ from partita.training.job import Team
 
 Tensors = Mapping[str, Tensor]
 Masks = dict[str, Tensor]  # parameter -> bool, in its shape
+Block = tuple[int, int]  # outputs, inputs
+Form = Literal["auto", "masked", "blocks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLayer:
+    """A linear layer of which each block of outputs reads `num_inputs` blocks of inputs, for so many rows."""
+
+    num_rows: int
+    in_features: int
+    out_features: int
+    block: Block
+    num_inputs: int
+    needs_input_gradient: bool
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How many of a layer's outputs, and of its inputs, each device has, in order."""
+
+    outputs: tuple[int, ...]
+    inputs: tuple[int, ...]
 
 
 class Connections(abc.ABC):
     """The contract of methods that learn connections. They are pure: everything that changes is given to them, and all
-    tensors are in the memory of the processor."""
+    tensors are in the memory of the processor.
+
+    `block` is what a connection is (None: an element), `form` how weights are stored and multiplied: with zeros where
+    nothing is ("masked"), by their blocks alone ("blocks"), or as is faster ("auto")."""
 
     seed: int
+    block: Block | None = None
+    form: Form = "masked"
 
     @property
     @abc.abstractmethod
@@ -60,10 +89,32 @@ class Connections(abc.ABC):
         """Whether `changed` wants gradients of all elements."""
         return False
 
+    @property
+    def keeps_numbers(self) -> bool:
+        """Whether every block of outputs reads as many blocks of inputs all the time, so that these may be stored."""
+        return False
+
+    def times_s(self, layer: BlockLayer, *, num_threads: int) -> Mapping[str, float]:
+        """Seconds that a layer takes here as "dense", "masked" and "blocks"; asked where the form is "auto"."""
+        raise NotImplementedError
+
+    @property
+    def prices_crossing(self) -> bool:
+        """Whether `changed` wants cuts."""
+        return False
+
     @abc.abstractmethod
-    def changed(self, step: int, weights: Tensors, gradients: Tensors, masks: Masks, random: Generator) -> Masks:
+    def changed(
+        self,
+        step: int,
+        weights: Tensors,
+        gradients: Tensors,
+        masks: Masks,
+        random: Generator,
+        cuts: Mapping[str, Cut] = MappingProxyType({}),
+    ) -> Masks:
         """The connections from then on. `gradients` are those of the last step, before they were clipped; empty unless
-        they are needed."""
+        they are needed. `cuts` are those of layers that lie on several devices; empty unless they are wanted."""
 
 
 class Connecting:
@@ -117,7 +168,9 @@ class Connecting:
             held = self._gradients[name] = torch.zeros_like(self.masks[name], dtype=torch.float32)
         (held if box is None else box.of(held)).copy_(gradient)
 
-    def change(self, step: int, sources: Mapping[str, Mapping[int, Box | None]]) -> tuple[int, int]:
+    def change(
+        self, step: int, sources: Mapping[str, Mapping[int, Box | None]], cuts: Mapping[str, Cut]
+    ) -> tuple[int, int]:
         """Lets the method change the connections after step number `step`: how many have left and come. `sources` says
         which processes have which parts of weights and gradients, of those that rank 0 has not."""
         gradients, self._gradients = self._gradients, {}
@@ -126,7 +179,7 @@ class Connecting:
         decided = self.masks
         if self._decides:
             weights, masks = _on_cpu(self.parameters), _on_cpu(self.masks)
-            decided = self.method.changed(step, weights, _on_cpu(gradients), masks, self._random)
+            decided = self.method.changed(step, weights, _on_cpu(gradients), masks, self._random, cuts)
         self._take(decided)
         left = sum(int((old & ~self.masks[name]).sum()) for name, old in before.items())
         come = sum(int((self.masks[name] & ~old).sum()) for name, old in before.items())
@@ -208,10 +261,11 @@ class GradientFilter:
         connecting: has the masks.
         held: parameter -> its part that this process stores, where it does not store all of it; slices are then of
             that part.
+        without: parameters of which nothing else is stored than what is there.
     """
 
-    def __init__(self, connecting: Connecting, held: Mapping[str, Box]) -> None:
-        self._connecting, self._held = connecting, dict(held)
+    def __init__(self, connecting: Connecting, held: Mapping[str, Box], without: Collection[str] = ()) -> None:
+        self._connecting, self._held, self._without = connecting, dict(held), without
         self._version = -1
         self._masks: dict[int, tuple[Sequence[Slice], list[Tensor | None]]] = {}  # by identity of the slices
         self._gradients: dict[str, Tensor] = {}  # of all elements of what is stored here, flat
@@ -263,7 +317,7 @@ class GradientFilter:
 
     def _mask_of(self, place: Slice) -> Tensor | None:
         mask = self._connecting.masks.get(place.parameter)
-        if mask is None:
+        if mask is None or place.parameter in self._without:
             return None
         box = self._held.get(place.parameter)
         return (mask if box is None else box.of(mask)).reshape(-1)[place.start : place.end]

@@ -80,6 +80,7 @@ def check_before(
     if isinstance(runner, GraphRunner):
         if runner.held:  # the op is looked for with whole weights
             collect()
+            runner.take_weights()
         found = first_non_finite(runner.graph, runner.parameters, runner.buffers, batch)
         torch.set_rng_state(random_state)
     raise NonFiniteLossError(

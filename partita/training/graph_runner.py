@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,13 @@ from partita.errors import InputError, PlanError
 from partita.graph.graph import Graph, InputKind
 from partita.plan import Plan
 from partita.program import ProgramSet, Timeline, check, lower
-from partita.program.instructions import Slice
+from partita.program.instructions import Box, Slice
 from partita.program.ownership import UpdateCosts
 from partita.runtime.allocator import give_back_freed_memory
 from partita.runtime.engine import Engine, State
 from partita.runtime.transport import Transport
 from partita.training.averages import average_updated
+from partita.training.block_form import BlockForm
 from partita.training.connecting import Connecting, GradientFilter
 from partita.training.inputs import BatchLeaves
 from partita.training.job import Team
@@ -61,6 +63,7 @@ class GraphRunner:
         masters: half-precision parameters are updated by float32 masters; the graph has wide gradients.
         scale: what the graph's loss is multiplied by; None: by nothing.
         connecting: says which elements of weights are there; None: all.
+        blocks: has the weights of the graph that are in blocks; None: none is.
     """
 
     def __init__(
@@ -82,9 +85,15 @@ class GraphRunner:
         masters: bool = False,
         scale: LossScale | None = None,
         connecting: Connecting | None = None,
+        blocks: BlockForm | None = None,
     ) -> None:
-        self.graph, self.plan, self.process = graph, plan, process
-        self.parameters, self.buffers = named_state(model)
+        self.graph, self.plan, self.process, self._blocks = graph, plan, process, blocks
+        if blocks is not None:
+            blocks.check(graph)
+            blocks.refresh_groups()
+            optimizer = blocks.optimizer
+        with contextlib.nullcontext() if blocks is None else blocks.in_place():
+            self.parameters, self.buffers = named_state(model)
         for item in graph.inputs_of(InputKind.BUFFER):  # a frozen parameter that the step changes is one as well
             if item.name not in self.buffers:
                 self.buffers[item.name] = self.parameters[item.name].detach()
@@ -99,6 +108,7 @@ class GraphRunner:
         self.programs: ProgramSet = lower(graph, plan, whole_parameters=needs_whole, clips=clips, costs=costs)
         check(self.programs)
         self.held = dict(self.programs.held.get(process, {}))
+        self.users_parts()  # raises if it cannot be
         self._stored = {
             name: nn.Parameter(self.held[name].of(value.detach()).clone(memory_format=torch.contiguous_format))
             if name in self.held
@@ -124,7 +134,8 @@ class GraphRunner:
         )
         self._whole_masters = WholeMasters(optimizer, decay) if masters and self.kind == "coupled" else None
         self._gradients: dict[int, torch.Tensor] = {}  # of a step, by identity of the parameter, for these
-        self._filter = None if connecting is None else GradientFilter(connecting, self.held)
+        in_blocks = frozenset() if blocks is None else blocks.names
+        self._filter = None if connecting is None else GradientFilter(connecting, self.held, without=in_blocks)
         constants = {item.name: graph.constants[item.name] for item in graph.inputs_of(InputKind.CONSTANT)}
         values = {name: value.detach() for name, value in self._stored.items()}
         shapes = {name: tuple(value.shape) for name, value in values.items()}
@@ -167,6 +178,10 @@ class GraphRunner:
         record: bool = False,
         finite_only: bool = False,
     ) -> Outcome:
+        if self._blocks is not None:
+            self._blocks.refresh_groups()
+            if self._blocks.is_stale:
+                self.take_weights()
         if self._shards is not None:
             self._shards.refresh_options()
         if self._filter is not None:
@@ -204,6 +219,8 @@ class GraphRunner:
             self._settled = True
         if applies and self.kind == "coupled":
             self._apply(outcome.loss)
+        if applies and self._blocks is not None:
+            self._blocks.show()
         if self._filter is not None:
             self._filter.after_step()
         return outcome
@@ -243,6 +260,15 @@ class GraphRunner:
         ]
         return (min(start for start, _ in cuts), max(end for _, end in cuts)) if cuts else (0, 1)
 
+    def users_parts(self) -> dict[int, dict[str, Box]]:
+        """By process, the parts of the user's parameters that are all it stores of them."""
+        if self._blocks is None:
+            return self.programs.held
+        return {
+            process: {name: self._blocks.users_box(name, box) for name, box in held.items()}
+            for process, held in self.programs.held.items()
+        }
+
     def buffer_owner(self, name: str) -> int:
         """A process that has the buffer's current value."""
         holders = [program.process for program in self.programs.programs if name in program.buffers]
@@ -255,15 +281,21 @@ class GraphRunner:
         with torch.no_grad():
             for name, box in self.held.items():
                 box.of(self.parameters[name]).copy_(self._stored[name])
+        if self._blocks is not None:
+            self._blocks.collect()
 
     def take_weights(self) -> None:
-        """Takes the parts that this process stores of its own from the user's model."""
+        """Takes what this process stores of its own from the user's model: parts, and blocks."""
+        if self._blocks is not None:
+            self._blocks.take_weights()
         with torch.no_grad():
             for name, box in self.held.items():
                 self._stored[name].copy_(box.of(self.parameters[name]))
 
     def load_state(self) -> None:
         """Takes the state from the user's optimizer."""
+        if self._blocks is not None:
+            self._blocks.load_state()
         for held in (self._shards, self._whole_masters):
             if held is not None:
                 held.load()

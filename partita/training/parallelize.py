@@ -17,12 +17,10 @@ import msgspec
 import torch
 from torch import nn
 
-from partita import errors
 from partita.cluster import Cluster
 from partita.cluster.job import current_job
 from partita.cluster.measure import measure_network
 from partita.constraints import refuse_described
-from partita.cost.table import CostTable
 from partita.errors import CaptureError, InputError, PlanError
 from partita.graph import Graph, capture
 from partita.plan import Constraints, Plan
@@ -49,25 +47,20 @@ from partita.training.elastic import ElasticStep
 from partita.training.elastic_fragments import OuterMethod
 from partita.training.elastic_replicas import ElasticReplicas
 from partita.training.events import PlanChosen, SyncChosen, WarningRaised, emit
+from partita.training.forms import in_blocks
 from partita.training.graph_runner import named_state
 from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
-from partita.training.measuring import StepValues
 from partita.training.membership import Elastic
 from partita.training.observing import observed_plan
 from partita.training.optimizers import check_optimizer, kind_of
-from partita.training.planning import (
-    best_plan,
-    block_plan,
-    fallback_reasons,
-    has_compiler,
-    ranked_plans,
-)
+from partita.training.planning import best_plan, block_plan, fallback_reasons, has_compiler
 from partita.training.remembered import Memory
 from partita.training.replicated import ReplicatedStep
 from partita.training.runner import LossFn
 from partita.training.scaling import LossScale
 from partita.training.setup import StepSetup, make_runner
+from partita.training.shared_plans import shared_plans, step_values
 from partita.training.step import Step
 from partita.training.sync import Exact, GradientMethod, Masked, Method, ReplicaMethod
 from partita.training.sync.choice import Tolerance
@@ -126,7 +119,7 @@ def plan(
     refuse_described(constraints or Constraints())
     with _old_objects_left_alone():
         graph = capture(model, loss_fn, batch)
-        values = _values(model, graph, take_apart(batch))
+        values = step_values(model, graph, take_apart(batch))
         return best_plan(graph, where, constraints or Constraints(), optimizer, values)
 
 
@@ -142,15 +135,6 @@ def _old_objects_left_alone() -> Iterator[None]:
     finally:
         if mine:
             gc.unfreeze()
-
-
-def _values(model: nn.Module, graph: Graph, leaves: BatchLeaves) -> StepValues:
-    return StepValues(
-        parameters=dict(model.named_parameters()),
-        buffers=dict(model.named_buffers()),
-        constants=graph.constants,
-        leaves=leaves.tensors,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +327,8 @@ def _made(setup: StepSetup, batch: Any, request: _Request, start_s: float) -> St
     """The step of processes that train as one."""
     leaves = take_apart(batch)
     with _old_objects_left_alone():
-        decision = _decide(setup, batch, leaves, request)
+        setup, graph = in_blocks(setup, batch, request.wanted)
+        decision = _decide(setup, batch, leaves, request, graph)
         step = _make_step(setup, decision, leaves, start_s)
     let_go_of_garbage()  # of planning and measuring
     return step
@@ -383,13 +368,13 @@ class _Decision:
     memory: Memory | None = None
 
 
-def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request) -> _Decision:
+def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request, captured: Graph | None) -> _Decision:
     plan = request.plan
     if isinstance(plan, Plan) and plan.mode == "block":
         plan.validate(None, setup.cluster)
         return _Decision(plan=plan)
     try:
-        graph = setup.capture(batch)
+        graph = captured or setup.capture(batch)
     except CaptureError as error:
         if isinstance(plan, Plan):
             raise PlanError(f"the plan needs the model as a graph, but it cannot be captured: {error}") from error
@@ -407,14 +392,15 @@ def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request
         if not has_compiler():
             _warn_no_compiler()
         constraints = msgspec.structs.replace(constraints, compiled=False)
-    values = _values(setup.model, graph, leaves)
+    with setup.in_form():
+        values = step_values(setup.model, graph, leaves)
     if plan != "auto":
-        best = _candidates(setup, graph, constraints, values)[0]
+        best = shared_plans(setup, graph, constraints, values)[0]
         return _Decision(plan=best, graph=graph if best.mode == "graph" else None)
     memory = Memory(graph, setup.cluster, constraints, setup.facts, repr(setup.sync))
     recalled = [text.to_json() for text in memory.recall()] if setup.team.rank == 0 else []
     known = [Plan.from_json(text) for text in setup.team.from_first(recalled)]
-    finalists = known or _finalists(_candidates(setup, graph, constraints, values, refines=False))
+    finalists = known or _finalists(shared_plans(setup, graph, constraints, values, refines=False))
     if not known and setup.team.rank == 0:
         with contextlib.suppress(OSError):  # a full or read-only disk: the next run plans again
             memory.remember_candidates(finalists)
@@ -485,28 +471,6 @@ def _fall_back(setup: StepSetup, error: CaptureError, *, compiled: bool) -> Plan
     warnings.warn(message, FallbackWarning, stacklevel=4)
     emit(WarningRaised(subject="capture", message=message))
     return block_plan(setup.cluster, graph=None, reasons=reasons, compiled=compiled)
-
-
-def _candidates(
-    setup: StepSetup, graph: Graph, constraints: Constraints, values: StepValues, *, refines: bool = True
-) -> tuple[Plan, ...]:
-    """Ranked plans; rank 0 searches, the others receive."""
-    plans: tuple[Plan, ...] = ()
-    error: Exception | None = None
-    if setup.team.rank == 0:
-        try:
-            facts = setup.facts
-            cost = CostTable(setup.cluster, sums=setup.sums)
-            plans = ranked_plans(graph, setup.cluster, cost, constraints, facts, values=values, refines=refines)
-        except PlanError as found:
-            error = found
-    if error is not None and setup.team.is_alone:
-        raise error
-    told = type(error).__name__, str(error)
-    (kind, problem), texts = setup.team.from_first((told, [plan.to_json() for plan in plans]))
-    if kind != "NoneType":
-        raise error or getattr(errors, kind)(problem)
-    return tuple(Plan.from_json(text) for text in texts)
 
 
 def _finalists(candidates: tuple[Plan, ...]) -> list[Plan]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from partita.plan import Plan
 from partita.program.ownership import UpdateCosts
 from partita.runtime.transport import Transport
 from partita.training.balance import Balance
+from partita.training.block_form import BlockForm
 from partita.training.block_runner import BlockRunner
 from partita.training.checkpoint.settings import Checkpoints, Stateful
 from partita.training.connecting import Connecting
@@ -88,6 +90,9 @@ class StepSetup:
     masters: bool = False  # whether half-precision parameters have some
     scale: LossScale | None = None  # of the loss
     connecting: Connecting | None = None  # which elements of weights are there; None: all
+    blocks: BlockForm | None = None  # the weights of which only blocks are stored; None: there are none
+    masked: StepSetup | None = None  # the same without these, for steps whose gradients of all elements are wanted
+    explained: tuple[str, ...] = ()  # why it is so, for the plan's reasons
     checkpoints: Checkpoints | None = None
     shares_move: bool = True  # whether rows may be dealt anew while training: not where the plan was given
     tells: bool = True  # whether the step emits `StepFinished`
@@ -109,7 +114,12 @@ class StepSetup:
         """The step on a batch as a graph. Raises what `partita.graph.capture` does."""
         loss_fn = self.loss_fn if self.scale is None else self.scale.of(self.loss_fn)
         wide = self.masters or self.scale is not None
-        return capture(self.model, loss_fn, batch, wide_gradients=wide)
+        with self.in_form():
+            return capture(self.model, loss_fn, batch, wide_gradients=wide)
+
+    def in_form(self) -> contextlib.AbstractContextManager[None]:
+        """Meanwhile the model has the weights that are trained: blocks, where there are some."""
+        return contextlib.nullcontext() if self.blocks is None else self.blocks.in_place()
 
     def skips(self, outcome: Outcome, step: int) -> bool:
         """Whether the gradients of a step were too large for the scale of the loss, which is adapted.
@@ -196,4 +206,5 @@ def _runner_of(
         masters=setup.masters,
         scale=setup.scale,
         connecting=setup.connecting,
+        blocks=setup.blocks,
     )

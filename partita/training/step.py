@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -29,14 +30,16 @@ from partita.training.adopt import Adoption
 from partita.training.arguments import check_sync_target
 from partita.training.averages import averaged
 from partita.training.block_runner import BlockRunner
+from partita.training.changing import change_connections, explained
 from partita.training.checkpoint.loader import Loaded
 from partita.training.checkpoint.saver import Source
-from partita.training.collecting import collect_all, copy_state, ownership_of, sources_for_first
+from partita.training.collecting import collect_all, copy_state, ownership_of
 from partita.training.diagnose import check_before
-from partita.training.events import ConnectionsChanged, SharesChanged, StepFinished, emit, is_heard
+from partita.training.events import SharesChanged, StepFinished, emit, is_heard
 from partita.training.graph_runner import GraphRunner, owners_differ
 from partita.training.inputs import BatchKey, BatchLeaves, TakenApart, check_structure, take_apart
 from partita.training.loading import ShardedBatch, whole_shape
+from partita.training.masked_steps import masked_runner
 from partita.training.masters import ExactLoading
 from partita.training.optimizers import check_optimizer
 from partita.training.runner import Outcome
@@ -50,6 +53,7 @@ from partita.training.watch import Watch
 from partita.units import MIB
 
 CALM_STEPS = 3  # by the adopted plan; afterwards its memory is where it stays
+MASKED = "masked, "  # before the state of the model, of runners that make steps of masked weights
 LEAST_PAGED_BYTES = 16 * MIB  # of parameters, gradients and states: below, they fit the caches
 
 
@@ -106,7 +110,8 @@ class Step(Saved):
     @property
     def plan(self) -> Plan:
         """The plan that is run: the adopted one, or until `is_settled` the best one so far."""
-        return self._plan
+        told = [text for text in explained(self._setup, self._adopted) if text not in self._plan.reasons]
+        return msgspec.structs.replace(self._plan, reasons=(*self._plan.reasons, *told)) if told else self._plan
 
     @property
     def is_settled(self) -> bool:
@@ -158,11 +163,11 @@ class Step(Saved):
         else:
             leaves = self._take_apart(batch)
         self._follow(leaves, batch)
+        if self._setup.connecting is not None:
+            self._setup.connecting.before_step(self._num_steps + 1)
         runner = self._runner(leaves, batch)
         if self._setup.transport is not None:
             self._setup.transport.note(f"step {self._num_steps + 1} with a batch of {leaves.rows} rows")
-        if self._setup.connecting is not None:
-            self._setup.connecting.before_step(self._num_steps + 1)
         try:
             outcome = self._run(runner, leaves, batch, update)
         except (StepError, torch.distributed.DistBackendError) as error:
@@ -180,10 +185,10 @@ class Step(Saved):
         if self._record:
             self._timeline = outcome.timeline or self._timeline
         self._mark_stepped()
-        if update:
-            self._connect(skipped=skipped)
+        if update and self._current is not None:
+            change_connections(self._setup, self._current, self._adopted, self._num_steps, skipped=skipped)
         self._move_to_large_pages()
-        if self._balance is not None and update and self.is_settled:
+        if self._balance is not None and update and self.is_settled and not self._is_masked:
             self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
         time_s = time.perf_counter() - start_s
         result = result_of(
@@ -328,7 +333,7 @@ class Step(Saved):
                 return
         before, self._state = self._state, self._watch.token
         if self._watch.ignores(change):
-            self._runners = {(key, self._state if state == before else state): runner
+            self._runners = {(key, state.replace(before, self._state)): runner
                              for (key, state), runner in self._runners.items()}  # fmt: skip
             self._adopting_key = (self._adopting_key[0], self._state)
         # Modes and frozen layers change once in a while; a number that changes in every step is not worth compiling.
@@ -357,7 +362,8 @@ class Step(Saved):
         if self._is_adopting(leaves) and not self._is_accumulating:
             self._next_of_adoption()
         self._take_shares(leaves)
-        runner = self._runners.get((leaves.key, self._state))
+        key = leaves.key, MASKED * self._is_masked + self._state
+        runner = self._runners.get(key)
         if self._is_accumulating and runner is not self._current:
             self._is_accumulating = False
             raise InputError(
@@ -366,9 +372,16 @@ class Step(Saved):
             )
         if runner is None:
             check_structure(leaves.key, self._first_key)
-            runner = self._adapt(leaves, batch)
-            self._runners[leaves.key, self._state] = runner
+            runner = self._runners[key] = self._adapt(leaves, batch)
         return self._switch(runner)
+
+    @property
+    def _is_masked(self) -> bool:
+        """Whether the step that comes is one of masked weights, though others are in blocks."""
+        connecting = self._setup.connecting
+        if self._setup.masked is None or connecting is None or not connecting.wants_gradients:
+            return False
+        return self._plan.mode == "graph" or not self.is_settled  # plain PyTorch knows no others
 
     def _switch(self, runner: GraphRunner | BlockRunner) -> GraphRunner | BlockRunner:
         if runner is not self._current:
@@ -423,8 +436,14 @@ class Step(Saved):
 
     # Adoption --------------------------------------------------------------------------------------------------
 
+    @property
+    def _adopted(self) -> GraphRunner | BlockRunner | None:
+        """The runner of the adopted plan, if there is one."""
+        return self._first if self.is_settled else None
+
     def _is_adopting(self, leaves: BatchLeaves) -> bool:
-        return self._adoption is not None and (leaves.key, self._state) == self._adopting_key
+        usual = (leaves.key, self._state) == self._adopting_key
+        return self._adoption is not None and usual and not self._is_masked
 
     def _next_of_adoption(self) -> None:
         """Takes the runner whose turn it is, or the adopted one."""
@@ -521,6 +540,8 @@ class Step(Saved):
     # Other batches ---------------------------------------------------------------------------------------------
 
     def _adapt(self, leaves: BatchLeaves, batch: Any) -> GraphRunner | BlockRunner:
+        if self._setup.masked is not None and self._is_masked:
+            return masked_runner(self._setup.masked, self._plan, batch)
         if self._plan.mode == "block":
             return self._first if isinstance(self._first, BlockRunner) else self._adapter.make(self._plan, None)
         prepared = self._adapter.prepared((leaves.key, self._state))
@@ -546,22 +567,6 @@ class Step(Saved):
     def is_prepared(self) -> bool:
         """Whether all that is to be prepared is."""
         return self._adapter.is_prepared
-
-    def _connect(self, *, skipped: bool) -> None:
-        """Lets the connections change after a step, where they are due. Gradients of a skipped one say nothing."""
-        connecting, runner = self._setup.connecting, self._current
-        if connecting is None or runner is None:
-            return
-        if self._setup.facts.kind != "element":  # zero gradients do not keep a weight where it is
-            connecting.clean_weights()
-        if not connecting.method.is_due(self._num_steps) or (skipped and connecting.wants_gradients):
-            return
-        runner.collect()
-        left, come = connecting.change(self._num_steps, sources_for_first(runner, connecting.masks))
-        connecting.clean(self._setup.optimizer)
-        runner.take_weights()
-        runner.load_state()
-        emit(ConnectionsChanged(step=self._num_steps, left=left, come=come, density=connecting.density))
 
     def _mark_stepped(self) -> None:
         if isinstance(self._current, GraphRunner):

@@ -7,11 +7,13 @@ import sys
 from typing import Any
 
 import torch
-from averages_job import PLANS
+from averages_job import BASE
+from averages_job import PLANS as OTHER_PLANS
 from clipping_job import batch_of, build, loss_fn
 from torch import nn
 
 import partita
+from partita import Constraints, PlanError
 from partita.connections import SET, Magnitude, RigL, Static
 from partita.training.connecting import Connections
 
@@ -20,18 +22,37 @@ METHODS: dict[str, Connections] = {
     "static": Static(density=0.4),
     "set": SET(density=0.4, until=8, every=2, fraction=0.5, seed=2),
     "rigl": RigL(density=0.4, until=8, every=2, fraction=0.5),
-    "blocks": RigL(density=0.5, until=8, every=2, fraction=0.8, block=(3, 2)),
+    "blocks": RigL(density=0.5, until=8, every=2, fraction=0.8, block=(3, 2), form="masked"),
     "magnitude": Magnitude(density=0.3, until=7, every=2, since=2, distribution="uniform", dense=("4.*",)),
 }
+OPTIONS: dict[str, Any] = {"density": 0.5, "block": (3, 2), "distribution": "uniform", "form": "blocks"}
+BY_BLOCKS: dict[str, Connections] = {
+    "static by blocks": Static(**OPTIONS),
+    "set by blocks": SET(**OPTIONS, until=8, every=3, fraction=0.8, seed=2),
+    "rigl by blocks": RigL(**OPTIONS, until=8, every=2, fraction=0.8),
+    "some by blocks": RigL(**OPTIONS | {"distribution": "erk"}, until=8, every=2, fraction=0.8, dense=("0.*",)),
+}
+ALL = METHODS | BY_BLOCKS
 
+WIDTHS = {"0.*": {"tensor": "S(0)"}, "2.*": {"tensor": "S(0)"}}  # the outputs of two layers, one after the other
+PLANS = OTHER_PLANS | {"widths": Constraints(**BASE, data=1, pipeline=1, tensor=2, inputs=WIDTHS)}
 CASES = [
-    *(("rigl", corner) for corner in PLANS),
+    *(("rigl", corner) for corner in OTHER_PLANS),
     ("static", "data"),
     ("set", "data"),
     ("set", "fully sharded"),
     ("magnitude", "pipeline"),
     ("blocks", "tensor"),
+    ("rigl by blocks", "data"),
+    ("rigl by blocks", "pipeline"),
+    ("rigl by blocks", "widths"),
+    ("static by blocks", "data"),
+    ("set by blocks", "pipeline"),
+    ("set by blocks", "widths"),
+    ("some by blocks", "data"),
+    ("some by blocks", "fully sharded"),
 ]
+REFUSED = "rigl by blocks", "tensor"  # a process would store some of the blocks that a block of outputs reads
 
 
 def plain(
@@ -84,7 +105,7 @@ def main(corner: str, folder: str, rank: int) -> None:
     for name, corner in CASES:
         model, optimizer = build("AdamW")
         with partita.parallelize(
-            model, optimizer, loss_fn, batch_of(0), plan=PLANS[corner], connections=METHODS[name], timeout_s=30
+            model, optimizer, loss_fn, batch_of(0), plan=PLANS[corner], connections=ALL[name], timeout_s=30
         ) as step:
             results = [step(batch_of(index)) for index in range(NUM_STEPS)]
             step.sync_to(model)
@@ -94,6 +115,13 @@ def main(corner: str, folder: str, rank: int) -> None:
                 "weights": [value.tolist() for value in model.parameters()],
                 "masks": {key: mask.tolist() for key, mask in step.connections.items()},
             }
+    name, corner = REFUSED
+    try:
+        partita.parallelize(
+            *build("AdamW"), loss_fn, batch_of(0), plan=PLANS[corner], connections=ALL[name], timeout_s=30
+        )
+    except PlanError as error:
+        found["refused"] = str(error)
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)
 

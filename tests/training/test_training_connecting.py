@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,15 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 import connecting_job
 from clipping_job import batch_of, branching, build, loss_fn
-from connecting_job import CASES, METHODS, NUM_STEPS, plain
+from connecting_job import ALL, CASES, METHODS, NUM_STEPS, WIDTHS, plain
 from test_training_averages import PLANS
 from test_training_processes import run_job
 
 import partita
-from partita import CheckpointError, InputError
+from partita import CheckpointError, Constraints, InputError
+from partita.connections import RigL
+from partita.search.connections.crossing import num_crossing
+from partita.training.connecting import Cut
 from partita.training.events import ConnectionsChanged
 
 
@@ -223,6 +227,34 @@ def test_what_cannot_be_is_refused(options: Any, message: str) -> None:
         partita.parallelize(*build("AdamW"), loss_fn, batch_of(0), **options)
 
 
+PRICED = RigL(density=0.3, until=40, every=2, fraction=1.0, crossing=50.0)
+
+
+def crossing_after(method: RigL, inputs: Any, num_steps: int = 30) -> tuple[int, tuple[str, ...]]:
+    """Inputs of the second layer that cross, where its widths are cut in halves, and what the plan tells."""
+    plan = Constraints(compiled=False, threads_per_worker=1, data=1, tensor=2, pipeline=1, inputs=inputs)
+    with partita.parallelize(*build("SGD"), loss_fn, batch_of(0), plan=plan, connections=method) as step:
+        for index in range(num_steps):
+            step(batch_of(index % 4))
+        return num_crossing(step.connections["2.weight"], Cut((6, 6), (6, 6))), step.plan.reasons
+
+
+@pytest.mark.parametrize("options", [{}, {"block": (2, 2), "form": "blocks", "dense": ("4.*",)}])
+def test_inputs_that_cross_devices_have_a_price(options: Any) -> None:
+    priced, reasons = crossing_after(dataclasses.replace(PRICED, **options), WIDTHS)
+    free, _ = crossing_after(dataclasses.replace(PRICED, **options, crossing=0.0), WIDTHS)
+    assert priced < free
+    assert "new connections of 2.weight are priced by the inputs that they make cross devices" in reasons
+
+
+def test_a_plan_that_cuts_no_widths_makes_nothing_cross() -> None:
+    priced, reasons = crossing_after(PRICED, PLANS["tensor"].inputs, 9)  # type: ignore[union-attr]
+    free, others = crossing_after(dataclasses.replace(PRICED, crossing=0.0), PLANS["tensor"].inputs, 9)  # type: ignore[union-attr]
+    assert priced == free
+    assert any("crossing has no effect" in reason for reason in reasons)
+    assert not any("cross" in reason for reason in others)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_job("", tmp_path_factory.mktemp("connecting"), Path(connecting_job.__file__))
@@ -230,7 +262,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("name", "corner"), CASES)
 def test_in_a_job(found: list[dict[str, Any]], name: str, corner: str) -> None:
-    model, masks, losses = plain(METHODS[name])
+    model, masks, losses = plain(ALL[name])
     for one in (process[f"{name}, {corner}"] for process in found):
         assert one["losses"] == pytest.approx(losses, rel=1e-4)
         assert {key: torch.tensor(mask).tolist() for key, mask in one["masks"].items()} == {
@@ -240,13 +272,18 @@ def test_in_a_job(found: list[dict[str, Any]], name: str, corner: str) -> None:
             torch.testing.assert_close(torch.tensor(value), wanted.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["static", "rigl"])
+def test_parts_of_rows_of_blocks_are_refused(found: list[dict[str, Any]]) -> None:
+    assert all("must store all blocks that a block of outputs reads" in process["refused"] for process in found)
+
+
+@pytest.mark.parametrize("name", ["static", "rigl", "static by blocks", "rigl by blocks", "some by blocks"])
 def test_gradients_of_connections_alone_travel(found: list[dict[str, Any]], name: str) -> None:
-    model, masks, _ = plain(METHODS[name])
+    method = ALL[name]
+    model, masks, _ = plain(method)
     there = sum(int(mask.sum()) for mask in masks.values())
     others = sum(item.numel() for key, item in model.named_parameters() if key not in masks)
     everything = sum(item.numel() for item in model.parameters())
     for process in found:
         for step, sent in enumerate(process[f"{name}, data"]["bytes"], start=1):
-            wanted = everything if METHODS[name].needs_gradients and METHODS[name].is_due(step) else there + others
+            wanted = everything if method.needs_gradients and method.is_due(step) else there + others
             assert sent == pytest.approx(4 * wanted, abs=64), step  # and the loss

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.errors import InputError
-from partita.graph.block_ops import block_linear
+from partita.graph.block_ops import block_layer
 from partita.search.connections.grain import Grain
 
 Block = tuple[int, int]  # outputs, inputs
@@ -81,13 +81,7 @@ class BlockLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise InputError(f"the last dim of the input must be {self.in_features}, but its shape is {tuple(x.shape)}")
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if torch.is_autocast_enabled(x.device.type):  # as torch.nn.Linear does there
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        y: Tensor = block_linear(x.reshape(-1, self.in_features), weight, self.index, bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        return block_layer(x, self.weight, self.index, self.bias)
 
     @property
     def density(self) -> float:

@@ -18,9 +18,12 @@ def top_GU(scores_GU: Tensor, num: int) -> Tensor:
     return chosen.scatter_(1, order[:, :num], True)
 
 
-def replaced_GU(chosen_GU: Tensor, weights_GU: Tensor, growth_GU: Tensor, num: int) -> Tensor:
-    """`num` units of each group leave, those with the smallest weights, and as many come, those with the most growth of
-    the units that are not there then. A unit that has just left may come back."""
-    num_kept = int(chosen_GU[0].sum())
-    kept = top_GU(weights_GU.masked_fill(~chosen_GU, -1), num_kept - num)
-    return kept | top_GU(growth_GU.masked_fill(kept, -torch.inf), num)
+def kept_of(chosen_GU: Tensor, weights_GU: Tensor, num: int) -> Tensor:
+    """The units of each group that stay when the `num` with the smallest weights leave, [G, U]."""
+    return top_GU(weights_GU.masked_fill(~chosen_GU, -1), int(chosen_GU[0].sum()) - num)
+
+
+def grown_GU(kept_GU: Tensor, growth_GU: Tensor, num: int) -> Tensor:
+    """Those that stay, and of the others the `num` of each group with the most growth. One that has just left may come
+    back."""
+    return kept_GU | top_GU(growth_GU.masked_fill(kept_GU, -torch.inf), num)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from partita.connections import SET, Magnitude, RigL, Static
 from partita.errors import InputError
-from partita.search.connections.choosing import replaced_GU, top_GU
+from partita.search.connections.choosing import grown_GU, kept_of, top_GU
 from partita.search.connections.methods import Learnt
 
 UNTIL = 40
@@ -118,7 +118,7 @@ def test_replacing(num_groups: int, num_units: int, data: st.DataObject) -> None
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     old = top_GU(torch.rand(num_groups, num_units, generator=random), kept)
     size = torch.randint(0, 3, (num_groups, num_units), generator=random).float() * old
-    new = replaced_GU(old, size, torch.rand(num_groups, num_units, generator=random), num)
+    new = grown_GU(kept_of(old, size, num), torch.rand(num_groups, num_units, generator=random), num)
     assert new.sum(1).tolist() == [kept] * num_groups
     assert ((old & ~new).sum(1) <= num).all()
 
