@@ -82,6 +82,15 @@ def forecast(points: Sequence[Point], at_samples: float, *, maximize: bool, boun
     return Forecast(sign * found, spread * float(np.sqrt(variance)))
 
 
+def score_at(points: Sequence[Point], at_samples: float, *, maximize: bool, bound: float | None = None) -> Forecast:
+    """The score after any number of samples: between points interpolated by their logarithms, as measured; after the
+    last one as `forecast`; before the first one that of the first."""
+    if at_samples > points[-1].samples:
+        return forecast(points, at_samples, maximize=maximize, bound=bound)
+    seen = np.log([max(1.0, point.samples) for point in points])
+    return Forecast(float(np.interp(np.log(max(1.0, at_samples)), seen, [point.score for point in points])), 0.0)
+
+
 def _fits(x_K: np.ndarray, y_K: np.ndarray, later: float) -> tuple[np.ndarray, np.ndarray]:
     """By exponent, the prediction at `later` (in units of the last x) and the sum of squared residuals. E exponents, K
     points."""

@@ -68,15 +68,15 @@ def priced(
     try:
         with torch.random.fork_rng(devices=[]):
             graph = capture(model, loss_fn, batch)
-        here = _prediction(graph, own, optimizer, num_threads=own.num_cores)
+        here = one_plan(graph, own, optimizer, num_threads=own.num_cores)
     except (CaptureError, PlanError) as error:
         return Price(num_parameters=size, note=f"memory and step time are not predicted: {error}")
     gain = 1.0
     num_cores = everywhere.num_cores
     if num_cores > own.num_cores and graph.batch_size >= num_cores:
         try:
-            alone = _prediction(graph, everywhere, optimizer, num_threads=own.num_cores)
-            wide = _prediction(graph, everywhere, optimizer, num_data=num_cores)
+            alone = one_plan(graph, everywhere, optimizer, num_threads=own.num_cores)
+            wide = one_plan(graph, everywhere, optimizer, num_data=num_cores)
             gain = min(float(num_cores), max(1.0, alone.step_time_s / wide.step_time_s))
         except PlanError:
             gain = 1.0
@@ -89,7 +89,7 @@ def priced(
     )
 
 
-def _prediction(
+def one_plan(
     graph: Graph, where: Cluster, optimizer: torch.optim.Optimizer, *, num_data: int = 1, num_threads: int = 1
 ) -> Prediction:
     """Of the one plan that has so many workers along the data axis, with so many threads each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from partita.search.report import Range, report
 from partita.search.task import Task
 from partita.search.trials import SearchTrial
 
+LEAST_JUDGED = 8  # candidates, below which importances are chance
 OBJECTIVES = ("score", "parameters", "step_time")
 
 
@@ -74,9 +76,13 @@ class SearchResult:
     @functools.cached_property
     def importance(self) -> dict[str, float]:
         """How much each suggested value mattered for the score, adding up to 1; empty where too few trials tell."""
-        sign = -1.0 if self.aims.maximize else 1.0  # of the trials with the lowest values is asked
+        if sum(bool(one.points) for one in self.trials) < LEAST_JUDGED:
+            return {}
+        sign = -1.0 if self.aims.maximize else 1.0  # it asks what the trials with the lowest values share
         try:
-            found = optuna.importance.get_param_importances(self.study, target=lambda trial: sign * trial.values[0])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # that it does so
+                found = optuna.importance.get_param_importances(self.study, target=lambda trial: sign * trial.values[0])
         except (ValueError, RuntimeError):
             return {}
         return {name: float(share) for name, share in found.items()}

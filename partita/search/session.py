@@ -17,6 +17,7 @@ from partita.cluster import Cluster
 from partita.errors import InputError
 from partita.search.candidates import Aims
 from partita.search.coordinator import Coordinator, Settings
+from partita.search.course import Course
 from partita.search.deadline import Budget
 from partita.search.delivery import Delivered, deliver
 from partita.search.pricing import Limits
@@ -88,7 +89,6 @@ def _searched(
     slots = request.side_by_side or request.cluster.num_cores
     memory_bytes = request.cluster.processes[0].memory_bytes or request.cluster.machines[0].memory_bytes
     settings = Settings(
-        folder=request.folder.resolve(),
         task_file=task_file,
         modules=_modules(task),
         everywhere=request.cluster,
@@ -99,17 +99,16 @@ def _searched(
         ),
         seed=request.seed,
         num_slots=request.side_by_side,
-        max_trials=request.max_trials,
-        retries=request.retries,
     )
-    coordinator = Coordinator(study, aims, budget, settings, request.tell)
+    folder = request.folder.resolve()
+    course = Course(study, aims, budget, folder, max_trials=request.max_trials, retries=request.retries)
     try:
-        best = coordinator.run()
-        delivered = deliver(settings.folder, best, time.time())
+        best = Coordinator(course, settings, request.tell).run()
+        delivered = deliver(folder, best, time.time())
         study.write("delivered", dataclasses.asdict(delivered))
     finally:
         task_file.unlink(missing_ok=True)
-    return coordinator.candidates, delivered
+    return course.candidates, delivered
 
 
 def _budget(study: Study, request: Request, task: Task, start_s: float) -> Budget:

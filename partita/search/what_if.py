@@ -1,0 +1,216 @@
+"""How the best configuration would change with other resources.
+
+What is measured: each candidate's learning curve in samples, and its step time on the cores that it was trained on.
+Exact plans keep the mathematics, so the curve holds for any of them. What is predicted: the step time under the best
+plan of each cluster, by the planner from times of ops on this machine and the link that the cluster names; it is
+multiplied by what this machine needs for the measured step in place of its prediction. So
+
+    samples on a cluster = (time of the final training) (rows of a batch) / (predicted step time x measured / predicted)
+
+and the score is read from the curve there, or extrapolated (`curves`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+
+from partita.cluster import Cluster
+from partita.cluster.model import Link
+from partita.cost.table import CostTable
+from partita.errors import CaptureError, InputError, PlanError
+from partita.graph import Graph, capture
+from partita.plan import Constraints, Plan
+from partita.planner.describe import title
+from partita.search.candidates import Candidate
+from partita.search.curves import score_at
+from partita.search.parts import first_batch
+from partita.search.pricing import one_plan
+from partita.search.report import values_of
+from partita.search.trials import SearchTrial
+from partita.training.optimizers import OptimizerFacts
+from partita.training.planning import ranked_plans
+from partita.units import format_time
+
+if TYPE_CHECKING:
+    from partita.search.result import SearchResult
+
+NUM_COMPARED = 6
+_UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
+_FORM = (
+    'resources must be like "1,2,4 machines", "1,2,4 machines at 100 Mbit/s" or "1,2 cores", machines being such as '
+    "this one"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A candidate on a cluster: the plan's step time there, and its score with that many samples."""
+
+    candidate: int
+    plan: str
+    step_time_s: float
+    samples: float
+    score: float
+    deviation: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhatIf:
+    """By name of the resources, the outcomes of the compared candidates, best first. `ratios`: by candidate, the
+    measured step time divided by its prediction. `left_out`: candidates that could not be compared, and why."""
+
+    train_s: float
+    outcomes: dict[str, tuple[Outcome, ...]]
+    ratios: dict[int, float]
+    left_out: dict[int, str]
+    values: dict[int, str]
+
+    def __str__(self) -> str:
+        rows = [("resources", "best", "score", "step", "samples", "plan", "values")]
+        for name, found in self.outcomes.items():
+            if found:
+                best = found[0]
+                rows.append(
+                    (
+                        name,
+                        str(best.candidate),
+                        f"{best.score:.4g} +-{best.deviation:.1g}",
+                        format_time(best.step_time_s),
+                        f"{best.samples:,.0f}",
+                        best.plan,
+                        self.values[best.candidate],
+                    )
+                )
+        widths = [max(len(row[column]) for row in rows) for column in range(6)]
+        lines = ["  ".join([*map(str.ljust, row[:6], widths), row[6]]).rstrip() for row in rows]
+        chosen = {found[0].candidate for found in self.outcomes.values() if found}
+        verdict = "The best candidate is another one" if len(chosen) > 1 else "The best candidate is the same"
+        compared = ", ".join(f"{number} (x {ratio:.2g})" for number, ratio in self.ratios.items())
+        told = (
+            f"{verdict} with other resources. {format_time(self.train_s)} of training each. Measured: learning curves "
+            "by samples, and step times here. Predicted: step times (the planner's, times measured over predicted ones "
+            f"here), and scores beyond what was trained. Compared: candidates {compared}"
+        )
+        left = [f"candidate {number} is left out: {why}" for number, why in self.left_out.items()]
+        return "\n".join([*lines, "", told, *left])
+
+
+def resources(text: str, here: Cluster) -> dict[str, Cluster]:
+    """Clusters by name, of machines such as this one.
+
+    Raises:
+        InputError: the text says nothing of the kind, or more cores than there are.
+
+    >>> list(resources("1,2 machines", Cluster.detect()))
+    ['1 machines', '2 machines']
+    """
+    match = re.fullmatch(
+        r"(\d+(?:,\d+)*)(machines?|cores?)(?:at([\d.]+)([kMG])bit/s)?", re.sub(r"\s+", "", text).strip()
+    )
+    if match is None:
+        raise InputError(f"{_FORM}, but got {text!r}")
+    counts, what, rate, unit = match.groups()
+    link = None if rate is None else Link(bytes_per_s=float(rate) * _UNITS[unit] / 8, latency_s=here.network.latency_s)
+    make = _of_machines if what.startswith("machine") else _of_cores
+    return {f"{count} {what}": make(here, int(count), link) for count in counts.split(",")}
+
+
+def _of_machines(here: Cluster, count: int, link: Link | None) -> Cluster:
+    if count < 1:
+        raise InputError(f"{_FORM}, but there must be at least one machine")
+    process = here.processes[0]
+    return msgspec.structs.replace(
+        here,
+        machines=(here.machines[process.machine],) * count,
+        processes=tuple(msgspec.structs.replace(process, rank=rank, machine=rank) for rank in range(count)),
+        network=link or here.network,
+    )
+
+
+def _of_cores(here: Cluster, count: int, link: Link | None) -> Cluster:
+    process = here.processes[0]
+    if not 1 <= count <= len(process.cores):
+        raise InputError(f"{_FORM}, but this machine has {len(process.cores)} cores, not {count}")
+    return msgspec.structs.replace(here, processes=(msgspec.structs.replace(process, cores=process.cores[:count]),))
+
+
+def what_if(result: SearchResult, clusters: Mapping[str, Cluster]) -> WhatIf:
+    """How the candidates of a search would do on other clusters in the time of its final training.
+
+    Example:
+        >>> print(what_if(result, resources("1,2,4 machines", partita.Cluster.detect())))
+    """
+    train_s = result.budget.final_s
+    ratios: dict[int, float] = {}
+    left_out: dict[int, str] = {}
+    found: dict[str, list[Outcome]] = {name: [] for name in clusters}
+    for candidate in _compared(result):
+        try:
+            step = _Step(result, candidate)
+            ratios[candidate.number] = step.ratio
+            for name, cluster in clusters.items():
+                found[name].append(_outcome(result, candidate, step, step.best_plan(cluster), train_s))
+        except (CaptureError, PlanError) as error:
+            left_out[candidate.number] = str(error)
+    sign = -1.0 if result.aims.maximize else 1.0
+    return WhatIf(
+        train_s=train_s,
+        outcomes={name: tuple(sorted(rows, key=lambda row: sign * row.score)) for name, rows in found.items()},
+        ratios=ratios,
+        left_out=left_out,
+        values={one.number: values_of(one) for one in result.trials},
+    )
+
+
+def _compared(result: SearchResult) -> Sequence[Candidate]:
+    """Those of the Pareto front, and the ones with the best scores: other resources choose among them."""
+    judged = [one for one in result.trials if len(one.points) > 1 and one.samples_per_s > 0]
+    sign = -1.0 if result.aims.maximize else 1.0
+    best = sorted(judged, key=lambda one: sign * result.predicted(one))[: NUM_COMPARED // 2]
+    front = [one for one in result.pareto if one in judged and one not in best]
+    return [*best, *front][:NUM_COMPARED]
+
+
+class _Step:
+    """A candidate's training step, to be planned for clusters."""
+
+    def __init__(self, result: SearchResult, candidate: Candidate) -> None:
+        task, trial = result.task, SearchTrial(candidate.number, candidate.params)
+        model = task.build(trial)
+        self._optimizer = task.optimizer(trial, model)
+        batch = first_batch(task.parts()[0], candidate.batch_size)
+        with torch.random.fork_rng(devices=[]):
+            self._graph: Graph = capture(model, task.loss_fn, batch)
+        here = Cluster.detect()
+        own = _of_cores(here, min(candidate.num_cores, here.num_cores), None)
+        same = one_plan(self._graph, own, self._optimizer, num_threads=own.num_cores)
+        self.ratio = candidate.step_time_s / same.step_time_s
+
+    def best_plan(self, cluster: Cluster) -> Plan:
+        facts = OptimizerFacts.of(self._optimizer)
+        return ranked_plans(
+            self._graph, cluster, CostTable(cluster), Constraints(), facts, limit=1, refines=False
+        )[0]  # fmt: skip
+
+
+def _outcome(result: SearchResult, candidate: Candidate, step: _Step, plan: Plan, train_s: float) -> Outcome:
+    if plan.prediction is None:
+        raise PlanError("its plan has no prediction")
+    step_time_s = plan.prediction.step_time_s * step.ratio
+    rows = candidate.samples_per_s * candidate.step_time_s
+    samples = train_s * rows / step_time_s
+    score = score_at(candidate.points, samples, maximize=result.aims.maximize, bound=result.aims.bound)
+    return Outcome(
+        candidate=candidate.number,
+        plan=title(plan),
+        step_time_s=step_time_s,
+        samples=samples,
+        score=score.score,
+        deviation=score.deviation,
+    )
