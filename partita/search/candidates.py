@@ -16,6 +16,7 @@ from partita.search.allocation import Standing, Values
 from partita.search.curves import Forecast, Point, forecast
 from partita.search.deadline import Budget
 
+CAUTION = 2.0
 State = Literal["running", "waiting", "rejected", "raised", "failed", "gone"]
 
 
@@ -135,12 +136,13 @@ def standings(candidates: Iterable[Candidate], aims: Aims, budget: Budget, now_s
 
 def best_of(candidates: Sequence[Candidate], aims: Aims, budget: Budget, now_s: float) -> Candidate | None:
     """The one that is to be trained until the deadline, of those that have a checkpoint: whose predicted score, made
-    worse by its standard deviation, is best. A few points may promise anything; a long curve is to be relied on."""
+    worse by `CAUTION` standard deviations, is best. A few points may promise anything; a long curve is to be relied
+    on."""
     usable = [one for one in candidates if one.points and one.is_saved and one.state in ("running", "waiting")]
 
     def cautious(one: Candidate) -> tuple[float, float]:
         found = aims.predicted(one, budget, now_s)
         last = aims.turned(one, one.points[-1].score)[0]
-        return aims.turned(one, found.score)[0] + found.deviation, last
+        return aims.turned(one, found.score)[0] + CAUTION * found.deviation, last
 
     return min(usable, key=cautious, default=None)

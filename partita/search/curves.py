@@ -77,6 +77,7 @@ def forecast(points: Sequence[Point], at_samples: float, *, maximize: bool, boun
     weights = _weights(residuals, len(x))
     mean = float(weights @ predictions)
     variance = weights @ ((predictions - mean) ** 2 + (residuals + LEAST_NOISE**2) / len(x))
+    variance *= len(x) / max(1, len(x) - 2)  # floor and slope are estimates
     found = float(y[-1]) + spread * mean
     found = found if bound is None else max(found, sign * bound)
     return Forecast(sign * found, spread * float(np.sqrt(variance)))

@@ -183,11 +183,12 @@ class Study:
         """Ends a trial: complete with a predicted or reached score, pruned if its candidate was rejected or never
         judged, else failed."""
         self.note(number, candidate, why=candidate.why)
-        rejected = candidate.state == "rejected" or (candidate.state != "failed" and score is None)
-        if score is not None and candidate.state not in ("rejected", "failed"):
-            self.optuna.tell(number, self._aims.values(candidate, score))
+        if candidate.state in ("failed", "raised"):
+            self.optuna.tell(number, state=TrialState.FAIL)
+        elif candidate.state == "rejected" or score is None:
+            self.optuna.tell(number, state=TrialState.PRUNED)
         else:
-            self.optuna.tell(number, state=TrialState.PRUNED if rejected else TrialState.FAIL)
+            self.optuna.tell(number, self._aims.values(candidate, score))
         self._asked.pop(number, None)
 
     # What was before -------------------------------------------------------------------------------------------

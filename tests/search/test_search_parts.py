@@ -13,9 +13,12 @@ from partita.search.parts import check_parts, endless, first_batch, judged_batch
 
 
 class Standing:
-    """Stands in for a step: only its number of steps is asked for."""
+    """Stands in for a step: where it stands, and which rows it needs."""
 
     num_steps = 0
+
+    def rows_needed(self, num_rows: int) -> tuple[int, int]:
+        return 0, num_rows
 
 
 def rows(count: int = 10) -> tuple[torch.Tensor, torch.Tensor]:
