@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 
 from partita.cluster import Cluster
+from partita.errors import SearchError
 from partita.search.candidates import Candidate
 from partita.search.course import DELIVERED, Course
 from partita.search.messages import (
@@ -97,8 +98,11 @@ class Coordinator:
         Raises:
             SearchError: no candidate could be trained.
         """
-        if time.time() < self._budget.last_s:
-            warm_up(self._settings.modules)
+        if not warm_up(self._settings.modules, self._budget.last_s - time.time()) and not self._course.has_waiting():
+            raise SearchError(
+                "the modules of the functions given must be imported by other processes, which had not ended at the "
+                "deadline. Do they wait for something, or train, while they are imported?"
+            )
         try:
             while not self._is_over():
                 self._fill()

@@ -18,7 +18,7 @@ from partita.search.study import Study
 
 MOST_KEPT = 32  # checkpoints of waiting candidates
 MOST_FINAL_FAILURES = 3  # of one candidate; others come then
-NUM_BROKEN = 3  # candidates that raised, and none that did not: the user's code is broken
+NUM_BROKEN = 3  # candidates that raised or died, again and again, and none that did not: the user's code is broken
 DELIVERED = "delivered"
 
 
@@ -162,11 +162,11 @@ class Course:
         """Whether nothing that could be delivered is to be expected any more.
 
         Raises:
-            SearchError: all candidates raise, so nothing ever will.
+            SearchError: all candidates raise or die, so nothing ever will.
         """
-        raised = [one for one in self.all if one.state == "raised"]
-        if len(raised) >= NUM_BROKEN and len(raised) == len(self.candidates):
-            raise SearchError(f"every candidate raises an error, the last one:\n{raised[-1].why}")
+        broken = [one for one in self.all if one.state in ("raised", "failed") and not one.points]
+        if len(broken) >= NUM_BROKEN * (1 + self._retries) and len(broken) == len(self.candidates):
+            raise SearchError(f"no candidate can be trained, the last one for this reason:\n{broken[-1].why}")
         if num_running:
             return False
         if self.is_explored(now_s, num_running=0):

@@ -7,18 +7,19 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
 
-from partita.errors import InputError
+from partita.errors import InputError, SearchError
 from partita.search.messages import FromTrial, Go, Order, Stop, Suggested
 from partita.search.trial_process import main
 
 VARIABLE = "PARTITA_SEARCH_PRELOAD"
-_END_LIMIT_S = 5.0  # for a process that was killed to be gone
+KILLED_LIMIT_S, ENDED_LIMIT_S = 0.5, 2.0  # for a process that was killed, or has said that it ends, to be gone
 
 
 class TrialProcess:
@@ -62,13 +63,13 @@ class TrialProcess:
             raise EOFError from error
 
     def end(self, *, kill: bool) -> str:
-        """Ends the process, and says how it went: "" as it should."""
+        """Ends the process, and says how it went: "" as it should. One that was killed is not waited for long: there is
+        a deadline, and nothing keeps it alive."""
         if kill:
             self._process.kill()
-        self._process.join(_END_LIMIT_S)
+        self._process.join(KILLED_LIMIT_S if kill else ENDED_LIMIT_S)
         if self._process.exitcode is None:
             self._process.kill()
-            self._process.join(_END_LIMIT_S)
         code = self._process.exitcode
         for line in (self.link, self._lifeline):
             line.close()
@@ -78,12 +79,31 @@ class TrialProcess:
         return reason + (", as the system does when memory is short" if code == -9 else "")
 
 
-def warm_up(modules: list[str]) -> None:
-    """Starts the server of trials, so that the first one begins as fast as all others."""
-    first: Any = _context().Process(target=_nothing, name="warm-up")  # type: ignore[attr-defined]
-    with _told_to_server(modules):
-        first.start()
-    first.join()
+def warm_up(modules: list[str], limit_s: float) -> bool:
+    """Starts the server of trials, so that the first one begins as fast as all others; whether it was ready in time. It
+    imports the user's script, which may do anything."""
+    errors: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            first: Any = _context().Process(target=_nothing, name="warm-up")  # type: ignore[attr-defined]
+            with _told_to_server(modules):
+                first.start()
+            first.join()
+            if first.exitcode:
+                raise SearchError(
+                    "the modules of the functions given must be imported by other processes, but one that did so has "
+                    f"ended with code {first.exitcode}; what it wrote to standard error says why"
+                )
+        except BaseException as error:
+            errors.append(error)
+
+    starter = threading.Thread(target=start, name="warm-up", daemon=True)
+    starter.start()
+    starter.join(max(0.0, limit_s))
+    if errors:
+        raise errors[0]
+    return not starter.is_alive()
 
 
 def _nothing() -> None:

@@ -84,7 +84,10 @@ def run(request: Request) -> SearchResult:
 def _searched(
     study: Study, request: Request, task: Task, aims: Aims, budget: Budget
 ) -> tuple[dict[int, Any], Delivered]:
-    task_file = request.folder.resolve() / f"task-{os.getpid()}.pt"
+    folder = request.folder.resolve()
+    for left_behind in folder.glob("task-*.pt"):  # by a search that was killed; the folder is this one's alone
+        left_behind.unlink()
+    task_file = folder / f"task-{os.getpid()}.pt"
     torch.save(task, task_file)
     slots = request.side_by_side or request.cluster.num_cores
     memory_bytes = request.cluster.processes[0].memory_bytes or request.cluster.machines[0].memory_bytes
@@ -100,7 +103,6 @@ def _searched(
         seed=request.seed,
         num_slots=request.side_by_side,
     )
-    folder = request.folder.resolve()
     course = Course(study, aims, budget, folder, max_trials=request.max_trials, retries=request.retries)
     try:
         best = Coordinator(course, settings, request.tell).run()

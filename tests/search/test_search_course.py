@@ -122,11 +122,12 @@ def test_a_candidate_whose_process_dies_again_and_again_has_failed(tmp_path) -> 
         assert now.candidates[one.number].state == "failed"
 
 
-def test_code_that_always_raises_ends_the_search_with_its_traceback(tmp_path) -> None:
-    now = course(tmp_path)
+@pytest.mark.parametrize("state", ["raised", "failed"])
+def test_code_that_always_raises_or_dies_ends_the_search_with_its_reason(tmp_path, state: str) -> None:
+    now = course(tmp_path, retries=0)
     for _ in range(NUM_BROKEN):
         assert not now.is_exhausted(10, num_running=1)
-        add(now, 0.0, checkpoint=False, state="raised", why="Traceback ... on purpose", points=())
+        add(now, 0.0, checkpoint=False, state=state, why="Traceback ... on purpose", points=())
     with pytest.raises(SearchError, match="on purpose"):
         now.is_exhausted(10, num_running=1)
 

@@ -1,0 +1,195 @@
+"""Searches with their processes: what is delivered, and what survives kill -9 of a trial and of the search itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import partita
+from partita import InputError, SearchError
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+PATIENCE_S = 120.0  # for something that takes seconds where nothing else runs
+
+
+@pytest.fixture
+def task(monkeypatch) -> Any:
+    """The functions that are searched, as a module that other processes can import."""
+    monkeypatch.syspath_prepend(str(HERE))
+    import search_task
+
+    return search_task
+
+
+def trials(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """State and attributes of all trials, read by somebody else."""
+    with sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True) as connection:
+        found = connection.execute("SELECT trial_id, state FROM trials ORDER BY number").fetchall()
+        read = "SELECT key, value_json FROM trial_user_attributes WHERE trial_id = ?"
+        return [(state, {k: json.loads(v) for k, v in connection.execute(read, (number,))}) for number, state in found]
+
+
+def states(folder: Path) -> list[str]:
+    try:
+        return [state for state, _ in trials(folder)]
+    except sqlite3.Error:  # not there yet
+        return []
+
+
+def wait_for(holds: Callable[[], bool], what: str) -> None:
+    end_s = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < end_s, f"{what} did not come"
+        time.sleep(0.1)
+
+
+def accuracy(model: torch.nn.Module, judged: Any) -> float:
+    return float((model(judged[0]).argmax(1) == judged[1]).float().mean())
+
+
+def job(folder: Path, deadline: str, *arguments: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(HERE / "search_job.py"), str(folder), deadline, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_a_search_delivers_what_it_says(task, tmp_path) -> None:
+    start_s = time.time()
+    told: list[str] = []
+    options: dict[str, Any] = {"folder": tmp_path / "s", "batch_size": 50, "max_params": 400}
+    result = partita.search(task.build, task.data, deadline=20, listener=told.append, **options)
+    judged = task.data()[1]
+    assert result.score == pytest.approx(accuracy(result.model, judged), abs=1e-6)
+    assert result.score > 0.8, "a constant answer is right for half of them"
+    assert result.budget.deadline_s == pytest.approx(start_s + 20, abs=2)
+    assert "RUNNING" not in states(tmp_path / "s")
+    for one in result.trials:
+        assert (one.num_parameters > 400) == (one.state == "rejected" and "max_params" in one.why)
+    assert result.best in result.trials and result.best.number in {one.number for one in result.pareto}
+    assert f"candidate {result.best.number}" in result.explain() and told
+    again = partita.search(task.build, task.data, deadline=1, **options)
+    assert (again.score, again.trials, again.budget) == (result.score, result.trials, result.budget)
+    with pytest.raises(InputError, match="objectives must be"):
+        partita.search(task.build, task.data, deadline=1, objectives=("score", "parameters"), **options)
+
+
+def test_a_killed_trial_is_tried_again_and_harms_no_other(task, tmp_path) -> None:
+    marker = tmp_path / "marker"
+    result = partita.search(
+        task.DieOnce(str(marker)), task.data, deadline=20, folder=tmp_path / "s", batch_size=50, max_trials=3
+    )
+    found = trials(tmp_path / "s")
+    assert marker.exists() and "RUNNING" not in states(tmp_path / "s")
+    killed = [attributes for state, attributes in found if state == "FAIL"]
+    assert len(killed) == 1 and "signal 9" in killed[0]["why"]
+    assert any(attributes.get("retries") == killed[0]["candidate"] for _, attributes in found)
+    assert sum(state == "COMPLETE" for state, _ in found) >= 2 and result.score > 0.5
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_with_what_it_had_and_meets_the_same_deadline(tmp_path) -> None:
+    folder = tmp_path / "s"
+    first = job(folder, "60s")
+    wait_for(lambda: {"COMPLETE", "RUNNING"} <= set(states(folder)), "a finished trial beside a running one")
+    children = psutil.Process(first.pid).children(recursive=True)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    _, alive = psutil.wait_procs(children, timeout=PATIENCE_S)
+    assert children and not alive, "a trial ends with its search"
+    before = {number: one for number, one in enumerate(trials(folder)) if one[0] == "COMPLETE"}
+    with sqlite3.connect(folder / "study.db") as connection:
+        read = "SELECT value_json FROM study_user_attributes WHERE key LIKE 'search:%'"
+        deadline_s = json.loads(connection.execute(read).fetchone()[0])["deadline_s"]
+    second = job(folder, "600s")
+    output, errors = second.communicate(timeout=PATIENCE_S)
+    assert second.returncode == 0, errors
+    after = trials(folder)
+    assert all(after[number] == one for number, one in before.items()), "no finished trial is lost"
+    assert "RUNNING" not in states(folder) and "delivered" in output
+    facts = json.loads((folder / "best" / "candidate.json").read_text())
+    assert facts["score"] > 0.5
+    assert time.time() < deadline_s + PATIENCE_S, "not the 600 s of the second call"
+
+
+@pytest.mark.slow
+def test_the_command_starts_a_killed_search_again(tmp_path) -> None:
+    folder = tmp_path / "s"
+    command = [sys.executable, "-m", "partita", "search", str(HERE / "search_script.py"), "--deadline", "45s", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*command, "--folder", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+    def searching() -> list[psutil.Process]:
+        return [one for one in psutil.Process(process.pid).children() if "--unattended" in one.cmdline()]
+
+    wait_for(lambda: "COMPLETE" in states(folder), "a finished trial")
+    killed = searching()[0]
+    os.kill(killed.pid, signal.SIGKILL)
+    output, errors = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, errors
+    assert "started again" in errors
+    assert json.loads(output)["score"] > 0.5 and "RUNNING" not in states(folder)
+
+
+def test_code_that_raises_ends_the_search_with_its_traceback(task, tmp_path) -> None:
+    with pytest.raises(SearchError, match="broken on purpose"):
+        partita.search(task.broken, task.data, deadline=300, folder=tmp_path / "s")
+    assert set(states(tmp_path / "s")) == {"FAIL"}
+
+
+def test_a_space_in_which_nothing_fits_says_so(task, tmp_path) -> None:
+    with pytest.raises(SearchError, match="parameters, more than max_params = 3"):
+        partita.search(task.build, task.data, deadline=300, folder=tmp_path / "s", max_params=3, max_trials=2)
+    assert states(tmp_path / "s") == ["PRUNED", "PRUNED"]
+    with pytest.raises(SearchError, match="of memory, more than"):
+        partita.search(task.build, task.data, deadline=300, folder=tmp_path / "m", max_memory=2000, max_trials=2)
+
+
+def test_a_script_that_searches_while_it_is_imported_is_told_so(tmp_path) -> None:
+    script = tmp_path / "unguarded.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport partita, search_task\n"
+        "def build(trial):\n    return search_task.build(trial)\n"
+        f"partita.search(build, search_task.data, deadline=300, folder={str(tmp_path / 's')!r})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=PATIENCE_S,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1 and '__name__ == "__main__"' in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"build": lambda trial: None}, "build must be found by other processes"),
+        ({"build": 5}, "build must be a function"),
+        ({"deadline": "soon"}, "deadline must be"),
+        ({"objectives": ("parameters",)}, 'begins with "score"'),
+        ({"objectives": "score"}, "objectives"),
+        ({"direction": "minimize"}, "direction belongs to a score"),
+        ({"max_params": 0}, "max_params"),
+        ({"final_share": 1.0}, "final_share"),
+        ({"cluster": partita.Cluster.preset("1x1xcpu-4")}, "is_here"),
+        ({"data": (torch.zeros(3), torch.zeros(3))}, "single tensor"),
+        ({"storage": "nonsense"}, "storage must be"),
+    ],
+)
+def test_bad_input(task, tmp_path, wrong: dict[str, Any], told: str) -> None:
+    given: dict[str, Any] = {"build": task.build, "data": task.data, "deadline": 10, "folder": tmp_path / "s"} | wrong
+    with pytest.raises(InputError, match=told):
+        partita.search(**given)
