@@ -87,7 +87,8 @@ def search(
             on several machines that share one learn from each other's trials.
         study: its name there; default: that of the folder.
         max_trials: so many candidates at most.
-        side_by_side: so many trials at a time; default: one a core at first, fewer and wider ones towards the end.
+        side_by_side: so many trials at a time; default: one a core at first, fewer and wider ones towards the end; on a
+            machine with GPUs one.
         final_share: of the time, for the final training.
         retries: so often a candidate is tried again whose process died before it had a checkpoint.
         seed: of proposals and of training.

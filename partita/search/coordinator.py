@@ -36,9 +36,9 @@ from partita.search.report import values_of
 from partita.search.study import GRACE_S, HEARTBEAT_S
 from partita.units import split_evenly
 
-PLANNED_FROM_S = 30.0  # finding a plan and compiling it takes seconds, of which no more than a tenth should be lost
-LEAST_START_S = 20.0  # for a trial to begin
-SILENCE, LEAST_SILENCE_S = 3.0, 10.0  # a trial is ended that tells nothing for three times as long as it should take
+LEAST_START_S = 20.0  # for a trial to begin, and to be judged first
+SILENCE, LEAST_SILENCE_S = 3.0, 60.0  # a trial is ended that tells nothing for three times as long as the last time
+TOLD_TIMES = 10  # lines about the final training
 STOP_LIMIT_S = 3.0
 TICK_S = 0.1
 NOTED_EVERY_S = 1.0  # points of a curve are kept at most so often, and at the end of each rung
@@ -79,6 +79,8 @@ class _Running:
     due_s: float  # it must have told something by then
     is_stopping: bool = False
     beaten_s: float = field(default_factory=time.time)
+    heard_s: float = field(default_factory=time.time)
+    told_s: float = 0.0
     noted_s: float = 0.0
 
 
@@ -179,7 +181,6 @@ class Coordinator:
             limits=settings.limits,
             final=(begin_s, self._budget.last_s) if is_final else None,
             best_score=candidate.best_score,
-            planned_from_s=PLANNED_FROM_S,
         )
         now_s = time.time()
         self._running.append(
@@ -190,7 +191,7 @@ class Coordinator:
                 cores=cores,
                 is_final=is_final,
                 started_s=now_s,
-                due_s=now_s + max(LEAST_START_S, (self._budget.explore_end_s - self._budget.start_s) / 2),
+                due_s=now_s + self._start_limit_s(),
             )
         )
 
@@ -201,12 +202,15 @@ class Coordinator:
         if not one.is_final:
             until_s = self._course.next_until_s(candidate, self._startup_s())
             granted_s = max(0.0, until_s - candidate.train_s)
-        one.due_s = now_s + SILENCE * granted_s + LEAST_SILENCE_S
+        one.due_s = now_s + self._start_limit_s()
         one.process.send(Go(until_s=until_s, granted_s=granted_s))
 
     def _stop(self, one: _Running) -> None:
         one.is_stopping, one.due_s = True, time.time() + STOP_LIMIT_S
         one.process.send(Stop())
+
+    def _start_limit_s(self) -> float:
+        return max(LEAST_START_S, (self._budget.explore_end_s - self._budget.start_s) / 2)
 
     def _startup_s(self) -> float:
         return median(self._startups_s) if self._startups_s else 0.0
@@ -229,8 +233,10 @@ class Coordinator:
                 self._lose(one, "", kill=False)
 
     def _handle(self, one: _Running, candidate: Candidate, message: FromTrial) -> None:
+        now_s = time.time()
         if not one.is_stopping:
-            one.due_s = max(one.due_s, time.time() + LEAST_SILENCE_S)
+            one.due_s = max(one.due_s, now_s + LEAST_SILENCE_S + SILENCE * (now_s - one.heard_s))
+        one.heard_s = now_s
         match message:
             case Suggest():
                 one.process.send(self._study.suggest(one.number, message))
@@ -275,10 +281,21 @@ class Coordinator:
             score, kept = message.point.score, candidate.best_score
             better = max if self._course.aims.maximize else min
             candidate = dataclasses.replace(candidate, best_score=score if kept is None else better(kept, score))
+            self._tell_of_final(one, candidate)
         self._course.candidates[candidate.number] = candidate
         if one.is_final or time.time() - one.noted_s > NOTED_EVERY_S:
             one.noted_s = time.time()
             self._keep(one, candidate)
+
+    def _tell_of_final(self, one: _Running, candidate: Candidate) -> None:
+        now_s = time.time()
+        if now_s - one.told_s > self._budget.final_s / TOLD_TIMES:
+            one.told_s = now_s
+            left_s = max(0.0, self._budget.deadline_s - now_s)
+            self._tell(
+                f"candidate {candidate.number}: score {candidate.points[-1].score:.4g} after {candidate.train_s:.2g} "
+                f"s, best {candidate.best_score:.4g}; {left_s:.2g} s until the deadline"
+            )
 
     def _rung_end(self, one: _Running, candidate: Candidate) -> None:
         """A candidate has trained as far as it may: it goes on if it is among the best."""

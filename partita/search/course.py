@@ -82,7 +82,11 @@ class Course:
         return self._max_trials is not None and len(self.candidates) - len(retried) >= self._max_trials
 
     def promoted(self, now_s: float) -> int | None:
-        """The candidate that is to train on next; None: nobody deserves it yet."""
+        """The candidate that is to train on next: one that was interrupted before its first rung, or that deserves it;
+        None: there is none."""
+        for one in self.all:
+            if one.state == "waiting" and one.rung < 0 and one.failures <= self._retries:
+                return one.number
         return next_promoted(self.standings(now_s))
 
     def may_propose(self, now_s: float, *, startup_s: float, num_running: int) -> bool:
@@ -150,7 +154,7 @@ class Course:
     def recover(self, candidate: Candidate) -> None:
         """A candidate whose process died waits to go on from its checkpoint, or is proposed again, or has failed."""
         if candidate.points and self.has_checkpoint(candidate):
-            found = dataclasses.replace(candidate, state="waiting", why="", is_saved=True)
+            found = self.at_its_rung(dataclasses.replace(candidate, state="waiting", why=""))
         else:
             why = candidate.why or "the search was interrupted while it was trained"
             found = dataclasses.replace(candidate, state="failed", why=why, is_saved=False)

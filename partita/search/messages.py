@@ -25,7 +25,6 @@ class Order:
         everywhere: all cores of the search.
         final: from when to when (seconds since 1970) this is the final training; None: it explores.
         best_score: of the weights that an earlier process of the final training has kept.
-        planned_from_s: trained for at least so long, planning pays.
     """
 
     task_file: str
@@ -39,7 +38,6 @@ class Order:
     limits: Limits
     final: tuple[float, float] | None
     best_score: float | None
-    planned_from_s: float
 
 
 @dataclass(frozen=True, kw_only=True)

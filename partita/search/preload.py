@@ -21,6 +21,10 @@ import partita.search.trial_process  # noqa: F401 - for the trials
 from partita.search import processes
 
 torch.set_num_threads(1)
+with contextlib.suppress(ImportError):
+    # torch.fx makes progress bars, whose lock between processes would be left behind by every trial that is killed.
+    # Made here, it is inherited.
+    importlib.import_module("tqdm").tqdm.get_lock()
 processes.role.is_server = True
 _wished = json.loads(os.environ[processes.VARIABLE])
 sys.path[:] = _wished["path"]

@@ -89,8 +89,10 @@ def _searched(
         left_behind.unlink()
     task_file = folder / f"task-{os.getpid()}.pt"
     torch.save(task, task_file)
-    slots = request.side_by_side or request.cluster.num_cores
-    memory_bytes = request.cluster.processes[0].memory_bytes or request.cluster.machines[0].memory_bytes
+    machine = request.cluster.machines[request.cluster.processes[0].machine]
+    side_by_side = request.side_by_side or (1 if machine.gpus else None)  # trials would share the GPU's memory
+    slots = side_by_side or request.cluster.num_cores
+    memory_bytes = request.cluster.processes[0].memory_bytes or machine.memory_bytes
     settings = Settings(
         task_file=task_file,
         modules=_modules(task),
@@ -101,7 +103,7 @@ def _searched(
             last_s=budget.last_s,
         ),
         seed=request.seed,
-        num_slots=request.side_by_side,
+        num_slots=side_by_side,
     )
     course = Course(study, aims, budget, folder, max_trials=request.max_trials, retries=request.retries)
     try:

@@ -37,6 +37,9 @@ from partita.training.step import Step
 from partita.units import fingerprint
 
 DECAY_SHARE = 0.5
+# Planning and trying plans takes seconds, and compiling them tens of seconds, of which no more than a tenth should be
+# lost.
+PLANNED_FROM_S, COMPILED_FROM_S = 30.0, 180.0
 BETWEEN_JUDGED = 1.35  # the next point of the curve is at so many times the training time of the last one
 JUDGING_COST = 5.0  # and judging takes at most one in so many seconds
 LEAST_BETWEEN_S = 0.1
@@ -105,7 +108,7 @@ class TrainingRun:
         self._progress = _Progress()
         self._step: Step | None = None
         self._batches: Iterator[Any] = iter(())
-        self._is_planned = False
+        self._planned: tuple[bool, bool] = (False, False)
         self._next_judged_s, self._judged_samples, self._judging_s = 0.0, 0.0, 0.0
         self._saved_at_s, self._saving_s = time.monotonic(), 0.0
         self._marks: list[tuple[float, float, int]] = []  # train_s, samples and steps since `begin`, for speeds
@@ -139,8 +142,8 @@ class TrainingRun:
         """Makes the training step, under a plan that is found for the trial's cores if it is trained for long enough;
         `resumed`: it goes on from the candidate's checkpoint."""
         self.close()
-        self._is_planned = granted_s >= self._order.planned_from_s
-        self._step = self._made()
+        self._planned = _planned_for(granted_s)
+        self._step = self._made(*self._planned)
         if resumed:
             self._step.load(self._order.folder, also={"progress": self._progress})
         self._batches = endless(self._training, self.batch_size, self._step, seed=self._order.seed)
@@ -150,17 +153,18 @@ class TrainingRun:
 
     def continue_for(self, granted_s: float) -> None:
         """Called after `save`: from here on a plan may pay."""
-        if not self._is_planned and granted_s >= self._order.planned_from_s:
+        if _planned_for(granted_s) > self._planned:
             self.begin(granted_s, resumed=True)
 
-    def _made(self) -> Step:
+    def _made(self, planned: bool, compiled: bool) -> Step:
         plain = block_plan(self._here, graph=None, reasons=(PLAINLY,))
         return parallelize(
             self.model,
             self._optimizer,
             self._task.loss_fn,
             self._batch,
-            plan="auto" if self._is_planned else plain,
+            plan="auto" if planned else plain,
+            compile="auto" if compiled else False,
             cluster=self._here,
             connections=self._connections,
         )
@@ -280,6 +284,11 @@ class TrainingRun:
         """Ends the workers."""
         if self._step is not None:
             self._step.close()
+
+
+def _planned_for(granted_s: float) -> tuple[bool, bool]:
+    """Whether a plan is looked for, and may be compiled, for so much training."""
+    return granted_s >= PLANNED_FROM_S, granted_s >= COMPILED_FROM_S
 
 
 def better(score: float, than: float, *, maximize: bool) -> bool:

@@ -112,6 +112,17 @@ def test_interrupted_candidates_go_on_from_checkpoints_and_others_are_proposed_a
     assert trials[2].system_attrs["fixed_params"] == lost.params
 
 
+def test_who_was_interrupted_before_the_first_rung_comes_first(tmp_path) -> None:
+    now = course(tmp_path)
+    for score in (0.9, 0.8, 0.7):
+        add(now, score)
+    assert now.promoted(10) == 0
+    one = add(now, 0.1, rung=-1, failures=1)
+    assert now.promoted(10) == one.number
+    now.candidates[one.number] = dataclasses.replace(one, failures=2)
+    assert now.promoted(10) == 0, "what dies again and again is left"
+
+
 def test_a_candidate_whose_process_dies_again_and_again_has_failed(tmp_path) -> None:
     now = course(tmp_path, retries=1)
     for failures, queued in ((1, 1), (2, 0)):
