@@ -11,6 +11,7 @@ from typing import Any
 import partita  # before torch: it makes waiting threads sleep instead of spin
 
 import torch  # isort: skip
+from sklearn.datasets import load_digits
 from torch import nn
 
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
@@ -18,8 +19,6 @@ ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 
 def data() -> tuple[Any, Any]:
     """(training part, judged part), each (pixels, digits)."""
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
     order = torch.randperm(len(digits.target), generator=torch.Generator().manual_seed(0))
     pixels = torch.tensor(digits.data, dtype=torch.float32)[order] / 16

@@ -59,7 +59,7 @@ def check_parts(data: Any) -> None:
 def _check_part(part: Any, name: str) -> None:
     if isinstance(part, torch.Tensor):
         raise InputError(f"{_FORM}, but the {name} part is a single tensor: pass (inputs, targets), or (tensor,)")
-    if _is_tensors(part):
+    if is_tensors(part):
         rows = {len(tensor) if tensor.dim() else 0 for tensor in _leaves(part)}
         if len(rows) > 1 or 0 in rows:
             shapes = [tuple(tensor.shape) for tensor in _leaves(part)]
@@ -73,7 +73,7 @@ def _check_part(part: Any, name: str) -> None:
 
 def num_rows(part: Any) -> int | None:
     """How many rows the training part has; None: it has batches of its own."""
-    if _is_tensors(part):
+    if is_tensors(part):
         return len(_leaves(part)[0])
     return len(part) if _is_dataset(part) else None
 
@@ -94,13 +94,13 @@ def endless(part: Any, batch_size: int, step: Step, seed: int) -> Iterator[Any]:
 
 def judged_batches(part: Any) -> Iterable[Any]:
     """The judged part in batches, in its own order."""
-    if _is_tensors(part):
+    if is_tensors(part):
         return DataLoader(Rows(part), batch_size=JUDGED_ROWS, collate_fn=_as_it_is)
     return DataLoader(part, batch_size=JUDGED_ROWS) if _is_dataset(part) else part
 
 
 def _loader(part: Any, batch_size: int) -> Iterable[Any]:
-    if _is_tensors(part):
+    if is_tensors(part):
         return DataLoader(Rows(part), batch_size=batch_size, shuffle=True, drop_last=True, collate_fn=_as_it_is)
     if _is_dataset(part):
         return DataLoader(part, batch_size=batch_size, shuffle=True, drop_last=True)
@@ -111,7 +111,8 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _is_tensors(part: Any) -> bool:
+def is_tensors(part: Any) -> bool:
+    """Whether a part is tensors."""
     leaves = list(part.values()) if isinstance(part, dict) else part
     return type(leaves) in (tuple, list) and bool(leaves) and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
 

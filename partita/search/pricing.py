@@ -15,7 +15,7 @@ from torch import nn
 
 from partita.cluster import Cluster
 from partita.cost.table import CostTable
-from partita.errors import CaptureError, PlanError
+from partita.errors import InputError, PartitaError, PlanError
 from partita.graph import Graph, capture
 from partita.plan import Constraints, Plan, Prediction
 from partita.training.optimizers import OptimizerFacts
@@ -69,7 +69,9 @@ def priced(
         with torch.random.fork_rng(devices=[]):
             graph = capture(model, loss_fn, batch)
         here = one_plan(graph, own, optimizer, num_threads=own.num_cores)
-    except (CaptureError, PlanError) as error:
+    except InputError:
+        raise
+    except PartitaError as error:
         return Price(num_parameters=size, note=f"memory and step time are not predicted: {error}")
     gain = 1.0
     num_cores = everywhere.num_cores
@@ -78,8 +80,8 @@ def priced(
             alone = one_plan(graph, everywhere, optimizer, num_threads=own.num_cores)
             wide = one_plan(graph, everywhere, optimizer, num_data=num_cores)
             gain = min(float(num_cores), max(1.0, alone.step_time_s / wide.step_time_s))
-        except PlanError:
-            gain = 1.0
+        except PartitaError:
+            gain = 1.0  # it has no such plan, so it will not be that fast
     return Price(
         num_parameters=size,
         memory_bytes=max(here.memory_bytes.values()),

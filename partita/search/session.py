@@ -24,7 +24,7 @@ from partita.search.pricing import Limits
 from partita.search.processes import refuse_nested
 from partita.search.result import SearchResult
 from partita.search.study import Study, lock, open_storage, owner_of
-from partita.search.task import Task, bound_of, with_direction
+from partita.search.task import Task, bound_of, settled
 
 MEMORY_SHARE = 0.8  # of the machine's, for trials
 
@@ -55,7 +55,7 @@ def run(request: Request) -> SearchResult:
     refuse_nested()
     start_s, folder = time.time(), request.folder.resolve()
     with lock(folder):
-        task = with_direction(request.task)
+        task = settled(request.task)
         aims = Aims(objectives=request.objectives, maximize=task.direction == "maximize", bound=bound_of(task))
         name = request.study or folder.name
         storage = open_storage(request.storage, folder)

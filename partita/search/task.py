@@ -14,7 +14,7 @@ from torch import nn
 
 from partita.arguments import check_count, told
 from partita.errors import InputError
-from partita.search.parts import check_parts, judged_batches
+from partita.search.parts import check_parts, is_tensors, judged_batches
 from partita.training.connecting import Connections
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Task:
     data: Any
     loss_fn: Callable[[nn.Module, Any], torch.Tensor]
     score: Callable[[nn.Module, Any], float] | None  # None: `default_score`
-    direction: Direction | None  # None: "maximize", or that of the default score (`with_direction`)
+    direction: Direction | None  # None: "maximize", or that of the default score (`settled`)
     optimizer: Callable[[SearchTrial, nn.Module], torch.optim.Optimizer]
     batch_size: int | Callable[[SearchTrial], int] | None  # None: suggested
     connections: Callable[[SearchTrial], Connections | None] | None
@@ -107,15 +107,20 @@ def default_score(model: nn.Module, batches: Any, loss_fn: Callable[[nn.Module, 
     return total / count
 
 
-def with_direction(task: Task) -> Task:
-    """The task with its direction; to know that of the default score, a batch of the data is looked at."""
+def settled(task: Task) -> Task:
+    """The task with its direction, for which a batch of the data may have to be looked at; and with the data themselves
+    where a function returns tensors: so it is called once, and all trials share them."""
+    parts = None
+    if callable(task.data):
+        parts = task.parts()
+        if all(is_tensors(part) for part in parts):
+            task = dataclasses.replace(task, data=parts)
     if task.direction is not None:
         return task
     if task.score is not None:
         return dataclasses.replace(task, direction="maximize")
-    maximizes = task.loss_fn is default_loss and is_of_classes(
-        next(iter(judged_batches(task.parts()[1]))), task.loss_fn
-    )
+    judged = (parts or task.parts())[1]
+    maximizes = task.loss_fn is default_loss and is_of_classes(next(iter(judged_batches(judged))), task.loss_fn)
     return dataclasses.replace(task, direction="maximize" if maximizes else "minimize")
 
 

@@ -16,8 +16,8 @@ from partita.search.task import (
     bound_of,
     default_loss,
     default_score,
+    settled,
     suggested_adamw,
-    with_direction,
 )
 from partita.search.trials import SearchTrial
 
@@ -83,8 +83,9 @@ def test_the_default_score_weighs_rows_not_batches() -> None:
     ],
 )
 def test_directions(changes: dict[str, Any], direction: str, bound: float | None) -> None:
-    found = with_direction(task(**changes))
+    found = settled(task(**changes))
     assert found.direction == direction and bound_of(found) == bound
+    assert not callable(found.data), "tensors are made once and shared"
 
 
 def test_batch_sizes_fit_the_data() -> None:
