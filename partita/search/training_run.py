@@ -41,6 +41,7 @@ DECAY_SHARE = 0.5
 # lost.
 PLANNED_FROM_S, COMPILED_FROM_S = 30.0, 180.0
 BETWEEN_JUDGED = 1.35  # the next point of the curve is at so many times the training time of the last one
+FINAL_BETWEEN = 1 / 20  # of the final training at most, since its best weights are what is delivered
 JUDGING_COST = 5.0  # and judging takes at most one in so many seconds
 LEAST_BETWEEN_S = 0.1
 SAVED_EVERY_S, SAVING_COST = 5.0, 20.0
@@ -106,6 +107,7 @@ class TrainingRun:
         self._batch = self._moved(first_batch(self._training, self.batch_size))
         self._here = Cluster.detect()
         self._progress = _Progress()
+        self._wide_gain = 1.0
         self._step: Step | None = None
         self._batches: Iterator[Any] = iter(())
         self._planned: tuple[bool, bool] = (False, False)
@@ -129,6 +131,7 @@ class TrainingRun:
             own=self._here,
             everywhere=self._order.everywhere,
         )
+        self._wide_gain = price.wide_gain
         reason = infeasible(price, self._order.limits, time.time())
         if reason:
             raise RejectedError(reason, price)
@@ -207,7 +210,7 @@ class TrainingRun:
         self._progress.samples += result.num_samples
         self._marks.append((self.train_s, self._progress.samples, self._running.num_steps))
         if len(self._marks) == NUM_WARM + 1 and self._order.final is None:
-            reason = too_slow(self._step_time_s(), self._order.limits, time.time(), "measured")
+            reason = too_slow(self._step_time_s() / self._wide_gain, self._order.limits, time.time(), "measured")
             if reason:
                 raise RejectedError(reason)
         if len(self._marks) > MOST_MARKS:
@@ -247,8 +250,10 @@ class TrainingRun:
         if self._order.final is not None:
             self._keep_if_best(score)
         self._judged_samples, self._judging_s = self._progress.samples, time.monotonic() - start_s
-        between_s = max(LEAST_BETWEEN_S, JUDGING_COST * self._judging_s, (BETWEEN_JUDGED - 1) * self.train_s)
-        self._next_judged_s = self.train_s + between_s
+        between_s = (BETWEEN_JUDGED - 1) * self.train_s
+        if self._order.final is not None:
+            between_s = min(between_s, FINAL_BETWEEN * (self._order.final[1] - self._order.final[0]))
+        self._next_judged_s = self.train_s + max(LEAST_BETWEEN_S, JUDGING_COST * self._judging_s, between_s)
         seconds, samples, _ = self._recent()
         return Judged(
             point=Point(self._progress.samples, self.train_s, score),

@@ -13,13 +13,15 @@ from torch import nn
 
 from partita.checkpoint import weights_of
 from partita.cluster import Cluster
+from partita.search import training_run
 from partita.search.candidates import Candidate
 from partita.search.delivery import deliver, with_weights
 from partita.search.messages import Judged, Order
 from partita.search.pricing import Limits
 from partita.search.task import Task, default_loss, suggested_adamw
-from partita.search.training_run import BEST, DECAY_SHARE, RejectedError, TrainingRun, decay
+from partita.search.training_run import BEST, DECAY_SHARE, PLANNED_FROM_S, RejectedError, TrainingRun, decay
 from partita.search.trials import SearchTrial
+from partita.training.parallelize import parallelize
 
 KNOWN = {"width": 16, "learning_rate": 0.01}
 
@@ -84,6 +86,29 @@ def test_a_continued_candidate_trains_as_if_it_had_not_stopped(tmp_path) -> None
         [one.point.samples for one in parts] == [one.point.samples for one in whole] == [20.0 * k for k in range(1, 13)]
     )
     assert [one.point.score for one in parts] == [one.point.score for one in whole]
+
+
+def test_a_plan_is_looked_for_where_it_pays_and_changes_nothing(tmp_path, monkeypatch) -> None:
+    weights, wanted = [], []
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        wanted.append("auto" if options["plan"] == "auto" else options["plan"].mode)
+        return parallelize(*arguments, **options)
+
+    monkeypatch.setattr(training_run, "parallelize", recorded)
+    for name, granted_s in (("plain", 1.0), ("planned", PLANNED_FROM_S)):
+        told: list[Judged] = []
+        run = run_of(order(tmp_path / name))
+        run.begin(1.0, resumed=False)
+        steps(run, 4, told)
+        run.save()
+        run.continue_for(granted_s)
+        steps(run, 4, told)
+        run.close()
+        weights.append(run.model.state_dict())
+        assert [one.point.samples for one in told] == [20.0 * k for k in range(1, 9)]
+    assert wanted == ["block", "block", "auto"]
+    torch.testing.assert_close(weights[0], weights[1])
 
 
 def test_it_learns_and_says_how_fast(tmp_path) -> None:
