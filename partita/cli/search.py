@@ -34,6 +34,7 @@ def search(
     *,
     deadline: Annotated[str | None, tyro.conf.arg(metavar="TIME")] = None,
     folder: str = "search",
+    resources: Annotated[str | None, tyro.conf.arg(metavar="RESOURCES")] = None,
     what_if: Annotated[str | None, tyro.conf.arg(metavar="RESOURCES")] = None,
     storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None,
     study: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
@@ -56,6 +57,8 @@ def search(
         script: the Python file.
         deadline: from now: 90s, 20m, 1h30m. Not needed where the folder has a search.
         folder: of the study, checkpoints and results.
+        resources: what the network is searched for, if not for these cores: "2 machines at 100 Mbit/s". It is trained
+            here.
         what_if: how the best configuration changes with resources: "1,2,4 machines", "2 machines at 100 Mbit/s" or
             "1,2 cores".
         storage: URL of the study's database, or grpc://host:port; default: a file in the folder.
@@ -81,6 +84,7 @@ def search(
         **_names_of(path),
         deadline=_time(deadline, Path(folder)),
         folder=folder,
+        resources=resources,
         storage=storage,
         study=study,
         max_params=max_params,
@@ -97,7 +101,7 @@ def _show(result: SearchResult, what_if: str | None, json: bool) -> int:
     told = None
     if what_if is not None:
         from partita.cluster import Cluster
-        from partita.search.what_if import resources
+        from partita.search.resources import resources
         from partita.search.what_if import what_if as compare
 
         told = compare(result, resources(what_if, Cluster.detect()))

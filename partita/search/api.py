@@ -16,6 +16,7 @@ from partita.cluster import Cluster
 from partita.cluster.job import current_job
 from partita.errors import InputError
 from partita.search.deadline import instant_of
+from partita.search.resources import resources as resources_of
 from partita.search.task import Direction, Objective, Task, check_task, default_loss, suggested_adamw
 from partita.training.connecting import Connections
 
@@ -43,6 +44,7 @@ def search(
     max_params: int | None = None,
     max_memory: int | None = None,
     cluster: Cluster | None = None,
+    resources: str | None = None,
     folder: str | os.PathLike[str] = "search",
     storage: str | BaseStorage | None = None,
     study: str | None = None,
@@ -82,6 +84,9 @@ def search(
         max_params: candidates with more elements of parameters are not trained.
         max_memory: nor those whose step is predicted to need more bytes; default: a trial's share of the machine's.
         cluster: the cores to use, a `Cluster` of this machine alone; default: all that this process may use.
+        resources: what the network is searched for, if not for these cores, e.g. "2 machines at 100 Mbit/s": candidates
+            train here, and are judged by how far they would get there, under the plan that is predicted to be best. The
+            one that is delivered is trained here.
         folder: of the study, checkpoints and results; what it has is continued.
         storage: where the study is: a database's URL or ``grpc://host:port``; default: a file in the folder. Searches
             on several machines that share one learn from each other's trials.
@@ -132,6 +137,8 @@ def search(
             max_params=max_params,
             max_memory_bytes=max_memory,
             cluster=where,
+            resources=resources,
+            target=None if resources is None else _target(resources, where),
             folder=Path(path),
             storage=storage,
             study=study,
@@ -180,6 +187,18 @@ def _check_numbers(
     check_number(final_share, "final_share", above=0, below=1)
     check_number(retries, "retries", least=0, whole=True)
     check_number(seed, "seed", least=0, whole=True)
+
+
+def _target(text: object, here: Cluster) -> Cluster:
+    """The one cluster that is meant."""
+    if not isinstance(text, str):
+        raise InputError(f'resources must be a text such as "2 machines at 100 Mbit/s", but got {told(text)}')
+    found = resources_of(text, here)
+    if len(found) != 1:
+        raise InputError(
+            f"a search is for one kind of resources, but got {text!r}; partita.search.what_if compares more"
+        )
+    return next(iter(found.values()))
 
 
 def _cluster(cluster: Cluster | None) -> Cluster:

@@ -51,12 +51,14 @@ class Settings:
     Args:
         modules: where the user's functions are.
         everywhere: all cores.
+        target: what the network is searched for; None: these cores.
         num_slots: trials side by side; None: by `Budget.num_slots`.
     """
 
     task_file: Path
     modules: list[str]
     everywhere: Cluster
+    target: Cluster | None
     limits: Limits
     seed: int
     num_slots: int | None
@@ -178,6 +180,7 @@ class Coordinator:
             resumed=before is not None,
             cores=cores,
             everywhere=settings.everywhere,
+            target=settings.target,
             limits=settings.limits,
             final=(begin_s, self._budget.last_s) if is_final else None,
             best_score=candidate.best_score,

@@ -23,6 +23,7 @@ class Order:
         known: suggested values that are given: all of a candidate that is `resumed` from its checkpoint.
         cores: numbers of the cores that are its own.
         everywhere: all cores of the search.
+        target: what the network is searched for; None: these cores.
         final: from when to when (seconds since 1970) this is the final training; None: it explores.
         best_score: of the weights that an earlier process of the final training has kept.
     """
@@ -35,6 +36,7 @@ class Order:
     resumed: bool
     cores: tuple[int, ...]
     everywhere: Cluster
+    target: Cluster | None
     limits: Limits
     final: tuple[float, float] | None
     best_score: float | None

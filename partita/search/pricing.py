@@ -15,9 +15,10 @@ from torch import nn
 
 from partita.cluster import Cluster
 from partita.cost.table import CostTable
-from partita.errors import InputError, PartitaError, PlanError
+from partita.errors import InfeasibleError, InputError, PartitaError, PlanError
 from partita.graph import Graph, capture
 from partita.plan import Constraints, Plan, Prediction
+from partita.planner.describe import title
 from partita.training.optimizers import OptimizerFacts
 from partita.training.planning import ranked_plans
 from partita.training.runner import LossFn
@@ -39,7 +40,8 @@ class Limits:
 @dataclass(frozen=True, kw_only=True)
 class Price:
     """What is predicted of a candidate. `memory_bytes` and `step_time_s` are None where the step cannot be captured;
-    `uncertainty` is the relative error of `step_time_s`; `wide_gain` is how many times as fast all cores are."""
+    `uncertainty` is the relative error of `step_time_s`; `wide_gain` is how many times as fast all cores are, or what
+    the network is searched for."""
 
     num_parameters: int
     memory_bytes: int | None = None
@@ -47,6 +49,7 @@ class Price:
     uncertainty: float = 0.0
     wide_gain: float = 1.0
     note: str = ""
+    refused: str = ""  # why there is no plan for what the network is searched for
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -62,8 +65,9 @@ def priced(
     *,
     own: Cluster,
     everywhere: Cluster,
+    target: Cluster | None,
 ) -> Price:
-    """The price of a candidate on the cores of `own`, and its gain on those of `everywhere`."""
+    """The price of a candidate on the cores of `own`, and its gain on all cores, or by the best plan of a `target`."""
     size = num_parameters(model)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -73,22 +77,42 @@ def priced(
         raise
     except PartitaError as error:
         return Price(num_parameters=size, note=f"memory and step time are not predicted: {error}")
-    gain = 1.0
-    num_cores = everywhere.num_cores
-    if num_cores > own.num_cores and graph.batch_size >= num_cores:
+    gain, note, refused = 1.0, "", ""
+    if target is not None:
         try:
-            alone = one_plan(graph, everywhere, optimizer, num_threads=own.num_cores)
-            wide = one_plan(graph, everywhere, optimizer, num_data=num_cores)
-            gain = min(float(num_cores), max(1.0, alone.step_time_s / wide.step_time_s))
-        except PartitaError:
-            gain = 1.0  # it has no such plan, so it will not be that fast
+            plan = best_plan(graph, target, optimizer)
+            assert plan.prediction is not None
+            gain, note = here.step_time_s / plan.prediction.step_time_s, f"its plan there: {title(plan)}"
+        except InfeasibleError as error:
+            refused = str(error)
+    elif everywhere.num_cores > own.num_cores and graph.batch_size >= everywhere.num_cores:
+        gain = _wide_gain(graph, optimizer, own.num_cores, everywhere)
     return Price(
         num_parameters=size,
         memory_bytes=max(here.memory_bytes.values()),
         step_time_s=here.step_time_s,
         uncertainty=here.uncertainty,
         wide_gain=gain,
+        note=note,
+        refused=refused,
     )
+
+
+def _wide_gain(graph: Graph, optimizer: torch.optim.Optimizer, num_own: int, everywhere: Cluster) -> float:
+    """How many times as fast a step is predicted to be with a worker on each core; 1 if it has no such plan."""
+    try:
+        alone = one_plan(graph, everywhere, optimizer, num_threads=num_own)
+        wide = one_plan(graph, everywhere, optimizer, num_data=everywhere.num_cores)
+    except PartitaError:
+        return 1.0
+    return min(float(everywhere.num_cores), max(1.0, alone.step_time_s / wide.step_time_s))
+
+
+def best_plan(graph: Graph, where: Cluster, optimizer: torch.optim.Optimizer) -> Plan:
+    """The plan that is predicted to be fastest on a cluster, from measured ops. Plans that compile are left out: what
+    they gain is predicted badly from single ops, and it is compared with a step that is not compiled."""
+    facts, constraints = OptimizerFacts.of(optimizer), Constraints(compiled=False)
+    return ranked_plans(graph, where, CostTable(where), constraints, facts, limit=1, refines=False)[0]
 
 
 def one_plan(
@@ -120,6 +144,8 @@ def too_large(size: int, limits: Limits) -> str:
 
 def infeasible(price: Price, limits: Limits, now_s: float) -> str:
     """Why a candidate is not trained; "" if it is. A predicted step time counts only so far as it is sure."""
+    if price.refused:
+        return price.refused
     if price.memory_bytes is not None and price.memory_bytes > limits.max_memory_bytes:
         return (
             f"a step is predicted to take {format_bytes(price.memory_bytes)} of memory, more than "

@@ -39,6 +39,8 @@ class Request:
     max_params: int | None
     max_memory_bytes: int | None
     cluster: Cluster
+    resources: str | None
+    target: Cluster | None
     folder: Path
     storage: Any
     study: str | None
@@ -97,6 +99,7 @@ def _searched(
         task_file=task_file,
         modules=_modules(task),
         everywhere=request.cluster,
+        target=request.target,
         limits=Limits(
             max_params=request.max_params,
             max_memory_bytes=request.max_memory_bytes or int(MEMORY_SHARE * memory_bytes / slots),
@@ -125,6 +128,7 @@ def _budget(study: Study, request: Request, task: Task, start_s: float) -> Budge
         "name": task.name,
         "objectives": list(request.objectives),
         "direction": task.direction,
+        "resources": request.resources,
         "start_s": start_s,
         "deadline_s": request.deadline_s,
         "final_share": request.final_share,
@@ -133,7 +137,7 @@ def _budget(study: Study, request: Request, task: Task, start_s: float) -> Budge
     if known is None:
         study.write("search", asked)
         known = asked
-    for field in ("name", "objectives", "direction"):
+    for field in ("name", "objectives", "direction", "resources"):
         if known[field] != asked[field]:
             raise InputError(
                 f"a search goes on in its folder, so {field} must be {known[field]!r} as it was in "

@@ -130,6 +130,7 @@ class TrainingRun:
             self._batch,
             own=self._here,
             everywhere=self._order.everywhere,
+            target=self._order.target,
         )
         self._wide_gain = price.wide_gain
         reason = infeasible(price, self._order.limits, time.time())

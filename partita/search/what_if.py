@@ -12,40 +12,30 @@ and the score is read from the curve there, or extrapolated (`curves`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
 import torch
 
 from partita.cluster import Cluster
-from partita.cluster.model import Link
-from partita.cost.table import CostTable
-from partita.errors import CaptureError, InputError, PlanError
+from partita.errors import CaptureError, PlanError
 from partita.graph import Graph, capture
-from partita.plan import Constraints, Plan
+from partita.plan import Plan
 from partita.planner.describe import title
 from partita.search.candidates import Candidate
 from partita.search.curves import score_at
 from partita.search.parts import first_batch
-from partita.search.pricing import one_plan
+from partita.search.pricing import best_plan, one_plan
 from partita.search.report import values_of
+from partita.search.resources import cores_of
 from partita.search.trials import SearchTrial
-from partita.training.optimizers import OptimizerFacts
-from partita.training.planning import ranked_plans
 from partita.units import format_time
 
 if TYPE_CHECKING:
     from partita.search.result import SearchResult
 
 NUM_COMPARED = 6
-_UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
-_FORM = (
-    'resources must be like "1,2,4 machines", "1,2,4 machines at 100 Mbit/s" or "1,2 cores", machines being such as '
-    "this one"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,49 +91,11 @@ class WhatIf:
         return "\n".join([*lines, "", told, *left])
 
 
-def resources(text: str, here: Cluster) -> dict[str, Cluster]:
-    """Clusters by name, of machines such as this one.
-
-    Raises:
-        InputError: the text says nothing of the kind, or more cores than there are.
-
-    >>> list(resources("1,2 machines", Cluster.detect()))
-    ['1 machines', '2 machines']
-    """
-    match = re.fullmatch(
-        r"(\d+(?:,\d+)*)(machines?|cores?)(?:at([\d.]+)([kMG])bit/s)?", re.sub(r"\s+", "", text).strip()
-    )
-    if match is None:
-        raise InputError(f"{_FORM}, but got {text!r}")
-    counts, what, rate, unit = match.groups()
-    link = None if rate is None else Link(bytes_per_s=float(rate) * _UNITS[unit] / 8, latency_s=here.network.latency_s)
-    make = _of_machines if what.startswith("machine") else _of_cores
-    return {f"{count} {what}": make(here, int(count), link) for count in counts.split(",")}
-
-
-def _of_machines(here: Cluster, count: int, link: Link | None) -> Cluster:
-    if count < 1:
-        raise InputError(f"{_FORM}, but there must be at least one machine")
-    process = here.processes[0]
-    return msgspec.structs.replace(
-        here,
-        machines=(here.machines[process.machine],) * count,
-        processes=tuple(msgspec.structs.replace(process, rank=rank, machine=rank) for rank in range(count)),
-        network=link or here.network,
-    )
-
-
-def _of_cores(here: Cluster, count: int, link: Link | None) -> Cluster:
-    process = here.processes[0]
-    if not 1 <= count <= len(process.cores):
-        raise InputError(f"{_FORM}, but this machine has {len(process.cores)} cores, not {count}")
-    return msgspec.structs.replace(here, processes=(msgspec.structs.replace(process, cores=process.cores[:count]),))
-
-
 def what_if(result: SearchResult, clusters: Mapping[str, Cluster]) -> WhatIf:
     """How the candidates of a search would do on other clusters in the time of its final training.
 
     Example:
+        >>> from partita.search.resources import resources
         >>> print(what_if(result, resources("1,2,4 machines", partita.Cluster.detect())))
     """
     train_s = result.budget.final_s
@@ -188,15 +140,12 @@ class _Step:
         with torch.random.fork_rng(devices=[]):
             self._graph: Graph = capture(model, task.loss_fn, batch)
         here = Cluster.detect()
-        own = _of_cores(here, min(candidate.num_cores, here.num_cores), None)
+        own = cores_of(here, min(candidate.num_cores, here.num_cores))
         same = one_plan(self._graph, own, self._optimizer, num_threads=own.num_cores)
         self.ratio = candidate.step_time_s / same.step_time_s
 
     def best_plan(self, cluster: Cluster) -> Plan:
-        facts = OptimizerFacts.of(self._optimizer)
-        return ranked_plans(
-            self._graph, cluster, CostTable(cluster), Constraints(), facts, limit=1, refines=False
-        )[0]  # fmt: skip
+        return best_plan(self._graph, cluster, self._optimizer)
 
 
 def _outcome(result: SearchResult, candidate: Candidate, step: _Step, plan: Plan, train_s: float) -> Outcome:

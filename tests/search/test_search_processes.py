@@ -186,6 +186,8 @@ def test_a_script_that_searches_while_it_is_imported_is_told_so(tmp_path) -> Non
         ({"final_share": 1.0}, "final_share"),
         ({"cluster": partita.Cluster.preset("1x1xcpu-4")}, "is_here"),
         ({"data": (torch.zeros(3), torch.zeros(3))}, "single tensor"),
+        ({"resources": "1,2 machines"}, "one kind of resources"),
+        ({"resources": 2}, "resources must be"),
         ({"storage": "nonsense"}, "storage must be"),
     ],
 )

@@ -18,6 +18,7 @@ from partita.search.candidates import Candidate
 from partita.search.delivery import deliver, with_weights
 from partita.search.messages import Judged, Order
 from partita.search.pricing import Limits
+from partita.search.resources import resources
 from partita.search.task import Task, default_loss, suggested_adamw
 from partita.search.training_run import BEST, DECAY_SHARE, PLANNED_FROM_S, RejectedError, TrainingRun, decay
 from partita.search.trials import SearchTrial
@@ -47,8 +48,8 @@ TASK = Task(
 def order(folder: Path, **changes: Any) -> Order:
     where = Cluster.detect()
     plain = Order(
-        task_file="", folder=str(folder), number=3, seed=1, known=KNOWN, resumed=False, everywhere=where, final=None,
-        cores=where.machines[0].cores[:1], best_score=None,
+        task_file="", folder=str(folder), number=3, seed=1, known=KNOWN, resumed=False, everywhere=where, target=None,
+        final=None, cores=where.machines[0].cores[:1], best_score=None,
         limits=Limits(max_params=None, max_memory_bytes=2**33, last_s=time.time() + 1000),
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)
@@ -150,6 +151,14 @@ def test_what_is_predicted_is_told(tmp_path) -> None:
     price = run_of(order(tmp_path)).price()
     assert price.num_parameters == 114 and price.memory_bytes is not None and price.memory_bytes > 4 * 114
     assert price.step_time_s is not None and price.step_time_s > 0 and price.wide_gain >= 1 and not price.note
+
+
+def test_a_search_for_other_resources_counts_their_speed(tmp_path) -> None:
+    """Over a network on which nothing is gained, what counts is the best plan of one such machine."""
+    here = order(tmp_path)
+    slow = resources("2 machines at 1 kbit/s", here.everywhere)["2 machines"]
+    price = run_of(dataclasses.replace(here, target=slow)).price()
+    assert "its plan there" in price.note and 0.1 < price.wide_gain < 10
 
 
 def branching_loss(model: nn.Module, batch: Any) -> torch.Tensor:

@@ -16,10 +16,11 @@ from partita.cluster import Cluster
 from partita.search.candidates import Aims, Candidate
 from partita.search.curves import Point
 from partita.search.deadline import Budget
+from partita.search.resources import resources
 from partita.search.result import SearchResult
 from partita.search.task import Task, default_loss, suggested_adamw
 from partita.search.trials import SearchTrial
-from partita.search.what_if import resources, what_if
+from partita.search.what_if import what_if
 
 BUDGET = Budget(start_s=0.0, deadline_s=100.0, final_share=0.4)
 
@@ -68,7 +69,7 @@ def test_resources_in_words() -> None:
     assert [len(one.machines) for one in machines.values()] == [1, 2, 4]
     assert machines["2 machines"].network.bytes_per_s == 12.5e6
     assert [len(one.processes) for one in machines.values()] == [1, 2, 4]
-    assert resources("1 cores", here)["1 cores"].num_cores == 1
+    assert resources("1 cores", here)["1 core"].num_cores == 1
     for wrong in ("many machines", "1,2", "0 machines", "9999 cores", "2 machines at 3 bananas"):
         with pytest.raises(InputError, match="resources must be"):
             resources(wrong, here)
@@ -78,7 +79,7 @@ def test_resources_in_words() -> None:
 def test_with_slow_networks_nothing_is_gained_and_what_is_measured_corrects_what_is_predicted() -> None:
     fast, better = candidate(0, 16, 0.05, 1e-3), candidate(1, 256, 0.0, 4e-3)
     found = what_if(result(fast, better), resources("1,2 machines at 1 kbit/s", Cluster.detect()))
-    one, two = found.outcomes["1 machines"], found.outcomes["2 machines"]
+    one, two = found.outcomes["1 machine"], found.outcomes["2 machines"]
     assert {row.candidate for row in one} == {0, 1} and not found.left_out
     by_number = {row.candidate: row for row in one}
     for row in two:
