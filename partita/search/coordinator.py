@@ -232,6 +232,8 @@ class Coordinator:
             try:
                 while one in self._running and (message := one.process.receive()) is not None:
                     self._handle(one, self._course.candidates[one.candidate], message)
+                if one in self._running and one.process.is_gone:  # what it has started may hold the line open
+                    raise EOFError
             except EOFError:
                 self._lose(one, "", kill=False)
 

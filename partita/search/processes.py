@@ -62,6 +62,11 @@ class TrialProcess:
         except OSError as error:
             raise EOFError from error
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the process has ended, and has nothing left to tell."""
+        return self._process.exitcode is not None and not self.link.poll()
+
     def end(self, *, kill: bool) -> str:
         """Ends the process, and says how it went: "" as it should. One that was killed is not waited for long: there is
         a deadline, and nothing keeps it alive."""

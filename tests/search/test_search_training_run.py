@@ -13,6 +13,7 @@ from torch import nn
 
 from partita.checkpoint import weights_of
 from partita.cluster import Cluster
+from partita.connections import Static
 from partita.search import training_run
 from partita.search.candidates import Candidate
 from partita.search.delivery import deliver, with_weights
@@ -110,6 +111,23 @@ def test_a_plan_is_looked_for_where_it_pays_and_changes_nothing(tmp_path, monkey
         assert [one.point.samples for one in told] == [20.0 * k for k in range(1, 9)]
     assert wanted == ["block", "block", "auto"]
     torch.testing.assert_close(weights[0], weights[1])
+
+
+def half(trial: SearchTrial) -> Static:
+    return Static(density=0.5, seed=trial.suggest_int("width", 4, 64))
+
+
+def test_connections_are_those_of_the_checkpoint(tmp_path) -> None:
+    task, masks = dataclasses.replace(TASK, connections=half), []
+    for resumed in (False, True):
+        run = run_of(order(tmp_path, resumed=resumed), task)
+        run.begin(1.0, resumed=resumed)
+        steps(run, 3, [])
+        run.save()
+        run.close()
+        masks.append([parameter.detach() != 0 for parameter in run.model.parameters() if parameter.dim() > 1])
+    assert sum(int(mask.sum()) for mask in masks[0]) == pytest.approx(0.5 * (4 * 16 + 2 * 16), abs=2)
+    assert all(bool((one == other).all()) for one, other in zip(*masks, strict=True))
 
 
 def test_it_learns_and_says_how_fast(tmp_path) -> None:
