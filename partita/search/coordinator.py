@@ -39,7 +39,7 @@ from partita.units import split_evenly
 LEAST_START_S = 20.0  # for a trial to begin, and to be judged first
 SILENCE, LEAST_SILENCE_S = 3.0, 60.0  # a trial is ended that tells nothing for three times as long as the last time
 TOLD_TIMES = 10  # lines about the final training
-STOP_LIMIT_S = 3.0
+STOP_LIMIT_S, STOP_SHARE = 3.0, 0.05  # of the final training, for a trial to judge and save its candidate
 TICK_S = 0.1
 NOTED_EVERY_S = 1.0  # points of a curve are kept at most so often, and at the end of each rung
 
@@ -102,7 +102,8 @@ class Coordinator:
         Raises:
             SearchError: no candidate could be trained.
         """
-        if not warm_up(self._settings.modules, self._budget.last_s - time.time()) and not self._course.has_waiting():
+        left_s = self._budget.last_s - time.time()
+        if left_s > 0 and not warm_up(self._settings.modules, left_s) and not self._course.has_waiting():
             raise SearchError(
                 "the modules of the functions given must be imported by other processes, which had not ended at the "
                 "deadline. Do they wait for something, or train, while they are imported?"
@@ -209,7 +210,8 @@ class Coordinator:
         one.process.send(Go(until_s=until_s, granted_s=granted_s))
 
     def _stop(self, one: _Running) -> None:
-        one.is_stopping, one.due_s = True, time.time() + STOP_LIMIT_S
+        one.is_stopping = True
+        one.due_s = time.time() + max(STOP_LIMIT_S, STOP_SHARE * self._budget.final_s)
         one.process.send(Stop())
 
     def _start_limit_s(self) -> float:
