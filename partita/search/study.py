@@ -104,6 +104,7 @@ class Study:
         self.optuna.sampler = _sampler(aims, seed + num_before)  # not the same random suggestions once more
         self._ids: dict[int, int] = {}
         self._asked: dict[int, optuna.Trial] = {}
+        self._seen: dict[int, float] = {}  # samples of the last point of its curve that a trial has
 
     # The search itself -----------------------------------------------------------------------------------------
 
@@ -170,9 +171,15 @@ class Study:
         return dict(self._frozen(number).params)
 
     def note(self, number: int, candidate: Candidate, **attributes: Any) -> None:
-        """Keeps a candidate as it is with the trial that trains it."""
+        """Keeps a candidate as it is, and its curve, with the trial that trains it."""
         for name, value in {"candidate": candidate.number, "record": as_record(candidate), **attributes}.items():
             self._storage.set_trial_user_attr(self._ids[number], name, value)
+        if len(self._aims.objectives) == 1:  # Optuna knows curves of one objective only
+            seen = self._seen.get(number, -1.0)
+            for point in candidate.points:
+                if point.samples > seen:
+                    self._storage.set_trial_intermediate_value(self._ids[number], int(point.samples), point.score)
+                    self._seen[number] = point.samples
 
     def beat(self, number: int) -> None:
         """Tells that a running trial is alive."""

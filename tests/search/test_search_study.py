@@ -46,6 +46,7 @@ def test_what_becomes_of_trials(tmp_path) -> None:
         study.finish(candidate.number, Candidate(number=candidate.number, state=state, why=state), score=score)  # type: ignore[arg-type]
     assert states(study) == ["COMPLETE", "PRUNED", "PRUNED", "FAIL", "FAIL"]
     assert study.optuna.best_value == 0.9
+    assert [trial.intermediate_values for trial in study.optuna.get_trials()] == [{}] * 5
     assert [trial.user_attrs["why"] for trial in study.optuna.get_trials()][2] == "rejected"
 
 
@@ -59,6 +60,15 @@ def test_a_candidate_is_trained_on_in_a_trial_of_its_own(tmp_path) -> None:
     assert trial.user_attrs["continues"] == candidate.number
     study.finish(number, candidate, score=0.25)
     assert [list(trial.values) for trial in study.optuna.get_trials()] == [[0.5, 7.0, 0.1], [0.25, 7.0, 0.1]]
+
+
+def test_optuna_sees_the_curve(tmp_path) -> None:
+    study = opened(tmp_path)
+    candidate = judged(proposed(study))
+    study.note(candidate.number, candidate)
+    candidate = candidate.with_point(Point(300, 2.0, 0.75))
+    study.finish(candidate.number, candidate, score=0.9)
+    assert study.optuna.get_trials()[0].intermediate_values == {100: 0.5, 300: 0.75}
 
 
 def test_own_trials_of_an_earlier_process_are_failed_at_once(tmp_path) -> None:
