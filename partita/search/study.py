@@ -139,6 +139,7 @@ class Study:
         with _calm():
             trial_id = self._storage.create_new_trial(self.optuna._study_id, template)
         number = self._storage.get_trial_number_from_id(trial_id)
+        self._seen[number] = candidate.points[-1].samples if candidate.points else -1.0
         self._begin(number, trial_id)
         return number
 
