@@ -204,10 +204,10 @@ def _target(text: object, here: Cluster) -> Cluster:
 def _cluster(cluster: Cluster | None) -> Cluster:
     """The cores of this machine that may be used."""
     job = current_job()
-    if job is not None and job.num_processes > 1:
+    if job is not None and job.world_size > 1:
         raise InputError(
             f"partita.search must be called by one process, which starts the others itself, but this is one of "
-            f"{job.num_processes} of a job. Start the script without a launcher; on several machines, start a search "
+            f"{job.world_size} of a job. Start the script without a launcher; on several machines, start a search "
             "on each of them with one storage"
         )
     where = Cluster.detect() if cluster is None else cluster

@@ -100,7 +100,7 @@ class Aims:
     bound: float | None = None
 
     @property
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Literal["maximize", "minimize"]]:
         """Optuna's."""
         return ["maximize" if name == "score" and self.maximize else "minimize" for name in self.objectives]
 

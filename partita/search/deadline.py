@@ -113,4 +113,4 @@ class Budget:
 
 def rung_s(first_s: float, rung: int) -> float:
     """The training time at whose end a candidate reaches a rung."""
-    return first_s * float(FACTOR**rung)
+    return first_s * math.pow(FACTOR, rung)

@@ -58,7 +58,7 @@ class TrialProcess:
             EOFError: it will not tell anything any more.
         """
         try:
-            return self.link.recv() if self.link.poll() else None  # type: ignore[no-any-return]
+            return self.link.recv() if self.link.poll() else None
         except OSError as error:
             raise EOFError from error
 
