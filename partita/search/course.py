@@ -168,8 +168,9 @@ class Course:
         Raises:
             SearchError: all candidates raise or die, so nothing ever will.
         """
-        broken = [one for one in self.all if one.state in ("raised", "failed") and not one.points]
-        if len(broken) >= NUM_BROKEN * (1 + self._retries) and len(broken) == len(self.candidates):
+        ended = [one for one in self.all if one.state != "running" or one.points]
+        broken = [one for one in ended if one.state in ("raised", "failed") and not one.points]
+        if len(broken) >= NUM_BROKEN * (1 + self._retries) and len(broken) == len(ended):
             raise SearchError(f"no candidate can be trained, the last one for this reason:\n{broken[-1].why}")
         if num_running:
             return False

@@ -139,6 +139,7 @@ def test_code_that_always_raises_or_dies_ends_the_search_with_its_reason(tmp_pat
     for _ in range(NUM_BROKEN):
         assert not now.is_exhausted(10, num_running=1)
         add(now, 0.0, checkpoint=False, state=state, why="Traceback ... on purpose", points=())
+    add(now, 0.0, checkpoint=False, state="running", points=())
     with pytest.raises(SearchError, match="on purpose"):
         now.is_exhausted(10, num_running=1)
 
