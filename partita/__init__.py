@@ -30,12 +30,14 @@ from partita.errors import (
     PeerLostError,
     PlanError,
     ProgramError,
+    SearchError,
     StepError,
     WaitTimeoutError,
     WorkerError,
 )
 from partita.plan import Constraints, Plan
 from partita.program.timeline import Timeline
+from partita.search.api import search  # without Optuna, which its first call imports
 from partita.training.events import subscribe
 
 __version__ = "0.1.0"
@@ -59,6 +61,7 @@ __all__ = [
     "PlanError",
     "ProgramError",
     "Saving",
+    "SearchError",
     "Step",
     "StepError",
     "StepResult",
@@ -71,6 +74,7 @@ __all__ = [
     "errors",
     "parallelize",
     "plan",
+    "search",
     "subscribe",
     "sync",
 ]

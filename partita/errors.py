@@ -12,6 +12,7 @@ Each message says what must hold, what was given, and what to change.
      |    +-- SolverError          a solver's answer is not what our own price says (a bug of ours or of the solver)
      +-- ProgramError          a set of programs would deadlock, leak or read a value it does not have
      +-- CheckpointError       a checkpoint is incomplete, corrupt or belongs to another model
+     +-- SearchError           a search has nothing to deliver, or its folder is in use
      +-- StepError             a training step failed while it ran
           +-- WorkerError          a worker raised; `__cause__` is the original exception
           +-- PeerLostError        another process of the job is gone (names it)
@@ -69,6 +70,10 @@ class ProgramError(PartitaError):
 
 class CheckpointError(PartitaError):
     """A checkpoint is incomplete, corrupt, or belongs to another model."""
+
+
+class SearchError(PartitaError):
+    """A search of configurations has found nothing that it could deliver, or another one works in its folder."""
 
 
 class StepError(PartitaError):

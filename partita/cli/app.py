@@ -15,6 +15,7 @@ from partita.cli.lighthouse import lighthouse
 from partita.cli.plan import plan
 from partita.cli.profile import profile
 from partita.cli.run import run
+from partita.cli.search import search
 from partita.cli.show import show
 from partita.cli.simulate import simulate
 from partita.errors import PartitaError
@@ -28,6 +29,7 @@ _VERBS: dict[str, Callable[..., Any]] = {
     "export": export,
     "run": run,
     "simulate": simulate,
+    "search": search,
     "lighthouse": lighthouse,
 }
 _DESCRIPTION = (

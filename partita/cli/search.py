@@ -1,0 +1,172 @@
+"""`partita search SCRIPT`: the network that scores best at a deadline, searched and trained."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from partita.cli import attend
+from partita.cli.output import print_json
+from partita.errors import InputError
+
+if TYPE_CHECKING:
+    from partita.search.result import SearchResult
+
+REQUIRED = ("build", "data")
+OPTIONAL = (
+    "loss_fn", "score", "direction", "optimizer", "batch_size", "connections", "objectives", "final_share", "retries",
+)  # fmt: skip
+GRACE_S = 60.0  # after the deadline, in which a search that was killed is still started again, to deliver
+
+
+def search(
+    script: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SCRIPT")],
+    /,
+    *,
+    deadline: Annotated[str | None, tyro.conf.arg(metavar="TIME")] = None,
+    folder: str = "search",
+    resources: Annotated[str | None, tyro.conf.arg(metavar="RESOURCES")] = None,
+    what_if: Annotated[str | None, tyro.conf.arg(metavar="RESOURCES")] = None,
+    storage: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None,
+    study: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
+    max_params: int | None = None,
+    max_memory: int | None = None,
+    max_trials: int | None = None,
+    side_by_side: int | None = None,
+    seed: int = 0,
+    unattended: bool = False,
+    quiet: bool = False,
+    json: bool = False,
+) -> int:
+    """Search for the network and training settings that score best at a deadline, and train them until then.
+
+    SCRIPT defines `build` and `data`, and maybe loss_fn, score, direction, optimizer, batch_size, connections,
+    objectives, final_share and retries, which are the arguments of `partita.search` of these names. The same command
+    goes on after a crash, and with a folder whose search is over tells its result.
+
+    Args:
+        script: the Python file.
+        deadline: from now: 90s, 20m, 1h30m. Not needed where the folder has a search.
+        folder: of the study, checkpoints and results.
+        resources: what the network is searched for, if not for these cores: "2 machines at 100 Mbit/s". It is trained
+            here.
+        what_if: how the best configuration changes with resources: "1,2,4 machines", "2 machines at 100 Mbit/s" or
+            "1,2 cores".
+        storage: URL of the study's database, or grpc://host:port; default: a file in the folder.
+        study: its name there; default: that of the folder.
+        max_params: candidates with more elements of parameters are not trained.
+        max_memory: nor those whose step is predicted to need more bytes.
+        max_trials: so many candidates at most.
+        side_by_side: so many trials at a time.
+        seed: of proposals and of training.
+        unattended: without the small process that starts the search again when it is killed.
+        quiet: no lines about what happens.
+        json: print the result as JSON; all else goes to standard error.
+    """
+    path = Path(script)
+    if not path.is_file():
+        raise InputError(f"SCRIPT must be a Python file, but there is no file {script!r} in {str(Path.cwd())!r}.")
+    _end_with_attendant()
+    if not unattended:
+        _attended(deadline)
+    import partita
+
+    result = partita.search(
+        **_names_of(path),
+        deadline=_time(deadline, Path(folder)),
+        folder=folder,
+        resources=resources,
+        storage=storage,
+        study=study,
+        max_params=max_params,
+        max_memory=max_memory,
+        max_trials=max_trials,
+        side_by_side=side_by_side,
+        seed=seed,
+        listener=None if quiet else _listener(),
+    )
+    return _show(result, what_if, json)
+
+
+def _show(result: SearchResult, what_if: str | None, json: bool) -> int:
+    told = None
+    if what_if is not None:
+        from partita.cluster import Cluster
+        from partita.search.resources import resources
+        from partita.search.what_if import what_if as compare
+
+        told = compare(result, resources(what_if, Cluster.detect()))
+    if json:
+        print_json(result.as_dict() | ({} if told is None else {"what_if": told}))
+    else:
+        print(result.explain() + ("" if told is None else f"\n\n{told}"))
+    return 0
+
+
+def _time(deadline: str | None, folder: Path) -> str:
+    if deadline is not None:
+        return deadline
+    if (folder / "owner").exists():
+        return "1s"  # the search has a deadline of its own already
+    raise InputError(
+        f"--deadline must be given, e.g. --deadline 20m, since {str(folder)!r} has no search to go on with."
+    )
+
+
+def _listener() -> Callable[[str], None]:
+    start_s = time.monotonic()
+    return lambda line: print(f"{time.monotonic() - start_s:8.1f} s  {line}", file=sys.stderr, flush=True)
+
+
+def _names_of(path: Path) -> dict[str, Any]:
+    """What the script defines of the arguments of `partita.search`. It is imported under its own name, so that the
+    processes of trials can import it as well.
+
+    Raises:
+        InputError: it lacks one, or another module has its name.
+    """
+    sys.path.insert(0, str(path.resolve().parent))
+    module: ModuleType = importlib.import_module(path.stem)
+    if Path(module.__file__ or "").resolve() != path.resolve():
+        raise InputError(
+            f"SCRIPT must be importable by its name, but {path.stem!r} is the module {module.__file__!r}; rename it."
+        )
+    missing = [name for name in REQUIRED if not hasattr(module, name)]
+    if missing:
+        raise InputError(f"{path} must define {' and '.join(REQUIRED)}, but has no {' and no '.join(missing)}.")
+    return {name: getattr(module, name) for name in (*REQUIRED, *OPTIONAL) if hasattr(module, name)}
+
+
+def _attended(deadline: str | None) -> None:
+    """Becomes the small process that starts this same command again whenever it is killed."""
+    from partita.search.deadline import instant_of
+
+    given = sys.argv[1:]
+    until_s = time.time()
+    if deadline is not None:  # the same instant, however often the command is started
+        until_s = instant_of(deadline, now_s=until_s)
+        given = [item for item in given if item != f"--deadline={deadline}"]
+        if "--deadline" in given:
+            place = given.index("--deadline")
+            del given[place : place + 2]
+        given += ["--deadline", f"@{until_s:.3f}"]
+    command = [sys.executable, "-m", "partita", *given, "--unattended"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, attend.__file__, str(until_s + GRACE_S), *command])
+
+
+def _end_with_attendant() -> None:
+    number = os.environ.pop(attend.LIFELINE, None)
+    if number is not None:
+        from partita.search.lifeline import end_with
+
+        end_with(Connection(int(number), writable=False))

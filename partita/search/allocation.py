@@ -1,0 +1,105 @@
+"""Who trains on: successive halving over rungs of time, without waiting for each other, for any number of objectives.
+
+    a candidate at rung k goes on if it is among the best floor(n_k / FACTOR) of the n_k that were judged there
+
+Whoever is not stops, keeps its checkpoint, and goes on later if others, judged meanwhile, turn out to be worse. "Best"
+is by what is predicted for the deadline, of all candidates at the same moment. With several objectives a candidate that
+others dominate in all predicted values comes after them: by layers of the Pareto front, then by how far its neighbours
+in its layer are.
+
+Sources: asynchronous successive halving Li et al. 2020 (ASHA), algorithm 2; layers and crowding distances Deb et al.
+2002 (NSGA-II), section III.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from partita.search.deadline import FACTOR
+
+Values = tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What allocation knows of a candidate that was judged at a rung.
+
+    Args:
+        rung: the highest one that it was judged at.
+        values: what is predicted of it for the deadline, all turned so that lower is better.
+        is_waiting: it has stopped, and could go on.
+    """
+
+    number: int
+    rung: int
+    values: Values
+    is_waiting: bool
+
+
+def dominates(one: Values, other: Values) -> bool:
+    """Whether `one` is nowhere worse than `other`, and somewhere better.
+
+    >>> dominates((1.0, 2.0), (1.0, 3.0)), dominates((1.0, 2.0), (0.5, 3.0))
+    (True, False)
+    """
+    return all(a <= b for a, b in zip(one, other, strict=True)) and one != other
+
+
+def front(values: Sequence[Values]) -> list[int]:
+    """Indices of those that nobody dominates."""
+    return [i for i, one in enumerate(values) if not any(dominates(other, one) for other in values)]
+
+
+def ordered(values: Sequence[Values]) -> list[int]:
+    """Indices, best first: by layers of the front, within one by crowding distance; a single objective by itself.
+
+    >>> ordered([(3.0, 3.0), (1.0, 2.0), (2.0, 1.0)])
+    [1, 2, 0]
+    """
+    if values and len(values[0]) == 1:
+        return sorted(range(len(values)), key=lambda i: values[i])
+    left, found = list(range(len(values))), []
+    while left:
+        layer = [left[i] for i in front([values[i] for i in left])]
+        distances = _crowding([values[i] for i in layer])
+        found += [i for _, i in sorted(zip((-d for d in distances), layer, strict=True))]
+        left = [i for i in left if i not in layer]
+    return found
+
+
+def _crowding(values: Sequence[Values]) -> list[float]:
+    """How far the neighbours of each are, summed over objectives in units of their ranges; infinite at the ends."""
+    distances = [0.0] * len(values)
+    for objective in range(len(values[0])):
+        order = sorted(range(len(values)), key=lambda i: values[i][objective])
+        extent = values[order[-1]][objective] - values[order[0]][objective]
+        distances[order[0]] = distances[order[-1]] = math.inf
+        for before, here, after in zip(order, order[1:], order[2:], strict=False):
+            if extent > 0:
+                distances[here] += (values[after][objective] - values[before][objective]) / extent
+    return distances
+
+
+def best_at(rung: int, standings: Sequence[Standing]) -> list[int]:
+    """Numbers of those that may go beyond a rung, best first."""
+    there = [one for one in standings if one.rung >= rung]
+    order = ordered([one.values for one in there])
+    return [there[i].number for i in order[: len(there) // FACTOR]]
+
+
+def goes_on(number: int, standings: Sequence[Standing]) -> bool:
+    """Whether a candidate that was just judged at its rung trains on at once."""
+    own = next(one for one in standings if one.number == number)
+    return number in best_at(own.rung, standings)
+
+
+def next_promoted(standings: Sequence[Standing]) -> int | None:
+    """The waiting candidate that goes on next, of the highest rung that has one; None: none deserves it yet."""
+    by_number = {one.number: one for one in standings}
+    for rung in sorted({one.rung for one in standings}, reverse=True):
+        for number in best_at(rung, standings):
+            if by_number[number].rung == rung and by_number[number].is_waiting:
+                return number
+    return None

@@ -1,0 +1,148 @@
+"""What a search knows of its candidates, as plain values that are kept with Optuna's trials.
+
+A candidate is one network with its training settings. Each time that it is trained by a process is a trial of the
+study: the first one proposes it, later ones continue it from its checkpoint. So a trial runs exactly as long as its
+process, and whatever becomes of a process, its trial is finished then; a candidate that waits is no running trial.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from partita.search.allocation import Standing, Values
+from partita.search.curves import Forecast, Point, forecast
+from partita.search.deadline import Budget
+
+CAUTION = 2.0
+State = Literal["running", "waiting", "rejected", "raised", "failed", "gone"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A candidate as the last message of its process left it.
+
+    Args:
+        number: of its first trial.
+        params: suggested values.
+        state: "waiting" to go on, "gone" if its checkpoint is; "raised" by the user's code, "failed" with its process.
+        is_saved: whether it has a checkpoint.
+        rung: the highest that it was judged at; -1: none.
+        points: of its learning curve, by samples.
+        samples_per_s: measured in the last while, on `num_cores` cores; `wide_gain` times as many are predicted on all.
+        why: it was rejected or has failed.
+        failures: processes of it that died.
+        best_score: of weights that its final training has kept.
+    """
+
+    number: int
+    params: dict[str, Any] = field(default_factory=dict)
+    state: State = "running"
+    is_saved: bool = False
+    rung: int = -1
+    points: tuple[Point, ...] = ()
+    samples_per_s: float = 0.0
+    step_time_s: float = 0.0
+    num_cores: int = 1
+    wide_gain: float = 1.0
+    num_parameters: int = 0
+    memory_bytes: int | None = None
+    batch_size: int = 0
+    plan: str = ""
+    notes: tuple[str, ...] = ()
+    why: str = ""
+    failures: int = 0
+    best_score: float | None = None
+
+    @property
+    def train_s(self) -> float:
+        """Training so far, seconds."""
+        return self.points[-1].train_s if self.points else 0.0
+
+    @property
+    def score(self) -> float | None:
+        """The last one."""
+        return self.points[-1].score if self.points else None
+
+    def samples_at(self, more_s: float) -> float:
+        """Samples that it will have seen after so many seconds more on all cores."""
+        return self.points[-1].samples + more_s * self.samples_per_s * self.wide_gain
+
+    def with_point(self, point: Point, **changes: Any) -> Candidate:
+        """With one more point of the curve; points that it replaces were made again after a crash."""
+        before = tuple(one for one in self.points if one.samples < point.samples)
+        return dataclasses.replace(self, points=(*before, point), **changes)
+
+
+def as_record(candidate: Candidate) -> dict[str, Any]:
+    """A candidate as JSON knows it; `of_record` is the inverse."""
+    return dataclasses.asdict(candidate) | {"points": [list(point) for point in candidate.points]}
+
+
+def of_record(record: dict[str, Any]) -> Candidate:
+    """The candidate of a record; what this version does not know is left out."""
+    known = {item.name for item in dataclasses.fields(Candidate)}
+    values = {name: value for name, value in record.items() if name in known}
+    points = tuple(Point(*map(float, point)) for point in record["points"])
+    return Candidate(**values | {"points": points, "notes": tuple(record.get("notes", ()))})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aims:
+    """What candidates are judged by: "score" first, then maybe "parameters" and "step_time". `bound`: no score is
+    better;
+    None: unknown."""
+
+    objectives: tuple[str, ...]
+    maximize: bool
+    bound: float | None = None
+
+    @property
+    def directions(self) -> list[Literal["maximize", "minimize"]]:
+        """Optuna's."""
+        return ["maximize" if name == "score" and self.maximize else "minimize" for name in self.objectives]
+
+    def values(self, candidate: Candidate, score: float) -> list[float]:
+        """A candidate's objectives, `score` being what is predicted or was reached."""
+        of = {"score": score, "parameters": float(candidate.num_parameters), "step_time": candidate.step_time_s}
+        return [of[name] for name in self.objectives]
+
+    def predicted(self, candidate: Candidate, budget: Budget, now_s: float) -> Forecast:
+        """A candidate's score at the deadline if all cores train it on from now."""
+        at_samples = candidate.samples_at(max(0.0, budget.last_s - now_s))
+        return forecast(candidate.points, at_samples, maximize=self.maximize, bound=self.bound)
+
+    def turned(self, candidate: Candidate, score: float) -> Values:
+        """The same, so that lower is better."""
+        signs = [-1.0 if direction == "maximize" else 1.0 for direction in self.directions]
+        return tuple(sign * value for sign, value in zip(signs, self.values(candidate, score), strict=True))
+
+
+def standings(candidates: Iterable[Candidate], aims: Aims, budget: Budget, now_s: float) -> list[Standing]:
+    """What allocation needs to know, with predictions of all candidates made at the same moment."""
+    return [
+        Standing(
+            number=one.number,
+            rung=one.rung,
+            values=aims.turned(one, aims.predicted(one, budget, now_s).score),
+            is_waiting=one.state == "waiting",
+        )
+        for one in candidates
+        if one.points and one.state in ("running", "waiting", "gone") and one.rung >= 0
+    ]
+
+
+def best_of(candidates: Sequence[Candidate], aims: Aims, budget: Budget, now_s: float) -> Candidate | None:
+    """The one that is to be trained until the deadline, of those that have a checkpoint: whose predicted score, made
+    worse by `CAUTION` standard deviations, is best. A few points may promise anything; a long curve is to be relied
+    on."""
+    usable = [one for one in candidates if one.points and one.is_saved and one.state in ("running", "waiting")]
+
+    def cautious(one: Candidate) -> tuple[float, float]:
+        found = aims.predicted(one, budget, now_s)
+        last = aims.turned(one, one.points[-1].score)[0]
+        return aims.turned(one, found.score)[0] + CAUTION * found.deviation, last
+
+    return min(usable, key=cautious, default=None)

@@ -1,0 +1,406 @@
+"""Runs a search: starts the processes of trials, listens to them, and sees to it that the end is met.
+
+What is to happen is decided by `course`; here are processes, their messages and the limits of waiting for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+from statistics import median
+
+from partita.cluster import Cluster
+from partita.errors import SearchError
+from partita.search.candidates import Candidate
+from partita.search.course import DELIVERED, Course
+from partita.search.messages import (
+    Ended,
+    Failed,
+    FromTrial,
+    Go,
+    Judged,
+    Order,
+    Ready,
+    Rejected,
+    RungEnd,
+    Stop,
+    Suggest,
+)
+from partita.search.pricing import Limits
+from partita.search.processes import TrialProcess, warm_up
+from partita.search.report import values_of
+from partita.search.study import GRACE_S, HEARTBEAT_S
+from partita.units import split_evenly
+
+LEAST_START_S = 20.0  # for a trial to begin, and to be judged first
+SILENCE, LEAST_SILENCE_S = 3.0, 60.0  # a trial is ended that tells nothing for three times as long as the last time
+TOLD_TIMES = 10  # lines about the final training
+STOP_LIMIT_S, STOP_SHARE = 3.0, 0.05  # of the final training, for a trial to judge and save its candidate
+TICK_S = 0.1
+NOTED_EVERY_S = 1.0  # points of a curve are kept at most so often, and at the end of each rung
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What trials are started with.
+
+    Args:
+        modules: where the user's functions are.
+        everywhere: all cores.
+        target: what the network is searched for; None: these cores.
+        num_slots: trials side by side; None: by `Budget.num_slots`.
+    """
+
+    task_file: Path
+    modules: list[str]
+    everywhere: Cluster
+    target: Cluster | None
+    limits: Limits
+    seed: int
+    num_slots: int | None
+
+    @property
+    def cores(self) -> tuple[int, ...]:
+        return tuple(core for process in self.everywhere.processes for core in process.cores)
+
+
+@dataclass
+class _Running:
+    """A trial whose process lives."""
+
+    number: int
+    candidate: int
+    process: TrialProcess
+    cores: tuple[int, ...]
+    is_final: bool
+    started_s: float
+    due_s: float  # it must have told something by then
+    is_stopping: bool = False
+    beaten_s: float = field(default_factory=time.time)
+    heard_s: float = field(default_factory=time.time)
+    told_s: float = 0.0
+    noted_s: float = 0.0
+
+
+class Coordinator:
+    """One search. `run` returns the candidate that is to be delivered."""
+
+    def __init__(self, course: Course, settings: Settings, tell: Callable[[str], None]) -> None:
+        self._course, self._study, self._budget = course, course.study, course.budget
+        self._settings, self._tell = settings, tell
+        self._running: list[_Running] = []
+        self._startups_s: list[float] = []
+        self._looked_s = time.time()  # for trials of other searches
+
+    def run(self) -> Candidate:
+        """Explores, and trains the best candidate until the end.
+
+        Raises:
+            SearchError: no candidate could be trained.
+        """
+        left_s = self._budget.last_s - time.time()
+        if left_s > 0 and not warm_up(self._settings.modules, left_s) and not self._course.has_waiting():
+            raise SearchError(
+                "the modules of the functions given must be imported by other processes, which had not ended at the "
+                "deadline. Do they wait for something, or train, while they are imported?"
+            )
+        try:
+            while not self._is_over():
+                self._fill()
+                self._listen()
+                self._watch()
+        finally:
+            for one in list(self._running):
+                one.is_stopping = True
+                self._lose(one, "", kill=True)
+        return self._course.delivered(time.time())
+
+    def _is_over(self) -> bool:
+        now_s, final = time.time(), self._course.final
+        if final is not None and self._course.candidates[final].why == DELIVERED:
+            return True
+        late = now_s >= self._budget.deadline_s - self._budget.margin_s / 2
+        return late or self._course.is_exhausted(now_s, num_running=len(self._running))
+
+    # Starting --------------------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        """Starts what should run now and does not."""
+        now_s, course = time.time(), self._course
+        if course.is_explored(now_s, num_running=len(self._running)):
+            for one in self._running:
+                if not one.is_final and not one.is_stopping:
+                    self._stop(one)
+            if not self._running:
+                self._start_final(now_s)
+            return
+        num_slots = self._settings.num_slots or self._budget.num_slots(len(self._settings.cores), now_s)
+        while len(self._running) < num_slots:
+            promoted = course.promoted(now_s)
+            cores = self._free_cores(num_slots)
+            if promoted is not None:
+                self._start(self._study.continued(course.candidates[promoted]), promoted, cores)
+            elif course.may_propose(now_s, startup_s=self._startup_s(), num_running=len(self._running)):
+                trial = self._study.propose()
+                self._start(trial, trial, cores)
+            else:
+                break
+
+    def _free_cores(self, num_slots: int) -> tuple[int, ...]:
+        """The cores of a new trial: its share of all, of those that nobody has if there are any."""
+        cores = self._settings.cores
+        taken = {core for one in self._running for core in one.cores}
+        size = max(split_evenly(len(cores), num_slots))
+        return tuple([core for core in cores if core not in taken][:size] or cores[:size])
+
+    def _start_final(self, now_s: float) -> None:
+        candidate = self._course.finalist(now_s)
+        if candidate is None:
+            return
+        if candidate.number != self._course.final:
+            self._course.choose(candidate, now_s)
+            self._tell(f"candidate {candidate.number} is trained until the deadline: {values_of(candidate)}")
+        self._start(self._study.continued(candidate), candidate.number, self._settings.cores, is_final=True)
+
+    def _start(self, trial: int, number: int, cores: tuple[int, ...], *, is_final: bool = False) -> None:
+        before = self._course.candidates.get(number)
+        candidate = before or Candidate(number=number, failures=self._study.failures(number))
+        candidate = self._course.candidates[number] = dataclasses.replace(candidate, state="running", why="")
+        self._study.note(trial, candidate)
+        begin_s, settings = self._course.final_begin_s or 0.0, self._settings
+        order = Order(
+            task_file=str(settings.task_file),
+            folder=str(self._course.folder_of(number)),
+            number=number,
+            seed=settings.seed,
+            known=candidate.params,
+            resumed=before is not None,
+            cores=cores,
+            everywhere=settings.everywhere,
+            target=settings.target,
+            limits=settings.limits,
+            final=(begin_s, self._budget.last_s) if is_final else None,
+            best_score=candidate.best_score,
+        )
+        now_s = time.time()
+        self._running.append(
+            _Running(
+                number=trial,
+                candidate=number,
+                process=TrialProcess(order, settings.modules),
+                cores=cores,
+                is_final=is_final,
+                started_s=now_s,
+                due_s=now_s + self._start_limit_s(),
+            )
+        )
+
+    def _go(self, one: _Running, candidate: Candidate) -> None:
+        """Lets a candidate train until its next rung, or the end."""
+        now_s = time.time()
+        until_s, granted_s = float("inf"), self._budget.last_s - now_s
+        if not one.is_final:
+            until_s = self._course.next_until_s(candidate, self._startup_s())
+            granted_s = max(0.0, until_s - candidate.train_s)
+        one.due_s = now_s + self._start_limit_s()
+        one.process.send(Go(until_s=until_s, granted_s=granted_s))
+
+    def _stop(self, one: _Running) -> None:
+        one.is_stopping = True
+        one.due_s = time.time() + max(STOP_LIMIT_S, STOP_SHARE * self._budget.final_s)
+        one.process.send(Stop())
+
+    def _start_limit_s(self) -> float:
+        return max(LEAST_START_S, (self._budget.explore_end_s - self._budget.start_s) / 2)
+
+    def _startup_s(self) -> float:
+        return median(self._startups_s) if self._startups_s else 0.0
+
+    # Listening -------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """Handles what trials have told, waiting a moment if none has."""
+        if not self._running:
+            time.sleep(TICK_S)
+            return
+        ready = set(wait([line for one in self._running for line in one.process.waits_for], timeout=TICK_S))
+        for one in list(self._running):
+            if not ready.intersection(one.process.waits_for):
+                continue
+            try:
+                while one in self._running and (message := one.process.receive()) is not None:
+                    self._handle(one, self._course.candidates[one.candidate], message)
+                if one in self._running and one.process.is_gone:  # what it has started may hold the line open
+                    raise EOFError
+            except EOFError:
+                self._lose(one, "", kill=False)
+
+    def _handle(self, one: _Running, candidate: Candidate, message: FromTrial) -> None:
+        now_s = time.time()
+        if not one.is_stopping:
+            one.due_s = max(one.due_s, now_s + LEAST_SILENCE_S + SILENCE * (now_s - one.heard_s))
+        one.heard_s = now_s
+        match message:
+            case Suggest():
+                one.process.send(self._study.suggest(one.number, message))
+            case Ready():
+                self._ready(one, candidate, message)
+            case Judged():
+                self._judged(one, candidate, message)
+            case RungEnd():
+                self._rung_end(one, self._course.at_its_rung(candidate))
+            case Ended():
+                self._ended(one, candidate, message)
+            case Rejected():
+                self._rejected(one, candidate, message)
+            case Failed():
+                self._tell(f"candidate {candidate.number} failed: {message.error.strip().splitlines()[-1]}")
+                params = candidate.params or self._study.params(one.number)
+                self._end(one, dataclasses.replace(candidate, params=params, state="raised", why=message.error))
+
+    def _ready(self, one: _Running, candidate: Candidate, message: Ready) -> None:
+        self._startups_s.append(time.time() - one.started_s)
+        price = message.price
+        candidate = dataclasses.replace(
+            candidate,
+            params=candidate.params or self._study.params(one.number),
+            wide_gain=price.wide_gain,
+            num_parameters=price.num_parameters,
+            memory_bytes=price.memory_bytes,
+            batch_size=message.batch_size,
+            notes=(price.note,) if price.note else (),
+        )
+        self._keep(one, candidate, **{f"user_{name}": value for name, value in message.attributes.items()})
+        if not one.is_stopping:
+            self._go(one, candidate)
+
+    def _judged(self, one: _Running, candidate: Candidate, message: Judged) -> None:
+        candidate = candidate.with_point(message.point, plan=message.plan, num_cores=message.num_cores)
+        if message.samples_per_s > 0:
+            candidate = dataclasses.replace(
+                candidate, samples_per_s=message.samples_per_s, step_time_s=message.step_time_s
+            )
+        if one.is_final:
+            score, kept = message.point.score, candidate.best_score
+            better = max if self._course.aims.maximize else min
+            candidate = dataclasses.replace(candidate, best_score=score if kept is None else better(kept, score))
+            self._tell_of_final(one, candidate)
+        self._course.candidates[candidate.number] = candidate
+        if one.is_final or time.time() - one.noted_s > NOTED_EVERY_S:
+            one.noted_s = time.time()
+            self._keep(one, candidate)
+
+    def _tell_of_final(self, one: _Running, candidate: Candidate) -> None:
+        now_s = time.time()
+        if now_s - one.told_s > self._budget.final_s / TOLD_TIMES:
+            one.told_s = now_s
+            left_s = max(0.0, self._budget.deadline_s - now_s)
+            self._tell(
+                f"candidate {candidate.number}: score {candidate.points[-1].score:.4g} after {candidate.train_s:.2g} "
+                f"s, best {candidate.best_score:.4g}; {left_s:.2g} s until the deadline"
+            )
+
+    def _rung_end(self, one: _Running, candidate: Candidate) -> None:
+        """A candidate has trained as far as it may: it goes on if it is among the best."""
+        self._keep(one, candidate)
+        now_s = time.time()
+        if one.is_stopping:
+            return
+        if self._course.is_explored(now_s, num_running=1) or not self._course.goes_on(candidate, now_s):
+            self._stop(one)
+        else:
+            self._go(one, candidate)
+
+    def _ended(self, one: _Running, candidate: Candidate, message: Ended) -> None:
+        if one.is_final:
+            self._end(one, dataclasses.replace(candidate, state="waiting", why=DELIVERED))
+            return
+        is_saved = message.saved and bool(candidate.points)
+        self._end(one, dataclasses.replace(candidate, state="waiting" if is_saved else "gone", is_saved=is_saved))
+        now_s = time.time()
+        self._course.forget_worst(now_s)
+        if candidate.points:
+            self._tell(
+                f"candidate {candidate.number}: score {candidate.points[-1].score:.4g} after {candidate.train_s:.2g} "
+                f"s, {self._course.predicted(candidate, now_s):.4g} predicted for the deadline; {values_of(candidate)}"
+            )
+
+    def _rejected(self, one: _Running, candidate: Candidate, message: Rejected) -> None:
+        self._tell(f"candidate {candidate.number} is not trained: {message.reason}")
+        if one.is_final:  # from its checkpoint it may get further; others come after some trials of that
+            self._course.final_failed()
+            self._end(one, dataclasses.replace(candidate, state="waiting", why=message.reason))
+            return
+        size = message.price.num_parameters if message.price else candidate.num_parameters
+        memory = message.price.memory_bytes if message.price else candidate.memory_bytes
+        self._end(
+            one,
+            dataclasses.replace(
+                candidate,
+                params=candidate.params or self._study.params(one.number),
+                state="rejected",
+                why=message.reason,
+                num_parameters=size,
+                memory_bytes=memory,
+            ),
+        )
+
+    # Ending ----------------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Ends trials that are silent for too long, and tells the storage of those that live."""
+        now_s = time.time()
+        for one in list(self._running):
+            if now_s > one.due_s and not (one.is_stopping and self._is_needed(now_s)):
+                waited = "to stop" if one.is_stopping else "for a sign of it"
+                self._lose(one, f"it was ended after waiting {waited} for too long", kill=True)
+            elif now_s - one.beaten_s > HEARTBEAT_S:
+                one.beaten_s = now_s
+                self._study.beat(one.number)
+        if now_s - self._looked_s > GRACE_S:
+            self._looked_s = now_s
+            self._study.fail_stale()
+
+    def _is_needed(self, now_s: float) -> bool:
+        """Whether a trial that is slow to save its candidate is waited for, because there is no other candidate."""
+        return not self._course.has_waiting() and now_s < self._budget.last_s
+
+    def _lose(self, one: _Running, reason: str, *, kill: bool) -> None:
+        """A process is gone, or is ended, without having said so."""
+        self._running.remove(one)
+        ended = one.process.end(kill=kill)
+        candidate = self._course.candidates[one.candidate]
+        params = candidate.params or self._study.params(one.number)
+        is_saved = bool(candidate.points) and self._course.has_checkpoint(candidate)
+        candidate = dataclasses.replace(candidate, params=params, is_saved=is_saved)
+        if one.is_stopping:  # it was to end anyway
+            self._finish(one, dataclasses.replace(candidate, state="waiting" if is_saved else "gone"))
+            return
+        reason = reason or ended or "its process has ended without a word"
+        candidate = dataclasses.replace(candidate, state="failed", why=reason, failures=candidate.failures + 1)
+        self._tell(f"candidate {candidate.number}: {reason}")
+        self._finish(one, candidate)
+        if one.is_final:
+            self._course.final_failed()
+        self._course.recover(candidate)
+
+    def _end(self, one: _Running, candidate: Candidate) -> None:
+        """A process has said that it ends."""
+        self._running.remove(one)
+        one.process.end(kill=False)
+        self._finish(one, candidate)
+
+    def _finish(self, one: _Running, candidate: Candidate) -> None:
+        self._course.candidates[candidate.number] = candidate
+        score = self._course.predicted(candidate, time.time())
+        if one.is_final and candidate.best_score is not None:
+            score = candidate.best_score
+        self._study.finish(one.number, candidate, score=score)
+
+    def _keep(self, one: _Running, candidate: Candidate, **attributes: object) -> None:
+        self._course.candidates[candidate.number] = candidate
+        self._study.note(one.number, candidate, **attributes)

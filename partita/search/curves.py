@@ -1,0 +1,110 @@
+"""Learning curves: what a score will be after more training, and how sure that is.
+
+    y(n) = c + a (n / m)^-b,    n  samples seen,  y  the score, turned so that lower is better,  m  those of the last
+    point
+
+A power law with a floor. Given an exponent b, the floor c and the slope a >= 0 are a linear least-squares fit. Few
+noisy points do not tell b, so none is chosen: predictions of all exponents on a grid are averaged, weighted by
+
+    p(b | points) ~ p(b) (S_b + s^2)^(-k/2),    S_b  sum of squared residuals over k points
+
+which is the marginal likelihood up to terms that hardly depend on b, with the noise integrated out; p(b) is log-normal
+around 0.5. Their spread, with the residuals', is the uncertainty. Points from before a twentieth of the samples are
+left
+out: the first steps follow other laws. Curves that get worse (a < 0) are continued as flat.
+
+What a decaying learning rate adds in the end is not predicted, for no candidate.
+
+Sources: the form is "pow3" of Viering and Loog, "The shape of learning curves", 2022, section 4, and Hestness et al.
+2017; averaging over forms instead of choosing one Domhan et al. 2015, section 3, here over exponents on a grid and
+without sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+EXPONENTS = np.geomspace(0.1, 2.0, 24)
+PRIOR_EXPONENT, PRIOR_WIDTH = 0.5, 0.8  # the width in logarithms
+OLDEST = 1 / 20  # of the last point's samples
+LEAST_NOISE = 0.01  # of the range of the points: scores are never exact
+
+
+class Point(NamedTuple):
+    """A candidate's score after so many samples and seconds of training."""
+
+    samples: float
+    train_s: float
+    score: float
+
+
+class Forecast(NamedTuple):
+    """A predicted score, and its standard deviation (infinite: one point says nothing of the future)."""
+
+    score: float
+    deviation: float
+
+
+def forecast(points: Sequence[Point], at_samples: float, *, maximize: bool, bound: float | None = None) -> Forecast:
+    """The score after `at_samples` samples.
+
+    Args:
+        points: by samples, ascending; at least one.
+        at_samples: at least those of the last point.
+        maximize: whether higher scores are better.
+        bound: no score is better than this, e.g. 1.0 for a share that is right; None: unknown.
+
+    Example:
+        >>> curve = [Point(n, n / 100, 1.0 + n**-0.5) for n in (100, 200, 400, 800)]
+        >>> round(forecast(curve, 80_000, maximize=False).score, 2)
+        1.01
+    """
+    sign = -1.0 if maximize else 1.0
+    x = np.array([point.samples for point in points], dtype=np.float64)
+    y = sign * np.array([point.score for point in points], dtype=np.float64)
+    recent = x >= OLDEST * x[-1]
+    x, y = x[recent], y[recent]
+    if len(x) == 1:
+        return Forecast(float(sign * y[0]), float("inf"))
+    spread = float(np.ptp(y))
+    if spread == 0:
+        return Forecast(float(sign * y[-1]), 0.0)
+    later = max(1.0, at_samples / x[-1])
+    predictions, residuals = _fits(x / x[-1], (y - y[-1]) / spread, later)
+    weights = _weights(residuals, len(x))
+    mean = float(weights @ predictions)
+    variance = weights @ ((predictions - mean) ** 2 + (residuals + LEAST_NOISE**2) / len(x))
+    variance *= len(x) / max(1, len(x) - 2)  # floor and slope are estimates
+    found = float(y[-1]) + spread * mean
+    found = found if bound is None else max(found, sign * bound)
+    return Forecast(sign * found, spread * float(np.sqrt(variance)))
+
+
+def score_at(points: Sequence[Point], at_samples: float, *, maximize: bool, bound: float | None = None) -> Forecast:
+    """The score after any number of samples: between points interpolated by their logarithms, as measured; after the
+    last one as `forecast`; before the first one that of the first."""
+    if at_samples > points[-1].samples:
+        return forecast(points, at_samples, maximize=maximize, bound=bound)
+    seen = np.log([max(1.0, point.samples) for point in points])
+    return Forecast(float(np.interp(np.log(max(1.0, at_samples)), seen, [point.score for point in points])), 0.0)
+
+
+def _fits(x_K: np.ndarray, y_K: np.ndarray, later: float) -> tuple[np.ndarray, np.ndarray]:
+    """By exponent, the prediction at `later` (in units of the last x) and the sum of squared residuals. E exponents, K
+    points."""
+    z_EK = x_K ** -EXPONENTS[:, None]
+    z_E, y = z_EK.mean(1), y_K.mean()
+    off_EK = z_EK - z_E[:, None]
+    slope_E = np.maximum(0.0, (off_EK @ (y_K - y)) / (off_EK**2).sum(1))
+    residual_EK = (y_K - y) - slope_E[:, None] * off_EK
+    return y + slope_E * (later**-EXPONENTS - z_E), (residual_EK**2).sum(1)
+
+
+def _weights(residuals: np.ndarray, num_points: int) -> np.ndarray:
+    prior = -0.5 * (np.log(EXPONENTS / PRIOR_EXPONENT) / PRIOR_WIDTH) ** 2
+    logs = prior - num_points / 2 * np.log(residuals + LEAST_NOISE**2)
+    weights = np.exp(logs - logs.max())
+    return np.asarray(weights / weights.sum())

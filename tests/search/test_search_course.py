@@ -1,0 +1,171 @@
+"""What is to happen next in a search, without processes: exploring, promoting, the final training, the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from partita import SearchError
+from partita.search.candidates import Aims, Candidate
+from partita.search.course import MOST_FINAL_FAILURES, MOST_KEPT, NUM_BROKEN, Course
+from partita.search.curves import Point
+from partita.search.deadline import Budget
+from partita.search.messages import Suggest
+from partita.search.study import Study, open_storage
+
+BUDGET = Budget(start_s=0.0, deadline_s=100.0, final_share=0.4)  # exploring ends at about 59
+
+
+def course(folder: Path, **options: Any) -> Course:
+    aims = Aims(objectives=("score",), maximize=True)
+    study = Study(open_storage(None, folder), "study", owner="me", aims=aims, seed=0)
+    return Course(study, aims, BUDGET, folder, **({"max_trials": None, "retries": 1} | options))
+
+
+def add(course: Course, score: float, *, checkpoint: bool = True, num_points: int = 3, **changes: Any) -> Candidate:
+    """A candidate that waits, with a flat curve."""
+    number = course.study.propose()
+    course.study.suggest(number, Suggest(kind="float", name="rate", arguments=(0.0, 1.0), options={}))
+    points = tuple(Point(100.0 * i, float(i), score - 1e-3 * (num_points - i)) for i in range(1, num_points + 1))
+    candidate = Candidate(
+        number=number, params=course.study.params(number), state="waiting", rung=0, points=points, samples_per_s=100.0
+    )
+    candidate = dataclasses.replace(candidate, **{"is_saved": checkpoint} | changes)
+    if checkpoint:
+        folder = course.folder_of(number) / "step-00000001"
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.json").touch()
+    course.candidates[number] = candidate
+    return candidate
+
+
+def test_exploring_ends_with_its_time_once_somebody_can_be_trained_on(tmp_path) -> None:
+    now = course(tmp_path)
+    assert not now.is_explored(70, num_running=0)
+    assert now.may_propose(70, startup_s=1, num_running=0), "late, but there is nothing to deliver yet"
+    add(now, 0.5)
+    assert not now.is_explored(10, num_running=2)
+    assert now.is_explored(60, num_running=2)
+    assert now.may_propose(10, startup_s=1, num_running=2) and not now.may_propose(58.5, startup_s=1, num_running=0)
+
+
+def test_exploring_ends_early_with_as_many_candidates_as_were_wanted(tmp_path) -> None:
+    now = course(tmp_path, max_trials=2)
+    add(now, 0.5)
+    assert now.may_propose(10, startup_s=1, num_running=0)
+    add(now, 0.6)
+    assert not now.may_propose(10, startup_s=1, num_running=0)
+    assert not now.is_explored(10, num_running=1) and now.is_explored(10, num_running=0)
+
+
+def test_the_final_training_is_for_the_best_and_for_another_after_failures(tmp_path) -> None:
+    now = course(tmp_path)
+    worse, best = add(now, 0.5), add(now, 0.7)
+    assert now.finalist(60) == best
+    now.choose(best, 60)
+    for _ in range(MOST_FINAL_FAILURES):
+        assert now.finalist(61) == best
+        now.final_failed()
+    assert now.finalist(62) == worse
+    now.choose(worse, 62)
+    assert now.final_begin_s == 60, "the rate's decay goes on"
+    assert now.delivered(99) == worse
+
+
+def test_a_few_points_that_promise_much_are_not_relied_on(tmp_path) -> None:
+    """Two points on a steep line promise more than a long curve has reached, and are worth nothing."""
+    now = course(tmp_path)
+    known = add(now, 0.8, num_points=9)
+    steep = add(now, 0.5)
+    points = (Point(100, 1, 0.1), Point(200, 2, 0.5))
+    steep = now.candidates[steep.number] = dataclasses.replace(steep, points=points, samples_per_s=1e4)
+    assert now.aims.predicted(steep, BUDGET, 60).score > 0.8
+    assert now.finalist(60) == known
+
+
+def test_a_restart_knows_the_final_training(tmp_path) -> None:
+    before = course(tmp_path)
+    best = add(before, 0.7)
+    before.study.note(best.number, best)
+    before.study.finish(best.number, best, score=0.7)
+    before.choose(best, 60)
+    before.next_until_s(best, 0.5)
+    before.study.continued(best)
+    after = course(tmp_path)
+    assert (after.final, after.final_begin_s, after.first_rung_s) == (best.number, 60, before.first_rung_s)
+    assert after.finalist(70).number == best.number  # type: ignore[union-attr]
+    assert [trial.state.name for trial in after.study.optuna.get_trials()] == ["COMPLETE", "FAIL"]
+
+
+def test_interrupted_candidates_go_on_from_checkpoints_and_others_are_proposed_again(tmp_path) -> None:
+    before = course(tmp_path)
+    saved, lost = add(before, 0.7, state="running"), add(before, 0.6, checkpoint=False, state="running")
+    for one in (saved, lost):
+        before.study.note(one.number, one)
+    after = course(tmp_path)
+    assert [after.candidates[one.number].state for one in (saved, lost)] == ["waiting", "failed"]
+    trials = after.study.optuna.get_trials()
+    assert [trial.state.name for trial in trials] == ["FAIL", "FAIL", "WAITING"]
+    assert trials[2].system_attrs["fixed_params"] == lost.params
+
+
+def test_who_was_interrupted_before_the_first_rung_comes_first(tmp_path) -> None:
+    now = course(tmp_path)
+    for score in (0.9, 0.8, 0.7):
+        add(now, score)
+    assert now.promoted(10) == 0
+    one = add(now, 0.1, rung=-1, failures=1)
+    assert now.promoted(10) == one.number
+    now.candidates[one.number] = dataclasses.replace(one, failures=2)
+    assert now.promoted(10) == 0, "what dies again and again is left"
+
+
+def test_a_candidate_whose_process_dies_again_and_again_has_failed(tmp_path) -> None:
+    now = course(tmp_path, retries=1)
+    for failures, queued in ((1, 1), (2, 0)):
+        one = add(now, 0.5, checkpoint=False, failures=failures)
+        before = len(now.study.optuna.get_trials())
+        now.recover(one)
+        assert len(now.study.optuna.get_trials()) == before + queued
+        assert now.candidates[one.number].state == "failed"
+
+
+@pytest.mark.parametrize("state", ["raised", "failed"])
+def test_code_that_always_raises_or_dies_ends_the_search_with_its_reason(tmp_path, state: str) -> None:
+    now = course(tmp_path, retries=0)
+    for _ in range(NUM_BROKEN):
+        assert not now.is_exhausted(10, num_running=1)
+        add(now, 0.0, checkpoint=False, state=state, why="Traceback ... on purpose", points=())
+    add(now, 0.0, checkpoint=False, state="running", points=())
+    with pytest.raises(SearchError, match="on purpose"):
+        now.is_exhausted(10, num_running=1)
+
+
+def test_nothing_left_to_try_ends_the_search(tmp_path) -> None:
+    now = course(tmp_path, max_trials=2)
+    for _ in range(2):
+        add(now, 0.0, checkpoint=False, state="rejected", why="too large", points=())
+    assert now.is_exhausted(10, num_running=0)
+    with pytest.raises(SearchError, match="none of 2 was judged.*too large"):
+        now.delivered(10)
+
+
+def test_rungs_follow_the_training_time(tmp_path) -> None:
+    now = course(tmp_path)
+    one = add(now, 0.5, rung=-1)
+    first_s = now.next_until_s(one, 0.25)
+    assert now.next_until_s(one, 99.0) == first_s, "they are the same for all, once known"
+    late = one.with_point(Point(1e5, 9.5 * first_s, 0.6))
+    assert now.at_its_rung(late).rung == 2 and now.at_its_rung(one).is_saved
+
+
+def test_checkpoints_without_prospects_are_removed(tmp_path) -> None:
+    now = course(tmp_path)
+    for i in range(MOST_KEPT + 2):
+        add(now, 0.5 + 0.01 * i)
+    now.forget_worst(10)
+    gone = [one.number for one in now.all if one.state == "gone"]
+    assert gone == [0, 1] and not now.folder_of(0).exists() and now.folder_of(2).exists()

@@ -1,0 +1,260 @@
+"""One candidate's training: limits, judging, continuing from a checkpoint, the end of the rate and the best weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from partita.checkpoint import weights_of
+from partita.cluster import Cluster
+from partita.connections import Static
+from partita.search import training_run
+from partita.search.candidates import Candidate
+from partita.search.delivery import deliver, with_weights
+from partita.search.messages import Judged, Order
+from partita.search.pricing import Limits
+from partita.search.resources import resources
+from partita.search.task import Task, default_loss, suggested_adamw
+from partita.search.training_run import BEST, DECAY_SHARE, PLANNED_FROM_S, RejectedError, TrainingRun, decay
+from partita.search.trials import SearchTrial
+from partita.training.parallelize import parallelize
+
+KNOWN = {"width": 16, "learning_rate": 0.01}
+
+
+def data() -> tuple[Any, Any]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 4, generator=generator)
+    y = (x[:, 0] > x[:, 1]).long()
+    return (x[:300], y[:300]), (x[300:], y[300:])
+
+
+def build(trial: SearchTrial) -> nn.Module:
+    width = trial.suggest_int("width", 4, 64)
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Dropout(0.1), nn.Linear(width, 2))
+
+
+TASK = Task(
+    build=build, data=data, loss_fn=default_loss, score=None, direction="maximize", optimizer=suggested_adamw,
+    batch_size=20, connections=None,
+)  # fmt: skip
+
+
+def order(folder: Path, **changes: Any) -> Order:
+    where = Cluster.detect()
+    plain = Order(
+        task_file="", folder=str(folder), number=3, seed=1, known=KNOWN, resumed=False, everywhere=where, target=None,
+        final=None, cores=where.machines[0].cores[:1], best_score=None,
+        limits=Limits(max_params=None, max_memory_bytes=2**33, last_s=time.time() + 1000),
+    )  # fmt: skip
+    return dataclasses.replace(plain, **changes)
+
+
+def run_of(given: Order, task: Task = TASK, known: dict[str, Any] = KNOWN) -> TrainingRun:
+    return TrainingRun(task, SearchTrial(given.number, known), given)
+
+
+def steps(run: TrainingRun, count: int, told: list[Judged]) -> None:
+    """Trains so many steps: judging does not count as training, so the clock is asked for the next step only."""
+    for _ in range(count):
+        run.train(run.train_s + 1e-9, lambda: False, told.append)
+
+
+def test_a_continued_candidate_trains_as_if_it_had_not_stopped(tmp_path) -> None:
+    whole: list[Judged] = []
+    straight = run_of(order(tmp_path / "a"))
+    straight.begin(1.0, resumed=False)
+    steps(straight, 12, whole)
+    straight.close()
+    parts: list[Judged] = []
+    first = run_of(order(tmp_path / "b"))
+    first.begin(1.0, resumed=False)
+    steps(first, 7, parts)
+    first.save()
+    first.close()
+    second = run_of(order(tmp_path / "b", resumed=True))
+    second.begin(1.0, resumed=True)
+    assert second.train_s == first.train_s
+    steps(second, 5, parts)
+    second.close()
+    torch.testing.assert_close(second.model.state_dict(), straight.model.state_dict())
+    assert (
+        [one.point.samples for one in parts] == [one.point.samples for one in whole] == [20.0 * k for k in range(1, 13)]
+    )
+    assert [one.point.score for one in parts] == [one.point.score for one in whole]
+
+
+def test_a_plan_is_looked_for_where_it_pays_and_changes_nothing(tmp_path, monkeypatch) -> None:
+    weights, wanted = [], []
+
+    def recorded(*arguments: Any, **options: Any) -> Any:
+        wanted.append("auto" if options["plan"] == "auto" else options["plan"].mode)
+        return parallelize(*arguments, **options)
+
+    monkeypatch.setattr(training_run, "parallelize", recorded)
+    for name, granted_s in (("plain", 1.0), ("planned", PLANNED_FROM_S)):
+        told: list[Judged] = []
+        run = run_of(order(tmp_path / name))
+        run.begin(1.0, resumed=False)
+        steps(run, 4, told)
+        run.save()
+        run.continue_for(granted_s)
+        steps(run, 4, told)
+        run.close()
+        weights.append(run.model.state_dict())
+        assert [one.point.samples for one in told] == [20.0 * k for k in range(1, 9)]
+    assert wanted == ["block", "block", "auto"]
+    torch.testing.assert_close(weights[0], weights[1])
+
+
+def half(trial: SearchTrial) -> Static:
+    return Static(density=0.5, seed=trial.suggest_int("width", 4, 64))
+
+
+def test_connections_are_those_of_the_checkpoint(tmp_path) -> None:
+    task, masks = dataclasses.replace(TASK, connections=half), []
+    for resumed in (False, True):
+        run = run_of(order(tmp_path, resumed=resumed), task)
+        run.begin(1.0, resumed=resumed)
+        steps(run, 3, [])
+        run.save()
+        run.close()
+        masks.append([parameter.detach() != 0 for parameter in run.model.parameters() if parameter.dim() > 1])
+    assert sum(int(mask.sum()) for mask in masks[0]) == pytest.approx(0.5 * (4 * 16 + 2 * 16), abs=2)
+    assert all(bool((one == other).all()) for one, other in zip(*masks, strict=True))
+
+
+def test_it_learns_and_says_how_fast(tmp_path) -> None:
+    told: list[Judged] = []
+    run = run_of(order(tmp_path))
+    run.begin(1.0, resumed=False)
+    run.train(1.0, lambda: False, told.append)
+    run.close()
+    times = [one.point.train_s for one in told]
+    assert times == sorted(times) and times[-1] >= 1.0
+    assert told[-1].point.score > 0.8
+    rate = told[-1].point.samples / told[-1].point.train_s
+    assert rate / 10 < told[-1].samples_per_s < rate * 10
+    assert not any(module.training is False for module in run.model.modules()), "judging leaves no module in its mode"
+
+
+def test_it_stops_when_told(tmp_path) -> None:
+    run = run_of(order(tmp_path))
+    run.begin(1.0, resumed=False)
+    run.train(1e9, lambda: run.train_s > 0.1, lambda _: None)
+    run.close()
+    assert 0.1 < run.train_s < 100
+
+
+def test_limits_are_kept_before_training(tmp_path) -> None:
+    limits = Limits(max_params=20, max_memory_bytes=2**33, last_s=time.time() + 1000)
+    with pytest.raises(RejectedError, match="114 parameters, more than max_params = 20") as found:
+        run_of(order(tmp_path, limits=limits))
+    assert found.value.price is not None and found.value.price.num_parameters == 114
+    tight = dataclasses.replace(limits, max_params=None, max_memory_bytes=1000)
+    with pytest.raises(RejectedError, match="of memory, more than 1000 B"):
+        run_of(order(tmp_path, limits=tight)).price()
+    late = dataclasses.replace(limits, max_params=None, last_s=time.time() + 1e-4)
+    with pytest.raises(RejectedError, match="predicted to take .* fewer than 20"):
+        run_of(order(tmp_path, limits=late)).price()
+
+
+def test_what_is_predicted_is_told(tmp_path) -> None:
+    price = run_of(order(tmp_path)).price()
+    assert price.num_parameters == 114 and price.memory_bytes is not None and price.memory_bytes > 4 * 114
+    assert price.step_time_s is not None and price.step_time_s > 0 and price.wide_gain >= 1 and not price.note
+
+
+def test_a_search_for_other_resources_counts_their_speed(tmp_path) -> None:
+    """Over a network on which nothing is gained, what counts is the best plan of one such machine."""
+    here = order(tmp_path)
+    slow = resources("2 machines at 1 kbit/s", here.everywhere)["2 machines"]
+    price = run_of(dataclasses.replace(here, target=slow)).price()
+    assert "its plan there" in price.note and 0.1 < price.wide_gain < 10
+
+
+def branching_loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    loss = default_loss(model, batch)
+    return loss * 2 if loss.item() > 1e6 else loss
+
+
+def test_a_step_that_cannot_be_captured_is_trained_all_the_same(tmp_path) -> None:
+    run = run_of(order(tmp_path), dataclasses.replace(TASK, loss_fn=branching_loss))
+    price = run.price()
+    assert price.memory_bytes is None and "not predicted" in price.note
+    run.begin(1.0, resumed=False)
+    steps(run, 2, told := [])
+    run.close()
+    assert told[-1].point.samples == 40
+
+
+def test_slow_steps_are_noticed_where_they_were_not_predicted(tmp_path) -> None:
+    limits = Limits(max_params=None, max_memory_bytes=2**33, last_s=time.time() + 1e-3)
+    run = run_of(order(tmp_path, limits=limits))
+    run.begin(1.0, resumed=False)
+    with pytest.raises(RejectedError, match="measured to take"):
+        run.train(10.0, lambda: False, lambda _: None)
+    run.close()
+
+
+def test_a_network_that_diverges_is_not_trained_on(tmp_path) -> None:
+    run = run_of(order(tmp_path), known={"width": 16, "learning_rate": 1e30})
+    run.begin(1.0, resumed=False)
+    with pytest.raises(RejectedError, match="diverged"):
+        run.train(10.0, lambda: False, lambda _: None)
+    run.close()
+
+
+def test_the_rate_falls_to_zero_at_the_end() -> None:
+    factors = [decay(t, 0.0, 100.0) for t in range(0, 101)]
+    assert factors == sorted(factors, reverse=True) and factors[-1] == 0.0
+    assert all(factor == 1.0 for factor in factors[: int(100 * (1 - DECAY_SHARE))])
+
+
+def test_the_best_weights_of_the_final_training_are_delivered(tmp_path) -> None:
+    scores = iter([0.5, 0.9, 0.7, 0.8])
+
+    def falling(model: nn.Module, judged: Any) -> float:
+        return next(scores)
+
+    now_s = time.time()
+    final = order(tmp_path / "candidates" / "3", final=(now_s, now_s + 1000))
+    run = run_of(final, dataclasses.replace(TASK, score=falling))
+    run.begin(1.0, resumed=False)
+    kept = []
+    for _ in range(3):
+        steps(run, 1, [])
+        kept.append({name: value.clone() for name, value in run.model.state_dict().items()})
+    run.close()
+    assert run.best_score == 0.9
+    candidate = Candidate(number=3, params=KNOWN, best_score=0.9)
+    delivered = deliver(tmp_path, candidate, now_s)
+    found = with_weights(build(SearchTrial(3, KNOWN)), Path(delivered.weights))
+    torch.testing.assert_close(found.state_dict(), kept[1])
+    assert delivered.score == 0.9 and not found.training
+    again = run_of(dataclasses.replace(final, best_score=0.9), dataclasses.replace(TASK, score=falling))
+    again.begin(1.0, resumed=False)
+    steps(again, 1, [])
+    again.close()
+    assert again.best_score == 0.9, "an earlier process had better ones"
+    assert (tmp_path / "candidates" / "3" / BEST).exists()
+
+
+def test_without_a_final_training_the_last_checkpoint_is_delivered(tmp_path) -> None:
+    folder = tmp_path / "candidates" / "3"
+    run = run_of(order(folder))
+    run.begin(1.0, resumed=False)
+    steps(run, 3, told := [])
+    run.save()
+    run.close()
+    candidate = Candidate(number=3, params=KNOWN).with_point(told[-1].point)
+    delivered = deliver(tmp_path, candidate, time.time())
+    found = with_weights(build(SearchTrial(3, KNOWN)), Path(delivered.weights))
+    torch.testing.assert_close(found.state_dict(), weights_of(folder))
+    assert delivered.score == told[-1].point.score
