@@ -23,7 +23,7 @@ from partita.cluster.job import current_job
 from partita.cluster.measure import measure_network
 from partita.constraints import refuse_described
 from partita.cost.table import CostTable
-from partita.errors import CaptureError, InputError, PlanError
+from partita.errors import CaptureError, InputError, PartitaError, PlanError, StepError
 from partita.graph import Graph, capture
 from partita.plan import Constraints, Plan
 from partita.runtime.allocator import keep_freed_memory, let_go_of_garbage
@@ -209,7 +209,8 @@ def parallelize(
             single steps, where the same loss is predicted to be reached sooner for it.
         compile: True or False fixes whether segments are compiled; "auto" leaves it to the plan.
         cluster: default: detected.
-        timeout_s: limit of every wait for another process or worker, seconds; when the job starts as well.
+        timeout_s: limit of every wait for another process or worker, seconds; when the job starts as well. Others wait
+            without one for a process that plans or compiles, as long as it lives.
         check_finite: "step" raises instead of updating if the loss is NaN or infinite, "op" names the op as well (each
             step then costs twice), "off" does not look.
         clip_grad_norm: limit of the 2-norm of all gradients together, as of `torch.nn.utils.clip_grad_norm_`, exact
@@ -273,8 +274,9 @@ def parallelize(
         shares_move=not isinstance(plan, Plan),
     )
     request = _Request(plan=plan, compile=compile)
-    setup, method = _agreed(setup, method, tolerance, connections, request, batch)
-    step = _step_of(setup, method, elastic, batch, functools.partial(_made, request=request, start_s=start_s))
+    with team.working_alone():
+        setup, method = _agreed(setup, method, tolerance, connections, request, batch)
+        step = _step_of(setup, method, elastic, batch, functools.partial(_made, request=request, start_s=start_s))
     if resume == "auto":
         try:
             step.resume()
@@ -498,15 +500,23 @@ def _candidates(
             facts = setup.facts
             cost = CostTable(setup.cluster, sums=setup.sums)
             plans = ranked_plans(graph, setup.cluster, cost, constraints, facts, values=values, refines=refines)
-        except PlanError as found:
+        except Exception as found:
             error = found
     if error is not None and setup.team.is_alone:
         raise error
     told = type(error).__name__, str(error)
     (kind, problem), texts = setup.team.from_first((told, [plan.to_json() for plan in plans]))
     if kind != "NoneType":
-        raise error or getattr(errors, kind)(problem)
+        raise error or _error_of(kind, problem)
     return tuple(Plan.from_json(text) for text in texts)
+
+
+def _error_of(kind: str, problem: str) -> PartitaError:
+    """The error that planning met on rank 0, elsewhere."""
+    found = getattr(errors, kind, None)
+    if isinstance(found, type) and issubclass(found, PartitaError):
+        return found(problem)
+    return StepError(f"process rank 0 failed while it planned: {kind}: {problem}")
 
 
 def _finalists(candidates: tuple[Plan, ...]) -> list[Plan]:

@@ -94,6 +94,7 @@ class Step(Saved):
         self._adapter = Adapter(setup)
         self._adopting_key = (first.key, self._state)
         runner = self._adapter.make(plan, graph) if adoption is None else adoption.next_runner()
+        setup.team.meet("the start of training")  # some may compile for longer than a step may wait for them
         self._first = self._runners[self._adopting_key] = runner
         exact = (ExactLoading(setup.optimizer),) if setup.masters else ()
         # Whoever loads a state into his optimizer while training goes on means the shards that do its work.
@@ -157,8 +158,9 @@ class Step(Saved):
             batch, leaves = whole_shape(batch)
         else:
             leaves = self._take_apart(batch)
-        self._follow(leaves, batch)
-        runner = self._runner(leaves, batch)
+        with self._setup.team.working_alone():
+            self._follow(leaves, batch)
+            runner = self._runner(leaves, batch)
         if self._setup.transport is not None:
             self._setup.transport.note(f"step {self._num_steps + 1} with a batch of {leaves.rows} rows")
         if self._setup.connecting is not None:
@@ -184,7 +186,8 @@ class Step(Saved):
             self._connect(skipped=skipped)
         self._move_to_large_pages()
         if self._balance is not None and update and self.is_settled:
-            self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
+            with self._setup.team.working_alone():
+                self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
         time_s = time.perf_counter() - start_s
         result = result_of(
             outcome,
