@@ -9,6 +9,23 @@ from benchmarks.common import Row, first_line
 from benchmarks.processes import ChildError, Group, Message, free_port, job_environment
 from benchmarks.slow_machines import PORT, Machines
 
+CONSEQUENCES = ("StepError", "WaitTimeoutError", "PeerLostError")
+"""Errors of processes that waited for one that had failed; the first says most of it."""
+
+
+def what_failed(failed: Sequence[Row]) -> str:
+    """The cause among the errors of the processes of a job, and the types of all of them.
+
+    Example:
+        >>> what_failed([{"error_type": "PeerLostError", "error": "..."}, {"error_type": "KeyError", "error": "'w'"}])
+        "KeyError: 'w' (of PeerLostError, KeyError)"
+    """
+    types = [str(row["error_type"]) for row in failed]
+    order = {name: place for place, name in enumerate(CONSEQUENCES, start=1)}
+    cause = min(failed, key=lambda row: order.get(row["error_type"], 0))
+    told = f"{cause['error_type']}: {first_line(cause['error'])}"
+    return told if len(failed) == 1 else f"{told} (of {', '.join(types)})"
+
 
 class Field:
     """Processes of several roles on the machines of one network; they start when they are first asked.
@@ -53,7 +70,7 @@ class Field:
         failed = [reply for reply in replies if "error" in reply]
         if failed:
             self.end(role)
-            return f"{failed[0]['error_type']}: {first_line(failed[0]['error'])}"
+            return what_failed(failed)
         return replies
 
     def _start(self, role: str) -> Group:

@@ -43,6 +43,7 @@ class Liveness:
         self.num_processes = num_processes
         self.lost: PeerLostError | None = None
         self.activity = "starting"  # what this process is in; the others see it with the next sign of life
+        self.works_alone = False  # whether others are to wait for it without a limit
         self._store = store
         self._store_lock = threading.Lock()
         self._store_rank = store_rank
@@ -62,12 +63,13 @@ class Liveness:
         self._thread.start()
 
     def _show_life(self, beat: int) -> None:
-        self._store.set(f"alive/{self.rank}", json.dumps([beat, self._host, os.getpid(), self.activity]))
+        sign = [beat, self._host, os.getpid(), self.activity, self.works_alone]
+        self._store.set(f"alive/{self.rank}", json.dumps(sign))
 
     def _who_holds_the_store(self) -> str:
         if self._store_rank is None:
             return "the launcher's agent"
-        _, host, pid, _ = json.loads(self._store.get(f"alive/{self._store_rank}"))  # waits until it is written
+        _, host, pid, *_ = json.loads(self._store.get(f"alive/{self._store_rank}"))  # waits until it is written
         return _named(self._store_rank, host, pid)
 
     # For sessions ----------------------------------------------------------------------------------------------------
@@ -119,13 +121,21 @@ class Liveness:
 
     def last_reports(self) -> str:
         """What the other processes last reported to be in, for messages."""
-        found = []
+        signs = self._signs_of_others()
+        found = [f"{_named(rank, host, pid)} last reported: {text}" for rank, (_, host, pid, text, _) in signs.items()]
+        return "; ".join(found) or "no process has reported"
+
+    def others_work_alone(self) -> bool:
+        """Whether another process last reported to be at work of its own, so that waiting for it is not in vain."""
+        return any(works_alone for *_, works_alone in self._signs_of_others().values())
+
+    def _signs_of_others(self) -> dict[int, list[Any]]:
+        signs: dict[int, list[Any]] = {}
         with contextlib.suppress(RuntimeError), self._store_lock:  # the store may be gone: then less is known
             for rank in (rank for rank in range(self.num_processes) if rank != self.rank):
                 if self._store.check([f"alive/{rank}"]):
-                    _, host, pid, activity = json.loads(self._store.get(f"alive/{rank}"))
-                    found.append(f"{_named(rank, host, pid)} last reported: {activity}")
-        return "; ".join(found) or "no process has reported"
+                    signs[rank] = json.loads(self._store.get(f"alive/{rank}"))
+        return signs
 
     def close(self) -> None:
         """Say goodbye. The process that holds the store waits a few seconds for the others to do so too.
@@ -200,7 +210,7 @@ class Liveness:
         for rank in sorted(watched):
             if not self._store.check([f"alive/{rank}"]):
                 continue  # it has not started yet: whoever waits for it has a time limit
-            beat, host, pid, _ = json.loads(self._store.get(f"alive/{rank}"))
+            beat, host, pid, *_ = json.loads(self._store.get(f"alive/{rank}"))
             name = _named(rank, host, pid)
             is_gone = host == self._host and not process_exists(pid)
             if self._store.check([f"closed/{rank}"]):  # asked last: it may say goodbye and end at any moment

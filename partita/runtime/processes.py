@@ -7,12 +7,13 @@ All values travel as bytes where no arithmetic is needed, so every dtype works. 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +27,7 @@ from partita.cluster.job import current_job
 from partita.errors import PeerLostError, StepError, WaitTimeoutError
 from partita.program.instructions import TensorSpec
 from partita.program.wire import LARGEST_OWN_BYTES, WIDER, padded, ring_bytes
+from partita.runtime.arrivals import Arrivals
 from partita.runtime.ending import Order, close_at_end
 from partita.runtime.liveness import Liveness
 from partita.runtime.sockets import Gate, Mesh, bytes_of, own_address
@@ -49,18 +51,27 @@ class ProcessTransport:
     the interpreter is. If the script has made torch's default group, that is only the parent of them.
 
     Args:
+        arrivals: of the processes before exchanges outside of steps.
         gate: how connections of partita's own are made; None: there are none, gloo does everything.
         owns_default: whether partita has initialised `torch.distributed`, and so ends it.
     """
 
     def __init__(
-        self, rank: int, num_processes: int, liveness: Liveness, *, gate: Gate | None, owns_default: bool
+        self,
+        rank: int,
+        num_processes: int,
+        liveness: Liveness,
+        arrivals: Arrivals,
+        *,
+        gate: Gate | None,
+        owns_default: bool,
     ) -> None:
         self.rank = rank
         self.num_processes = num_processes
         self.liveness = liveness
         self.gate = gate
         self.group: Any = None
+        self._arrivals = arrivals
         self._owns_default = owns_default
         self._sessions: list[ProcessSession] = []  # that may still have groups
         self._num_sessions = 0
@@ -87,8 +98,21 @@ class ProcessTransport:
         """What this process is in; the others read it if they wait for it in vain."""
         self.liveness.activity = activity
 
-    def guard(self, call: Callable[[], None], what: str) -> None:
+    @contextlib.contextmanager
+    def working_alone(self) -> Iterator[None]:
+        """Inside, but for exchanges, the others wait for this process without a limit as long as it lives."""
+        before, self.liveness.works_alone = self.liveness.works_alone, True
+        try:
+            yield
+        finally:
+            self.liveness.works_alone = before
+
+    def guard(self, call: Callable[[], None], what: str, *, patient: bool = True) -> None:
         """Run an exchange outside of steps, on `group`; say in one error what broke it.
+
+        Args:
+            patient: whether it begins only once all processes have come, however long they work alone before; that
+                takes two messages to the job's store.
 
         Raises:
             WaitTimeoutError, PeerLostError: as `ProcessSession.wait`.
@@ -96,8 +120,12 @@ class ProcessTransport:
         if self.liveness.lost is not None:
             raise PeerLostError(f"{self.liveness.lost}; process rank {self.rank} wanted to begin {what}")
         self.liveness.activity = what
+        works_alone = self.liveness.works_alone
         self.liveness.listen(_OUTSIDE, lambda _: None)  # a process that ends now is missed
         try:
+            if patient:
+                self._arrivals.wait()
+            self.liveness.works_alone = False
             call()
         except RuntimeError as error:
             text = str(error).splitlines()[0]
@@ -113,6 +141,7 @@ class ProcessTransport:
         finally:
             self.liveness.forget(_OUTSIDE)
         self.note(f"work of its own after {what}")
+        self.liveness.works_alone = works_alone
 
     def close(self) -> None:
         """Say goodbye to the other processes, then end the process groups. Runs by itself at the interpreter's end."""
@@ -430,7 +459,8 @@ def connect(*, timeout_s: float = 120.0) -> ProcessTransport:
     prove(part("tokens"), rank, num_processes, timeout_s)
     liveness = Liveness(part("transport"), rank, num_processes, store_rank=store_rank)
     gate = _gate(part("sockets"), rank)
-    transport = ProcessTransport(rank, num_processes, liveness, gate=gate, owns_default=not initialised)
+    arrivals = Arrivals(part("arrivals"), liveness, num_processes, timeout_s)
+    transport = ProcessTransport(rank, num_processes, liveness, arrivals, gate=gate, owns_default=not initialised)
     close_at_end(transport, Order.CONNECTIONS)
     transport.open_group(timeout_s)
     _CONNECTED.append(transport)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -108,6 +109,11 @@ class Transport(Protocol):
         """What this process is in; the others read it if they wait for it in vain."""
         ...
 
-    def guard(self, call: Callable[[], None], what: str) -> None:
-        """Run an exchange outside of steps; errors name the lost process, or what was waited for."""
+    def working_alone(self) -> AbstractContextManager[None]:
+        """Inside, but for exchanges, the others wait for this process without a limit as long as it lives."""
+        ...
+
+    def guard(self, call: Callable[[], None], what: str, *, patient: bool = True) -> None:
+        """Run an exchange outside of steps, if `patient` only once all processes have come, however long they work
+        alone before; errors name the lost process, or what was waited for."""
         ...

@@ -17,7 +17,7 @@ from partita.runtime.binding import clip_factor
 from partita.runtime.transport import Transport
 from partita.training.averages import average_updated
 from partita.training.connecting import Connecting, GradientFilter
-from partita.training.inputs import BatchLeaves
+from partita.training.inputs import BatchKey, BatchLeaves
 from partita.training.job import Team
 from partita.training.masters import HALF, WholeMasters
 from partita.training.optimizers import by_fused_kernels, fused_agrees
@@ -58,6 +58,8 @@ class BlockRunner:
         scaled = loss_fn if scale is None else scale.of(loss_fn)
         self._loss = torch.compile(scaled, dynamic=False) if compiled else scaled
         self._is_fused = fused_agrees(optimizer)
+        self._is_compiled = compiled
+        self._known: set[BatchKey] = set()  # batches of whose kind steps were made
         self._has_accumulated = False  # whether parameters have gradients that were not applied
 
     def step(
@@ -76,12 +78,15 @@ class BlockRunner:
                 "a block of plain PyTorch needs all rows of the batch, but partita.data.sharded read those of this "
                 "process only; pass the loader's batches as they are"
             )
+        compiles = self._is_compiled and leaves.key not in self._known
+        self._known.add(leaves.key)
         told = torch.zeros(2, dtype=torch.float64)  # loss, and the norm of the gradients
         if self.process == 0:
-            with _threads(self.num_threads):
+            alone = Team(self.transport).working_alone() if compiles else contextlib.nullcontext()
+            with alone, _threads(self.num_threads):
                 told = self._compute(batch, update, accumulate_only, continues, finite_only)
         if self.transport is not None:
-            Team(self.transport).spread([told])
+            Team(self.transport).spread([told], patient=compiles)
         loss, norm = told.tolist()
         knows_norm = self._clip_norm is not None or self._scale is not None
         return Outcome(

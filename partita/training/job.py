@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ class Team:
     """All processes of the job, as seen by this one. Alone, everything is immediate.
 
     The exchanges here happen outside of steps (planning, collecting weights, checkpoints), on the transport's group.
+    All but `spread` begin once all processes have come, however long these plan or compile before.
     Values are tensors, numbers, texts, and lists, tuples and mappings of such: nothing else is read from another
     process, since it could run code here.
     """
@@ -38,9 +41,18 @@ class Team:
         assert self._transport is not None
         return self._transport.group
 
-    def _guard(self, call: Callable[[], None], what: str) -> None:
+    def _guard(self, call: Callable[[], None], what: str, *, patient: bool = True) -> None:
         assert self._transport is not None
-        self._transport.guard(call, what)
+        self._transport.guard(call, what, patient=patient)
+
+    def working_alone(self) -> AbstractContextManager[None]:
+        """Inside, the others wait for this process without a limit as long as it lives: it plans or compiles."""
+        return contextlib.nullcontext() if self._transport is None else self._transport.working_alone()
+
+    def meet(self, what: str) -> None:
+        """Waits until all processes have come, however long each works alone before."""
+        if not self.is_alone:
+            self._guard(lambda: None, what)
 
     def from_first(self, value: Any, what: str = "sharing a decision of rank 0", *, source: int = 0) -> Any:
         """The value of rank 0 (or `source`), on every process."""
@@ -106,11 +118,12 @@ class Team:
                 "Build it from the same configuration on all ranks."
             )
 
-    def spread(self, tensors: Iterable[torch.Tensor], *, source: int = 0) -> None:
-        """Overwrites the tensors on all processes by those of `source`."""
+    def spread(self, tensors: Iterable[torch.Tensor], *, source: int = 0, patient: bool = False) -> None:
+        """Overwrites the tensors on all processes by those of `source`; if `patient`, once all have come."""
         if self.is_alone:
             return
-        self._guard(lambda: _broadcast(tensors, source, self._group), f"the broadcast of tensors of rank {source}")
+        what = f"the broadcast of tensors of rank {source}"
+        self._guard(lambda: _broadcast(tensors, source, self._group), what, patient=patient)
 
     def spread_random_state(self) -> None:
         """torch's default generator continues as that of rank 0 on every process."""

@@ -21,7 +21,12 @@ from partita.cluster import Cluster
 from partita.cluster.job import current_job
 from partita.cluster.measure import measure_network
 from partita.constraints import refuse_described
+<<<<<<< HEAD
 from partita.errors import CaptureError, InputError, PlanError
+=======
+from partita.cost.table import CostTable
+from partita.errors import CaptureError, InputError, PartitaError, PlanError, StepError
+>>>>>>> patience
 from partita.graph import Graph, capture
 from partita.plan import Constraints, Plan
 from partita.runtime.allocator import keep_freed_memory, let_go_of_garbage
@@ -193,7 +198,8 @@ def parallelize(
             single steps, where the same loss is predicted to be reached sooner for it.
         compile: True or False fixes whether segments are compiled; "auto" leaves it to the plan.
         cluster: default: detected.
-        timeout_s: limit of every wait for another process or worker, seconds; when the job starts as well.
+        timeout_s: limit of every wait for another process or worker, seconds; when the job starts as well. Others wait
+            without one for a process that plans or compiles, as long as it lives.
         check_finite: "step" raises instead of updating if the loss is NaN or infinite, "op" names the op as well (each
             step then costs twice), "off" does not look.
         clip_grad_norm: limit of the 2-norm of all gradients together, as of `torch.nn.utils.clip_grad_norm_`, exact
@@ -257,8 +263,9 @@ def parallelize(
         shares_move=not isinstance(plan, Plan),
     )
     request = _Request(plan=plan, compile=compile)
-    setup, method = _agreed(setup, method, tolerance, connections, request, batch)
-    step = _step_of(setup, method, elastic, batch, functools.partial(_made, request=request, start_s=start_s))
+    with team.working_alone():
+        setup, method = _agreed(setup, method, tolerance, connections, request, batch)
+        step = _step_of(setup, method, elastic, batch, functools.partial(_made, request=request, start_s=start_s))
     if resume == "auto":
         try:
             step.resume()
@@ -473,6 +480,39 @@ def _fall_back(setup: StepSetup, error: CaptureError, *, compiled: bool) -> Plan
     return block_plan(setup.cluster, graph=None, reasons=reasons, compiled=compiled)
 
 
+<<<<<<< HEAD
+=======
+def _candidates(
+    setup: StepSetup, graph: Graph, constraints: Constraints, values: StepValues, *, refines: bool = True
+) -> tuple[Plan, ...]:
+    """Ranked plans; rank 0 searches, the others receive."""
+    plans: tuple[Plan, ...] = ()
+    error: Exception | None = None
+    if setup.team.rank == 0:
+        try:
+            facts = setup.facts
+            cost = CostTable(setup.cluster, sums=setup.sums)
+            plans = ranked_plans(graph, setup.cluster, cost, constraints, facts, values=values, refines=refines)
+        except Exception as found:
+            error = found
+    if error is not None and setup.team.is_alone:
+        raise error
+    told = type(error).__name__, str(error)
+    (kind, problem), texts = setup.team.from_first((told, [plan.to_json() for plan in plans]))
+    if kind != "NoneType":
+        raise error or _error_of(kind, problem)
+    return tuple(Plan.from_json(text) for text in texts)
+
+
+def _error_of(kind: str, problem: str) -> PartitaError:
+    """The error that planning met on rank 0, elsewhere."""
+    found = getattr(errors, kind, None)
+    if isinstance(found, type) and issubclass(found, PartitaError):
+        return found(problem)
+    return StepError(f"process rank 0 failed while it planned: {kind}: {problem}")
+
+
+>>>>>>> patience
 def _finalists(candidates: tuple[Plan, ...]) -> list[Plan]:
     """The best few graph plans, compiled ones and others, and every plain plan."""
     graphs = [plan for plan in candidates if plan.mode == "graph"]

@@ -247,7 +247,10 @@ class ReplicatedStep(StepAround):
             tells=False,
             due=self._due if self._sync.takes_gradients else None,
         )
-        return self._make_inner(alone, self._own_rows(batch))
+        with setup.team.working_alone():
+            inner = self._make_inner(alone, self._own_rows(batch))
+            setup.team.meet("the start of replicas")  # some plan for longer than an exchange may wait for them
+        return inner
 
     def _due(self, gradients: Gradients, loss: float) -> list[Gradients]:
         assert self._sync is not None

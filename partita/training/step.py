@@ -98,6 +98,7 @@ class Step(Saved):
         self._adapter = Adapter(setup)
         self._adopting_key = (first.key, self._state)
         runner = self._adapter.make(plan, graph) if adoption is None else adoption.next_runner()
+        setup.team.meet("the start of training")  # some may compile for longer than a step may wait for them
         self._first = self._runners[self._adopting_key] = runner
         exact = (ExactLoading(setup.optimizer),) if setup.masters else ()
         # Whoever loads a state into his optimizer while training goes on means the shards that do its work.
@@ -162,10 +163,16 @@ class Step(Saved):
             batch, leaves = whole_shape(batch)
         else:
             leaves = self._take_apart(batch)
+<<<<<<< HEAD
         self._follow(leaves, batch)
         if self._setup.connecting is not None:
             self._setup.connecting.before_step(self._num_steps + 1)
         runner = self._runner(leaves, batch)
+=======
+        with self._setup.team.working_alone():
+            self._follow(leaves, batch)
+            runner = self._runner(leaves, batch)
+>>>>>>> patience
         if self._setup.transport is not None:
             self._setup.transport.note(f"step {self._num_steps + 1} with a batch of {leaves.rows} rows")
         try:
@@ -188,8 +195,14 @@ class Step(Saved):
         if update and self._current is not None:
             change_connections(self._setup, self._current, self._adopted, self._num_steps, skipped=skipped)
         self._move_to_large_pages()
+<<<<<<< HEAD
         if self._balance is not None and update and self.is_settled and not self._is_masked:
             self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
+=======
+        if self._balance is not None and update and self.is_settled:
+            with self._setup.team.working_alone():
+                self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
+>>>>>>> patience
         time_s = time.perf_counter() - start_s
         result = result_of(
             outcome,

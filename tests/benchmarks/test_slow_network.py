@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from benchmarks.slow_field import what_failed
 from benchmarks.slow_machines import HEADER_BYTES, Machines, Traffic, why_not
 from benchmarks.slow_network import bytes_error, judge, misses_of, step_times, summarise
 
@@ -108,3 +109,16 @@ def test_every_limit_that_is_missed_is_told() -> None:
     assert len(misses_of(worse, must_gain=True)) == 4
     assert len(misses_of(worse, must_gain=False)) == 3
     assert len(misses_of({"network": "", "model": ""}, must_gain=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("types", "told"),
+    [
+        (["KeyError"], "KeyError: 0"),
+        (["PeerLostError", "StepError", "KeyError"], "KeyError: 2 (of PeerLostError, StepError, KeyError)"),
+        (["WaitTimeoutError", "StepError"], "StepError: 1 (of WaitTimeoutError, StepError)"),
+        (["PeerLostError", "PeerLostError"], "PeerLostError: 0 (of PeerLostError, PeerLostError)"),
+    ],
+)
+def test_of_the_errors_of_a_job_the_cause_is_told(types: list[str], told: str) -> None:
+    assert what_failed([{"error_type": kind, "error": f"{rank}\nmore"} for rank, kind in enumerate(types)]) == told

@@ -35,8 +35,8 @@ def watching(monkeypatch: pytest.MonkeyPatch) -> Any:
     made.close()
 
 
-def show(store: Any, pid: int, beat: int = 1) -> None:
-    store.set("alive/1", json.dumps([beat, socket.gethostname(), pid, "step 3"]))
+def show(store: Any, pid: int, beat: int = 1, *, works_alone: bool = False) -> None:
+    store.set("alive/1", json.dumps([beat, socket.gethostname(), pid, "step 3", works_alone]))
 
 
 def test_a_process_that_exists_is_not_lost(watching: Any) -> None:
@@ -100,3 +100,11 @@ def test_who_has_reported_the_failure_itself_waits_for_no_explanation(watching: 
     waiting.join(10.0)
     assert found == [True]
     assert made.explain(4)
+
+
+@pytest.mark.parametrize("works_alone", [True, False])
+def test_others_are_asked_whether_they_work_alone(watching: Any, works_alone: bool) -> None:
+    made, store = watching
+    assert not made.others_work_alone()  # it has not started, and this process does not count
+    show(store, os.getpid(), works_alone=works_alone)
+    assert made.others_work_alone() == works_alone

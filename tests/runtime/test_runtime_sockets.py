@@ -19,6 +19,7 @@ from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-define
 from partita.errors import StepError
 from partita.program.wire import DIRECT_BYTES, LARGEST_OWN_BYTES, sum_bytes
 from partita.runtime import sockets
+from partita.runtime.arrivals import Arrivals
 from partita.runtime.processes import ProcessSession, ProcessTransport, TransportWarning
 from partita.runtime.sockets import BrokenLineError, Gate, Mesh, bytes_of, own_address
 from partita.runtime.tokens import SECRET, prove, token_of
@@ -308,7 +309,9 @@ class _Liveness:
 
 
 def _session(gate: Any) -> ProcessSession:
-    transport: Any = ProcessTransport(0, 2, _Liveness(), gate=gate, owns_default=False)  # type: ignore[arg-type]
+    alone: Any = _Liveness()
+    arrivals = Arrivals(None, alone, 2, 1.0)
+    transport: Any = ProcessTransport(0, 2, alone, arrivals, gate=gate, owns_default=False)
     return ProcessSession(transport, 1)
 
 

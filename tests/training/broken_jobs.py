@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +17,7 @@ from partita import Constraints
 from partita.errors import PartitaError
 from partita.training import parallelize as module
 
-LIMITS_S = {"alone": 3.0, "fewer": 12.0, "rows": 12.0}  # the starts of two processes may be seconds apart
+LIMITS_S = {"alone": 3.0, "fewer": 12.0, "rows": 12.0, "slow": 5.0}  # starts of two processes may be seconds apart
 
 
 def main(corner: str, rank: int) -> None:
@@ -26,6 +29,8 @@ def main(corner: str, rank: int) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     if rank == 1 and corner == "killed":
         module._decide = lambda *_: os.kill(os.getpid(), 9)  # type: ignore[assignment]
+    if rank == 0 and corner in ("slow", "planner killed", "planner raises"):
+        module.ranked_plans = functools.partial(_planned, corner, module.ranked_plans)  # type: ignore[attr-defined]
     batches: list[Any] = list(loader())
     options = {
         "plan": Constraints(data=2, pipeline=1, compiled=False),
@@ -38,9 +43,20 @@ def main(corner: str, rank: int) -> None:
         step(batches[-1] if rank == 1 and corner == "rows" and number == 2 else batches[0])
 
 
+def _planned(corner: str, plan: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    if corner == "slow":
+        time.sleep(2.5 * LIMITS_S[corner])
+    if corner == "planner killed":
+        time.sleep(2.0)  # the other waits by now
+        os.kill(os.getpid(), 9)
+    if corner == "planner raises":
+        raise ZeroDivisionError("no rows at all")
+    return plan(*args, **options)
+
+
 if __name__ == "__main__":
     try:
         main(sys.argv[1], int(sys.argv[3]))
-    except PartitaError as error:
+    except (PartitaError, ZeroDivisionError) as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         os._exit(3)  # the other process must not depend on a goodbye

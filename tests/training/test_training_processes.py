@@ -119,7 +119,25 @@ def test_a_peer_that_never_comes_is_named_with_the_limit_that_was_given(tmp_path
 def test_a_process_killed_while_planning_is_named(tmp_path: Path) -> None:
     (code, output), _ = run_processes(BROKEN, "killed", tmp_path)
     assert code == 3 and "PeerLostError: process rank 1 (host " in output and "is gone" in output, output
-    assert "process rank 0 was in the comparison of the captured graph" in output, output
+    assert "the comparison of the captured graph" in output, output
+
+
+def test_a_process_may_plan_for_longer_than_the_limit(tmp_path: Path) -> None:
+    for code, output in run_processes(BROKEN, "slow", tmp_path):
+        assert code == 0, output
+
+
+def test_the_process_that_plans_for_all_is_named_when_it_is_killed(tmp_path: Path) -> None:
+    _, (code, output) = run_processes(BROKEN, "planner killed", tmp_path)
+    assert code == 3 and "PeerLostError: process rank 0 (host " in output and "is gone" in output, output
+    assert "sharing a decision of rank 0" in output, output
+
+
+def test_what_planning_raises_is_told_to_all(tmp_path: Path) -> None:
+    (first, output0), (second, output1) = run_processes(BROKEN, "planner raises", tmp_path)
+    assert (first, second) == (3, 3), output0 + output1
+    assert output0.startswith("ZeroDivisionError: no rows at all"), output0
+    assert "StepError: process rank 0 failed while it planned: ZeroDivisionError: no rows at all" in output1
 
 
 @pytest.mark.parametrize("corner", ["fewer", "rows"])
