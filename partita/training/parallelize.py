@@ -21,12 +21,7 @@ from partita.cluster import Cluster
 from partita.cluster.job import current_job
 from partita.cluster.measure import measure_network
 from partita.constraints import refuse_described
-<<<<<<< HEAD
 from partita.errors import CaptureError, InputError, PlanError
-=======
-from partita.cost.table import CostTable
-from partita.errors import CaptureError, InputError, PartitaError, PlanError, StepError
->>>>>>> patience
 from partita.graph import Graph, capture
 from partita.plan import Constraints, Plan
 from partita.runtime.allocator import keep_freed_memory, let_go_of_garbage
@@ -480,39 +475,6 @@ def _fall_back(setup: StepSetup, error: CaptureError, *, compiled: bool) -> Plan
     return block_plan(setup.cluster, graph=None, reasons=reasons, compiled=compiled)
 
 
-<<<<<<< HEAD
-=======
-def _candidates(
-    setup: StepSetup, graph: Graph, constraints: Constraints, values: StepValues, *, refines: bool = True
-) -> tuple[Plan, ...]:
-    """Ranked plans; rank 0 searches, the others receive."""
-    plans: tuple[Plan, ...] = ()
-    error: Exception | None = None
-    if setup.team.rank == 0:
-        try:
-            facts = setup.facts
-            cost = CostTable(setup.cluster, sums=setup.sums)
-            plans = ranked_plans(graph, setup.cluster, cost, constraints, facts, values=values, refines=refines)
-        except Exception as found:
-            error = found
-    if error is not None and setup.team.is_alone:
-        raise error
-    told = type(error).__name__, str(error)
-    (kind, problem), texts = setup.team.from_first((told, [plan.to_json() for plan in plans]))
-    if kind != "NoneType":
-        raise error or _error_of(kind, problem)
-    return tuple(Plan.from_json(text) for text in texts)
-
-
-def _error_of(kind: str, problem: str) -> PartitaError:
-    """The error that planning met on rank 0, elsewhere."""
-    found = getattr(errors, kind, None)
-    if isinstance(found, type) and issubclass(found, PartitaError):
-        return found(problem)
-    return StepError(f"process rank 0 failed while it planned: {kind}: {problem}")
-
-
->>>>>>> patience
 def _finalists(candidates: tuple[Plan, ...]) -> list[Plan]:
     """The best few graph plans, compiled ones and others, and every plain plan."""
     graphs = [plan for plan in candidates if plan.mode == "graph"]

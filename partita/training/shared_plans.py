@@ -6,7 +6,7 @@ from torch import nn
 
 from partita import errors
 from partita.cost.table import CostTable
-from partita.errors import PlanError
+from partita.errors import PartitaError, StepError
 from partita.graph import Graph
 from partita.plan import Constraints, Plan
 from partita.training.inputs import BatchLeaves
@@ -39,12 +39,20 @@ def shared_plans(
         try:
             cost = CostTable(setup.cluster, sums=setup.sums)
             plans = ranked_plans(graph, setup.cluster, cost, constraints, setup.facts, values=values, refines=refines)
-        except PlanError as found:
+        except Exception as found:
             error = found
     if error is not None and setup.team.is_alone:
         raise error
     told = type(error).__name__, str(error)
     (kind, problem), texts = setup.team.from_first((told, [plan.to_json() for plan in plans]))
     if kind != "NoneType":
-        raise error or getattr(errors, kind)(problem)
+        raise error or _error_of(kind, problem)
     return tuple(Plan.from_json(text) for text in texts)
+
+
+def _error_of(kind: str, problem: str) -> PartitaError:
+    """The error that planning met on rank 0, elsewhere."""
+    found = getattr(errors, kind, None)
+    if isinstance(found, type) and issubclass(found, PartitaError):
+        return found(problem)
+    return StepError(f"process rank 0 failed while it planned: {kind}: {problem}")

@@ -163,16 +163,11 @@ class Step(Saved):
             batch, leaves = whole_shape(batch)
         else:
             leaves = self._take_apart(batch)
-<<<<<<< HEAD
-        self._follow(leaves, batch)
-        if self._setup.connecting is not None:
-            self._setup.connecting.before_step(self._num_steps + 1)
-        runner = self._runner(leaves, batch)
-=======
         with self._setup.team.working_alone():
             self._follow(leaves, batch)
+            if self._setup.connecting is not None:
+                self._setup.connecting.before_step(self._num_steps + 1)
             runner = self._runner(leaves, batch)
->>>>>>> patience
         if self._setup.transport is not None:
             self._setup.transport.note(f"step {self._num_steps + 1} with a batch of {leaves.rows} rows")
         try:
@@ -195,14 +190,9 @@ class Step(Saved):
         if update and self._current is not None:
             change_connections(self._setup, self._current, self._adopted, self._num_steps, skipped=skipped)
         self._move_to_large_pages()
-<<<<<<< HEAD
         if self._balance is not None and update and self.is_settled and not self._is_masked:
-            self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
-=======
-        if self._balance is not None and update and self.is_settled:
             with self._setup.team.working_alone():
                 self._balance.after_step(runner, outcome.timeline, time.perf_counter() - start_s)
->>>>>>> patience
         time_s = time.perf_counter() - start_s
         result = result_of(
             outcome,

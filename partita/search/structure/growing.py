@@ -210,9 +210,24 @@ def _with_silent(network: Network, name: str, units: Tensor, weights: Tensor) ->
         start = 0
         for tensor, dim in grown.outgoing(name):
             value, entries = grown.tensors[tensor], _entries(grown, name, tensor, dim, new)
-            length = _per_unit(grown, name, tensor, dim)
-            shape = value.index_select(dim, entries).movedim(dim, 0).shape
-            part = weights[:, start : start + length].reshape(shape).movedim(0, dim)
-            value.index_copy_(dim, entries, part.to(value))
+            length = _per_unit(network, name, tensor, dim)
+            part = value.index_select(dim, entries).movedim(dim, 0)
+            read = part.new_zeros(len(new), part.numel() // len(new))
+            by_old = _of_old_units(grown, name, tensor, dim, old).repeat(len(entries) // len(new))
+            read[:, by_old.to(read.device)] = weights[:, start : start + length].to(read)
+            value.index_copy_(dim, entries, read.reshape(part.shape).movedim(0, dim))
             start += length
     return grown
+
+
+def _of_old_units(network: Network, name: str, tensor: str, dim: int, old: int) -> Tensor:
+    """Which entries of one slice along a dim are not there for the sake of new units (of a recurrent weight, its rows
+    are of the same width)."""
+    shape = list(network.tensors[tensor].shape)
+    del shape[dim]
+    found = torch.ones(shape, dtype=torch.bool)
+    for _, other in (use for use in network.uses(name) if use[0] == tensor and use[1] != dim):
+        place = other - (other > dim)
+        mine = network.units(name, tensor, other) < old
+        found &= mine.view([-1 if at == place else 1 for at in range(len(shape))])
+    return found.flatten()

@@ -146,6 +146,33 @@ def test_gradmax_gives_the_same_and_the_largest_gradients(name: str) -> None:
     assert best > new_gradients(shuffled.model, shuffled)
 
 
+class Recurrent(nn.Module):
+    """Its states are read by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.LSTM(5, 8, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x)[0][:, -1])  # type: ignore[no-any-return]
+
+
+def test_recurrent_networks_grow() -> None:
+    torch.manual_seed(0)
+    model, args = Recurrent(), (torch.randn(4, 6, 5),)
+    network = Network(model, args)
+    assert list(network.sizes.values()) == [8]
+    (name,) = network.sizes
+    for larger in (
+        widened(network, {name: 11}),
+        widened(network, {name: 11}, how="pairs"),
+        gradmax(network, {name: 11}, lambda module: module(*args).square().mean()),
+    ):
+        assert larger.sizes[name] == 11
+        same(model, larger.model, args)
+
+
 def test_what_can_not_grow() -> None:
     model, args = text()
     network = Network(model, args)
