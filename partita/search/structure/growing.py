@@ -142,34 +142,47 @@ def gradmax(
     for name, size in sizes.items():
         units = _more_units(network, name, size, random)
         if size > network.width(name).size:
-            weights = _fastest(network, name, size - network.width(name).size, loss, random)
-            network = _with_silent(network, name, units, weights)
+            weights, kept = _fastest(network, name, size - network.width(name).size, loss, random)
+            network = _with_silent(network, name, units, weights, kept)
     return network
 
 
-def _fastest(network: Network, name: str, num: int, loss: Callable[[nn.Module], Tensor], random: Generator) -> Tensor:
-    """(new units, weights of each) with which they are read."""
+def _fastest(
+    network: Network, name: str, num: int, loss: Callable[[nn.Module], Tensor], random: Generator
+) -> tuple[Tensor, str]:
+    """(new units, weights of each) with which they are read, and what makes them and is not zero.
+
+    A unit that is a product (a gated one) gets no gradient where both factors are zero: one of them is not, then.
+    """
     old = network.width(name).size
     length = sum(_per_unit(network, name, *use) for use in network.outgoing(name))
     directions = torch.eye(length)
     if length > MOST_PROBES:
         directions = torch.linalg.qr(torch.randn(length, MOST_PROBES, generator=random)).Q.T
-    units = torch.cat([torch.arange(old), torch.zeros(len(directions), dtype=torch.long)])
-    probe = _with_silent(network, name, units, directions)
-    loss(probe.model).backward()
-    gradients = [_rows(probe, name, tensor, dim, old) for tensor, dim in _incoming(probe, name)
-                 if tensor in probe.parameters and probe.tensors[tensor].ndim > 1]  # fmt: skip
-    left, strengths, _ = torch.linalg.svd(torch.cat(gradients, 1), full_matrices=False)
-    useful = int((strengths > strengths[0] * 1e-6).sum()) if strengths[0] > 0 else 0
-    if not useful:
-        raise InputError(
-            f"new units of {name!r} must get gradients to grow by gradmax, but they get none: what lies behind them "
-            'passes none where they are zero; use widened(how="pairs")'
-        )
-    best = left[:, torch.arange(num) % useful].T @ directions
-    norms = [_outgoing_rows(network, name, tensor, dim, torch.arange(old)) for tensor, dim in network.outgoing(name)]
-    found: Tensor = best * torch.cat(norms, 1).norm(dim=1).mean()
-    return found
+    units = torch.cat([torch.arange(old), torch.randint(old, (1,), generator=random).expand(len(directions))])
+    makers = [tensor for tensor, _ in _incoming(network, name)
+              if tensor in network.parameters and network.tensors[tensor].ndim > 1]  # fmt: skip
+    for kept in ("", *(makers if len(makers) > 1 else ())):
+        probe = _with_silent(network, name, units, directions, kept)
+        loss(probe.model).backward()
+        gradients = [_rows(probe, name, tensor, dim, old) for tensor, dim in _incoming(probe, name) if tensor in makers]
+        left, strengths, _ = torch.linalg.svd(torch.cat(gradients, 1), full_matrices=False)
+        useful = int((strengths > strengths[0] * 1e-6).sum()) if strengths[0] > 0 else 0
+        if useful:
+            best = left[:, torch.arange(num) % useful].T @ directions
+            return best * _usual_size(network, name), kept
+    raise InputError(
+        f"new units of {name!r} must get gradients to grow by gradmax, but they get none: what lies behind them passes "
+        'none where they are zero; use widened(how="pairs")'
+    )
+
+
+def _usual_size(network: Network, name: str) -> Tensor:
+    """The norm of the weights with which a unit is read, on average."""
+    units = torch.arange(network.width(name).size)
+    found = [_outgoing_rows(network, name, tensor, dim, units) for tensor, dim in network.outgoing(name)]
+    size: Tensor = torch.cat(found, 1).norm(dim=1).mean()
+    return size
 
 
 def _per_unit(network: Network, name: str, tensor: str, dim: int) -> int:
@@ -193,15 +206,16 @@ def _rows(network: Network, name: str, tensor: str, dim: int, old: int) -> Tenso
     return found.reshape(len(units), -1).float().cpu()
 
 
-def _with_silent(network: Network, name: str, units: Tensor, weights: Tensor) -> Network:
-    """With units that compute (next to) nothing, and the weights with which each is read."""
+def _with_silent(network: Network, name: str, units: Tensor, weights: Tensor, kept: str = "") -> Network:
+    """With units that compute (next to) nothing, and the weights with which each is read. What makes them is zero but
+    for the parameter ``kept``, where it is that of ``units``."""
     old = network.width(name).size
     grown = network.with_units({name: units})
     new = torch.arange(old, len(units))
     with torch.no_grad():
         for tensor, dim in _incoming(grown, name):
             value, entries = grown.tensors[tensor], _entries(grown, name, tensor, dim, new)
-            if tensor in grown.parameters and tensor not in grown.trace.scales:
+            if tensor in grown.parameters and tensor not in grown.trace.scales and tensor != kept:
                 value.index_fill_(dim, entries, 0 if value.ndim > 1 else TINY)
             elif tensor.endswith("running_mean"):
                 value.index_fill_(dim, entries, 0)

@@ -173,6 +173,26 @@ def test_recurrent_networks_grow() -> None:
         same(model, larger.model, args)
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(5, 8, bias=False), nn.Linear(5, 8, bias=False)
+        self.down = nn.Linear(8, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))  # type: ignore[no-any-return]
+
+
+def test_gated_units_grow_by_gradmax_and_silent_relus_without_bias_do_not() -> None:
+    torch.manual_seed(0)
+    model, args = Gated(), (torch.randn(4, 5),)
+    larger = gradmax(Network(model, args), {"gate": 11}, lambda module: module(*args).square().mean())
+    same(model, larger.model, args)
+    plain = nn.Sequential(nn.Linear(5, 8, bias=False), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(InputError, match="but they get none"):
+        gradmax(Network(plain, args), {"0": 11}, lambda module: module(*args).square().mean())
+
+
 def test_what_can_not_grow() -> None:
     model, args = text()
     network = Network(model, args)
