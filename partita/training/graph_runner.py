@@ -260,7 +260,7 @@ class GraphRunner:
         ]
         return (min(start for start, _ in cuts), max(end for _, end in cuts)) if cuts else (0, 1)
 
-    def users_parts(self) -> dict[int, dict[str, Box]]:
+    def users_parts(self) -> Mapping[int, Mapping[str, Box]]:
         """By process, the parts of the user's parameters that are all it stores of them."""
         if self._blocks is None:
             return self.programs.held
