@@ -136,13 +136,13 @@ def standings(candidates: Iterable[Candidate], aims: Aims, budget: Budget, now_s
 
 def best_of(candidates: Sequence[Candidate], aims: Aims, budget: Budget, now_s: float) -> Candidate | None:
     """The one that is to be trained until the deadline, of those that have a checkpoint: whose predicted score, made
-    worse by `CAUTION` standard deviations, is best. A few points may promise anything; a long curve is to be relied
-    on."""
+    worse by `CAUTION` standard deviations, is best; it is not made worse than what the candidate scores already, since
+    its best weights are delivered. A few points may promise anything; a long curve is to be relied on."""
     usable = [one for one in candidates if one.points and one.is_saved and one.state in ("running", "waiting")]
 
-    def cautious(one: Candidate) -> tuple[float, float]:
+    def cautious(one: Candidate) -> float:
         found = aims.predicted(one, budget, now_s)
         last = aims.turned(one, one.points[-1].score)[0]
-        return aims.turned(one, found.score)[0] + CAUTION * found.deviation, last
+        return min(last, aims.turned(one, found.score)[0] + CAUTION * found.deviation)
 
     return min(usable, key=cautious, default=None)

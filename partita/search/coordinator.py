@@ -123,8 +123,13 @@ class Coordinator:
         now_s, final = time.time(), self._course.final
         if final is not None and self._course.candidates[final].why == DELIVERED:
             return True
-        late = now_s >= self._budget.deadline_s - self._budget.margin_s / 2
-        return late or self._course.is_exhausted(now_s, num_running=len(self._running))
+        if now_s >= self._budget.deadline_s - self._budget.margin_s / 2:
+            return True
+        if self._running:
+            return self._course.is_exhausted(now_s, num_running=len(self._running))
+        would_be_late = now_s + self._startup_s() >= self._budget.last_s
+        is_through = would_be_late and self._course.is_explored(now_s, num_running=0)
+        return is_through or self._course.is_exhausted(now_s, num_running=0)
 
     # Starting --------------------------------------------------------------------------------------------------
 

@@ -86,6 +86,15 @@ def test_a_few_points_that_promise_much_are_not_relied_on(tmp_path) -> None:
     assert now.finalist(60) == known
 
 
+def test_what_a_candidate_scores_already_counts_however_unsure_its_future_is(tmp_path) -> None:
+    now = course(tmp_path)
+    add(now, 0.8, num_points=9)
+    better = add(now, 0.9)
+    points = (Point(100, 1, 0.7), Point(200, 2, 0.9))
+    now.candidates[better.number] = dataclasses.replace(better, points=points)
+    assert now.finalist(60).number == better.number  # type: ignore[union-attr]
+
+
 def test_a_restart_knows_the_final_training(tmp_path) -> None:
     before = course(tmp_path)
     best = add(before, 0.7)
