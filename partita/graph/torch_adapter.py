@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ import torch.utils.checkpoint
 from torch import fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
@@ -66,6 +68,23 @@ def trace(function: Callable[..., Any], args: list[Any], decompositions: Mapping
         function, decomposition_table=decompositions, tracing_mode="fake", _allow_non_fake_inputs=True
     )(*args)
     return module
+
+
+_WRITING_CODE = threading.Lock()
+
+
+class _LazyModule(_LazyGraphModule):  # type: ignore[misc]
+    """One that is first run by several threads at once writes its code in one after the other."""
+
+    def _real_recompile(self) -> Any:
+        with _WRITING_CODE:
+            return super()._real_recompile()
+
+
+def module_of(graph: fx.Graph) -> fx.GraphModule:
+    """A module whose code is written when it is first run or read: most are only read node by node, and writing the
+    code takes longer than making the graph."""
+    return _LazyModule(nn.Module(), graph)
 
 
 def current_trace() -> fx.Graph:

@@ -15,6 +15,7 @@ from torch import fx
 
 from partita.graph.graph import Graph, InputKind
 from partita.graph.randomness import is_random
+from partita.graph.torch_adapter import module_of
 from partita.program.instructions import Draw, TensorSpec
 
 aten = torch.ops.aten
@@ -73,7 +74,7 @@ def _copy(graph: Graph) -> fx.GraphModule:
         mapping[node] = new.node_copy(node, lambda old: mapping[old])
         mapping[node].meta = dict(node.meta)
         mapping[node].meta.setdefault("origin", node.name)
-    return fx.GraphModule(torch.nn.Module(), new)
+    return module_of(new)
 
 
 def _one(graph: fx.Graph, seed: fx.Node) -> fx.Node:
@@ -125,7 +126,7 @@ def _draw(node: fx.Node) -> Draw:
 
     graph.output(copy(node))
     value = node.meta["val"]
-    return Draw(node.name, fx.GraphModule(torch.nn.Module(), graph), TensorSpec(tuple(value.shape), value.dtype))
+    return Draw(node.name, module_of(graph), TensorSpec(tuple(value.shape), value.dtype))
 
 
 def _replace_by_placeholder(graph: fx.Graph, node: fx.Node) -> None:

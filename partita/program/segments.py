@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx
 
 from partita.graph.graph import OpInfo
 from partita.graph.randomness import is_random
 from partita.graph.storages import graph_memory
+from partita.graph.torch_adapter import module_of
 from partita.program.instructions import Segment, TensorSpec
 from partita.sharding.communication import COMMUNICATION_OPS
 from partita.units import fingerprint
@@ -57,32 +57,36 @@ class SegmentStore:
         """Makes the segment of `nodes` with `outputs`; returns its key and the names of its input nodes."""
         inside = set(nodes)
         inputs = list(dict.fromkeys(item for node in nodes for item in node.all_input_nodes if item not in inside))
-        graph = fx.Graph()
-        mapping: dict[fx.Node, fx.Node] = {}
-        for index, node in enumerate(inputs):
-            mapping[node] = graph.placeholder(f"i{index}")
-            mapping[node].meta = {"val": node.meta["val"]}
-        for node in nodes:
-            mapping[node] = graph.node_copy(node, mapping.__getitem__)
-        graph.output(tuple(mapping[node] for node in outputs))
-        key = _content(graph)
+        key = _content(inputs, nodes, outputs)
         if key not in self.segments:
-            self.segments[key] = _segment(key, graph, inputs, nodes, outputs)
+            self.segments[key] = _segment(key, _graph(inputs, nodes, outputs), inputs, nodes, outputs)
         return key, tuple(node.name for node in inputs)
 
 
-def _content(graph: fx.Graph) -> str:
+def _content(inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> str:
     """Hash of ops, arguments, shapes, strides and dtypes with canonical names."""
-    number = {node: index for index, node in enumerate(graph.nodes)}
+    number = {node: f"%{index}" for index, node in enumerate((*inputs, *nodes))}
     parts: list[object] = []
-    for node in graph.nodes:
-        arguments = pytree.tree_map_only(fx.Node, lambda item: f"%{number[item]}", (node.args, dict(node.kwargs)))
-        layout = ""
-        if node.op == "placeholder":
-            value = node.meta["val"]
-            layout = f"{tuple(value.shape)}{value.stride()}{value.dtype}{value.device}"
-        parts.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {arguments} {layout}")
+    for node in inputs:
+        value = node.meta["val"]
+        parts.append(f"placeholder  ((), {{}}) {tuple(value.shape)}{value.stride()}{value.dtype}{value.device}")
+    for node in nodes:
+        arguments = fx.map_arg((node.args, dict(node.kwargs)), number.__getitem__)
+        parts.append(f"{node.op} {node.target} {arguments} ")
+    parts.append(f"output  {((tuple(number[node] for node in outputs),), {})} ")
     return fingerprint(parts)
+
+
+def _graph(inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.Graph:
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for index, node in enumerate(inputs):
+        mapping[node] = graph.placeholder(f"i{index}")
+        mapping[node].meta = {"val": node.meta["val"]}
+    for node in nodes:
+        mapping[node] = graph.node_copy(node, mapping.__getitem__)
+    graph.output(tuple(mapping[node] for node in outputs))
+    return graph
 
 
 def _segment(
@@ -91,7 +95,7 @@ def _segment(
     infos = [node.meta["op"] for node in nodes if isinstance(node.meta.get("op"), OpInfo)]
     return Segment(
         key=key,
-        module=fx.GraphModule(torch.nn.Module(), graph),
+        module=module_of(graph),
         input_specs=tuple(spec_of(node) for node in inputs),
         output_specs=tuple(spec_of(node) for node in outputs),
         flops=sum(info.flops for info in infos),

@@ -19,6 +19,7 @@ from partita.graph.graph import Graph, InputKind, OutputKind
 from partita.graph.randomness import is_random
 from partita.program.draws import hoist_draws
 from partita.program.instructions import Box, Draw
+from partita.sharding.localize import FakeRunner
 from partita.sharding.placement import Placement, Replicate, Shard
 from partita.sharding.shard import ShardedGraph, shard
 from partita.units import proportional, split_evenly
@@ -111,6 +112,7 @@ def _split_time(graph: Graph, module: fx.GraphModule, num_microbatches: int, loc
         free_inputs=frozenset(_draw_placeholders(module)),
         hoist=True,
         local_statistics=local_statistics,
+        runner=_runner_of(graph),
     )
 
 
@@ -118,6 +120,16 @@ def _draw_placeholders(module: fx.GraphModule) -> dict[str, str]:
     """Placeholder name -> draw name."""
     nodes = [node for node in module.graph.nodes if node.op == "placeholder" and "draw" in node.meta]
     return {node.name: node.meta["draw"] for node in nodes}
+
+
+_RUNNERS: WeakKeyDictionary[fx.GraphModule, FakeRunner] = WeakKeyDictionary()
+
+
+def _runner_of(graph: Graph) -> FakeRunner:
+    """What is known of local calls, by all cuts of a graph."""
+    if graph.module not in _RUNNERS:
+        _RUNNERS[graph.module] = FakeRunner.of(graph.module)
+    return _RUNNERS[graph.module]
 
 
 _SPLITS: WeakKeyDictionary[fx.GraphModule, dict[object, Split]] = WeakKeyDictionary()
@@ -246,6 +258,7 @@ class _Splitting:
             wanted=self._wanted(seeds),
             decisions=self.rules[TENSOR],
             local_statistics=False,
+            runner=_runner_of(self.graph),
         )
         self._note(TENSOR, sharded)
         return sharded
@@ -317,6 +330,7 @@ class _Splitting:
             wanted=self._wanted(seeds),
             decisions=decisions,
             gathered_inputs=frozenset(self.seeds.get(DATA, {})) & seeds.keys(),
+            runner=_runner_of(self.graph),
         )
         self._note(DATA, data)
         return data
@@ -343,6 +357,7 @@ class _Splitting:
             axis=DATA,
             size=len(self.shares),
             must_replicate=frozenset(range(num_outputs)),
+            runner=_runner_of(self.graph),
         )
         return tuple(
             Local(0, c, 0, data.local(c, plain=True), self._boxes(part, data.input_placements, c))

@@ -6,11 +6,13 @@ import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
 
 from partita.graph.graph import Graph, OutputKind, Phase
+from partita.graph.torch_adapter import module_of
 from partita.program.buckets import Bucket, buckets_of
 from partita.program.segments import Level, SegmentStore, common_levels, cut_task, is_exchange
 from partita.program.stages import StageCuts, Staging, assign_stages
@@ -145,8 +147,18 @@ def _local_tasks(
     )
 
 
+_PLAIN: WeakKeyDictionary[fx.GraphModule, fx.GraphModule] = WeakKeyDictionary()
+
+
 def with_plain_results(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which every output is a node of its own that is neither an exchange nor a placeholder."""
+    """A copy in which every output is a node of its own that is neither an exchange nor a placeholder. Made once: plans
+    of one split share it, and only read it."""
+    if module not in _PLAIN:
+        _PLAIN[module] = _with_plain_results(module)
+    return _PLAIN[module]
+
+
+def _with_plain_results(module: fx.GraphModule) -> fx.GraphModule:
     new = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
@@ -165,7 +177,7 @@ def with_plain_results(module: fx.GraphModule) -> fx.GraphModule:
         seen.add(node)
         results.append(node)
     new.output(tuple(results))
-    return fx.GraphModule(torch.nn.Module(), new)
+    return module_of(new)
 
 
 def _gradient_homes(graph: Graph, module: fx.GraphModule) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._guards import detect_fake_mode
 
+from partita.graph.torch_adapter import module_of
 from partita.sharding import communication
 
 aten = torch.ops.aten
@@ -36,7 +37,7 @@ def with_plain_exchanges(module: fx.GraphModule, coordinate: int) -> fx.GraphMod
             moved[node] = _pad_and_reduce(graph, node, moved[node.args[0]], coordinate)
         else:
             moved[node] = graph.node_copy(node, moved.__getitem__)
-    return fx.GraphModule(torch.nn.Module(), graph)
+    return module_of(graph)
 
 
 def _gather_and_slice(graph: fx.Graph, node: fx.Node, source: fx.Node, coordinate: int) -> fx.Node:

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from partita.graph.graph import OpInfo
+from partita.graph.torch_adapter import module_of
 from partita.sharding import communication
-from partita.sharding.calls import Slot, TensorSpec, Value, fill_slots
+from partita.sharding.calls import OpCall, Slot, TensorSpec, Value, fill_slots
 from partita.sharding.halo import WINDOW_KINDS, write_window_conversion
 from partita.sharding.local_forms import trace_local
 from partita.sharding.placement import Extremum, Placement, Shard
 from partita.sharding.placement import local_shape as _local
 from partita.sharding.propagate import Call, Conversion, Step
-from partita.sharding.rules import part_of
+from partita.sharding.rules import Part, Rule, part_of
 
 aten = torch.ops.aten
 # Kernels that refuse what is not contiguous, which only running them tells; the ops themselves copy it before.
@@ -64,11 +66,18 @@ def local_shape(spec: TensorSpec, placement: Placement, coordinate: int) -> tupl
 
 
 class FakeRunner:
-    """Shapes, strides and types of local calls, each distinct call once."""
+    """Shapes, strides and types of local calls, and graphs of local forms, each distinct one once."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
         self._results: dict[Any, Any] = {}
+        self._forms: dict[Any, fx.GraphModule] = {}
+
+    @classmethod
+    def of(cls, module: fx.GraphModule) -> FakeRunner:
+        """One for the fake tensors of a graph."""
+        values = [node.meta["val"] for node in module.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+        return cls(detect_fake_mode(values) or FakeTensorMode())
 
     def run(self, target: Any, args: Any, kwargs: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
         """``target`` on fake ``tensors``, which stand for the slots of ``args`` and ``kwargs``."""
@@ -78,6 +87,14 @@ class FakeRunner:
             with self.mode:
                 self._results[key] = target(*filled_args, **filled_kwargs)
         return self._results[key]
+
+    def trace(self, call: OpCall, rule: Rule, part: Part, tensors: tuple[torch.Tensor | None, ...]) -> fx.GraphModule:
+        """The local form of a call (`trace_local`); to be read only."""
+        layouts = tuple(None if x is None else (TensorSpec.of(x), x.stride(), x.device) for x in tensors)
+        key = (call.key, rule.text(), part, layouts)
+        if key not in self._forms:
+            self._forms[key] = trace_local(call, rule, part, tensors, self.mode)
+        return self._forms[key]
 
     def empty(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         key = ("empty", shape, like.dtype, like.device)
@@ -111,7 +128,7 @@ class Localizer:
         outputs = tuple(self.nodes[item] if isinstance(item, tuple) else item for item in self.layout.outputs)
         output = self.graph.output(outputs)
         output.meta = {"val": tuple(n.meta["val"] if isinstance(n, fx.Node) else n for n in outputs)}
-        return fx.GraphModule(torch.nn.Module(), self.graph)
+        return module_of(self.graph)
 
     def _sliced(self, value: Value, placement: Placement) -> torch.Tensor:
         """The piece of a placeholder: a view of the whole, as the workers of one process have it."""
@@ -180,7 +197,7 @@ class Localizer:
         call = step.op.call
         part = part_of(call, step.rule, step.blocks, self.coordinate)
         tensors = tuple(None if node is None else node.meta["val"] for node in inputs)
-        module = trace_local(call, step.rule, part, tensors, self.runner.mode)
+        module = self.runner.trace(call, step.rule, part, tensors)
         given = iter([node for node in inputs if node is not None])
         moved: dict[fx.Node, fx.Node] = {}
         for inner in module.graph.nodes:

@@ -12,12 +12,10 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from partita.errors import InputError
+from partita.graph.torch_adapter import module_of
 from partita.sharding.calls import Op, Program, Value, fill_slots, read_graph
 from partita.sharding.conversions import EXCHANGES
 from partita.sharding.halo_plain import with_plain_exchanges
@@ -93,6 +91,7 @@ def shard(
     wanted: Mapping[int, Shard] | None = None,
     decisions: Mapping[str, str] | None = None,
     gathered_inputs: frozenset[str] = frozenset(),
+    runner: FakeRunner | None = None,
 ) -> ShardedGraph:
     """Split ``module`` over ``size`` workers, following the placements of its inputs through the graph.
 
@@ -111,17 +110,18 @@ def shard(
         gathered_inputs: placeholders of ``seeds`` that every worker reads whole, after one gathering.
         decisions: op name -> text of the rule by which it shall run, or "decomposed"; all other ops, and those that
             have no such rule here, run as is cheapest.
+        runner: knows local calls of other cuts of the same graph.
 
     Raises:
         InputError: a seed names no placeholder, or its sizes do not fit.
     """
     program = read_graph(module)
     _check(program, seeds, free_inputs, size, axis)
-    mode = _fake_mode(module)
+    runner = FakeRunner.of(module) if runner is None else runner
     propagation = Propagation(
         size=size,
         shares=next((p.sizes for p in seeds.values() if isinstance(p, Shard)), None),
-        mode=mode,
+        mode=runner.mode,
         rules=rules_of,
         hoist=hoist,
         local_statistics=local_statistics,
@@ -139,7 +139,7 @@ def shard(
         stop_searching()
     num_inner = len(propagation.steps)
     outputs = _place_outputs(propagation, program, must_replicate, must_be_partial, wanted or {})
-    return _assemble(propagation, program, seeds, free_inputs, outputs, num_inner, axis, FakeRunner(mode))
+    return _assemble(propagation, program, seeds, free_inputs, outputs, num_inner, axis, runner)
 
 
 def _check(program: Program, seeds: Mapping[str, Placement], free_inputs: frozenset[str], size: int, axis: str) -> None:
@@ -159,11 +159,6 @@ def _check(program: Program, seeds: Mapping[str, Placement], free_inputs: frozen
                 f"the sizes of {name!r} on axis {axis!r} must be {size} positive numbers that add up to its extent, "
                 f"but got dim {placement.dim}, sizes {placement.sizes} for shape {shape}; use fewer workers"
             )
-
-
-def _fake_mode(module: fx.GraphModule) -> FakeTensorMode:
-    values = [node.meta["val"] for node in module.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-    return detect_fake_mode(values) or FakeTensorMode()
 
 
 def _place_outputs(
@@ -324,7 +319,7 @@ def _prologue(propagation: Propagation, hoisted: tuple[Value, ...], program: Pro
     for op in sorted(needed, key=propagation.order.__getitem__):
         _write_whole(graph, nodes, op, propagation)
     graph.output(tuple(nodes[value] for value in hoisted))
-    return fx.GraphModule(torch.nn.Module(), graph)
+    return module_of(graph)
 
 
 def _write_whole(graph: fx.Graph, nodes: dict[Value, fx.Node], op: Op, propagation: Propagation) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import threading
 
 import pytest
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import fx, nn
 
 from partita.graph import torch_adapter
 
@@ -29,6 +31,7 @@ from partita.graph import torch_adapter
         ("torch._dynamo", "OptimizedModule"),
         ("torch._ops", "OpOverload"),
         ("torch._inductor.codecache", "CppCodeCache"),
+        ("torch.fx._lazy_graph_module", "_LazyGraphModule"),
     ],
 )
 def test_is_there(owner: str, name: str) -> None:
@@ -138,3 +141,27 @@ def test_ops_tell_whether_they_take_a_generator() -> None:
     assert torch_adapter.overload_with_generator(aten.rand.default) is aten.rand.generator
     assert torch_adapter.overload_with_generator(aten.randint.low) is aten.randint.low_generator
     assert torch_adapter.overload_with_generator(aten.add.Tensor) is None
+
+
+def test_a_module_writes_its_code_when_several_threads_first_run_it() -> None:
+    graph = fx.Graph()
+    value = graph.placeholder("x")
+    for _ in range(200):
+        value = graph.call_function(torch.ops.aten.add.Tensor, (value, 1.0))
+    graph.output((value,))
+    module = torch_adapter.module_of(graph)
+    assert module._needs_recompile()
+    start, found = threading.Barrier(4), []
+
+    def run() -> None:
+        start.wait()
+        found.append(module(torch.zeros(2)))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [result.tolist() for (result,) in found] == 4 * [[200.0, 200.0]]
+    assert not module._needs_recompile() and "add_199" in module.code
+    assert copy.deepcopy(module)(torch.zeros(1))[0].item() == 200.0
