@@ -73,7 +73,7 @@ def trace(function: Callable[..., Any], args: list[Any], decompositions: Mapping
 _WRITING_CODE = threading.Lock()
 
 
-class _LazyModule(_LazyGraphModule):  # type: ignore[misc]
+class _LazyModule(_LazyGraphModule):
     """One that is first run by several threads at once writes its code in one after the other."""
 
     def _real_recompile(self) -> Any:
