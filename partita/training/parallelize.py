@@ -123,16 +123,24 @@ def plan(
         return best_plan(graph, where, constraints or Constraints(), optimizer, values)
 
 
+_MANY_OBJECTS = 10_000  # new ones after which garbage is looked for: fewer than a graph has
+
+
 @contextlib.contextmanager
 def _old_objects_left_alone() -> Iterator[None]:
     """Python's garbage collector does not walk the objects that exist already (hundreds of thousands, with large
-    libraries loaded) again and again while graphs are made: that took a third of planning."""
+    libraries loaded) again and again while graphs are made: that took a third of planning. Nor those of the graphs
+    whenever a few hundred more are there."""
     mine = gc.get_freeze_count() == 0  # who freezes objects himself wants them to stay frozen
+    before = gc.get_threshold()
     if mine:
         gc.freeze()
+    if before[0]:  # else it is off
+        gc.set_threshold(max(before[0], _MANY_OBJECTS), *before[1:])
     try:
         yield
     finally:
+        gc.set_threshold(*before)
         if mine:
             gc.unfreeze()
 
