@@ -100,7 +100,7 @@ class Budget:
 
     def first_rung_s(self, startup_s: float) -> float:
         """The training time after which a candidate is judged first, where beginning a trial takes `startup_s`."""
-        wanted_s: float = max(LEAST_RUNG_S, STARTUPS * startup_s, self.final_s / FACTOR**MOST_RUNGS)
+        wanted_s = max(LEAST_RUNG_S, STARTUPS * startup_s, self.final_s / math.pow(FACTOR, MOST_RUNGS))
         return min(wanted_s, max(LEAST_RUNG_S, (self.explore_end_s - self.start_s) / FACTOR))
 
     def num_slots(self, num_cores: int, now_s: float) -> int:
