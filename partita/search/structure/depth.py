@@ -15,9 +15,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from partita.errors import InputError, PartitaError
+from partita.errors import InputError
 from partita.search.structure.network import Network
-from partita.search.structure.scopes import Scope, scope_of
+from partita.search.structure.scopes import Scope, calls_of, scope_of
 from partita.search.structure.tracing import arguments_of, op_name, sizes_of
 
 CLOSE = 1e-6  # of the largest entry
@@ -28,17 +28,13 @@ _LISTS = (nn.ModuleList, nn.Sequential)
 
 def blocks_of(network: Network) -> list[str]:
     """Modules of lists and sequences that run once, and whose result is shaped like what they take."""
-    calls: dict[str, list[Scope]] = {}
-    for scope in _root(network).scopes():
-        calls.setdefault(scope.path, []).append(scope)
-    return [path for path, scopes in calls.items() if path.rpartition(".")[2].isdigit() and len(scopes) == 1
+    return [path for path, scopes in _calls(network).items() if path.rpartition(".")[2].isdigit() and len(scopes) == 1
             and isinstance(network.model.get_submodule(path.rpartition(".")[0]), _LISTS)
             and _keeps_shape(scopes[0])]  # fmt: skip
 
 
-def _root(network: Network) -> Scope:
-    names = {node: network.aliases[name] for node, name in network.trace.names.items()}
-    return scope_of(network.program, names)
+def _calls(network: Network) -> dict[str, list[Scope]]:
+    return calls_of(scope_of(network.program, network.placeholders))
 
 
 def _keeps_shape(scope: Scope) -> bool:
@@ -99,13 +95,11 @@ def _checked(network: Network, model: nn.Module, block: str, what: str, *, same:
     calls: list[str] = []
     hook = model.get_submodule(block).register_forward_hook(lambda *_: calls.append(block)) if block else None
     try:
-        if same and not _same(_run(network.model, network), _run(model, network)):
-            raise InputError(f"{what} must change nothing, but results differ; is there more than one path around it?")
-        _run(model, network)
-    except PartitaError:
-        raise
+        results = _run(model, network)
     except Exception as error:
         raise InputError(f"{what} must run, but does not: {type(error).__name__}: {error}") from error
+    if same and not _same(_run(network.model, network), results):
+        raise InputError(f"{what} must change nothing, but results differ; is there more than one path around it?")
     if hook is not None:
         hook.remove()
         if not calls:
@@ -165,9 +159,10 @@ def _taken(network: Network, model: nn.Module, block: str) -> tuple[tuple[Any, .
 
 
 def _add_zero(copied: nn.Module, network: Network, block: str) -> bool:
-    scope = next((scope for scope in _root(network).scopes() if scope.path == block), None)
-    if scope is None or not _keeps_shape(scope):
+    scopes = _calls(network).get(block)
+    if not scopes or not _keeps_shape(scopes[0]):
         return False
+    scope = scopes[0]
     added = _added(scope.outputs[0], scope.inputs[0])
     if not added:
         return False

@@ -90,16 +90,18 @@ def sizes_of_leaf(nodes: list[fx.Node], trace: Trace, new: New) -> dict[str, Any
     for node in nodes:
         attributes = _ATTRIBUTES.get(op_name(node))
         if attributes is not None:
-            found |= attributes(_Reader(node, trace, new))
+            found |= attributes(Reader(node, trace, new))
     return found
 
 
-class _Reader:
+class Reader:
+    """One op's arguments, and the dims of its inputs with new sizes."""
+
     def __init__(self, node: fx.Node, trace: Trace, new: New) -> None:
-        self.values, self._trace, self.new = arguments_of(node), trace, new
+        self.node, self.values, self.trace, self.new = node, arguments_of(node), trace, new
 
     def extents(self, argument: str) -> list[Extent]:
-        found = self._trace.dims[self.values[argument]]
+        found = self.trace.dims[self.values[argument]]
         assert isinstance(found, list)
         return found
 
@@ -107,47 +109,43 @@ class _Reader:
         return size_of(self.extents(argument)[dim], self.new)
 
 
-def _linear(op: _Reader) -> dict[str, Any]:
+def _linear(op: Reader) -> dict[str, Any]:
     return {"in_features": op.size("weight", 1), "out_features": op.size("weight", 0)}
 
 
-def new_groups(node: fx.Node, trace: Trace, new: New) -> int:
+def groups_of(op: Reader) -> int:
     """The groups of a convolution: those of a depthwise one are its channels."""
-    return _groups(_Reader(node, trace, new))
-
-
-def _groups(op: _Reader) -> int:
     groups, channels = int(op.values["groups"]), op.extents("input")[_channel_dim(op)]
     return size_of(channels, op.new) if 1 < groups == size_of(channels) else groups
 
 
-def _channel_dim(op: _Reader) -> int:
+def _channel_dim(op: Reader) -> int:
     return 1 - len(op.extents("weight"))
 
 
-def _convolution(op: _Reader) -> dict[str, Any]:
+def _convolution(op: Reader) -> dict[str, Any]:
     sizes = {"in_channels": op.size("input", _channel_dim(op)), "out_channels": op.size("weight", 0)}
-    return sizes | {"groups": _groups(op)}
+    return sizes | {"groups": groups_of(op)}
 
 
-def _turned_convolution(op: _Reader) -> dict[str, Any]:
-    return _convolution(op) | {"out_channels": op.size("weight", 1) * _groups(op)}
+def _turned_convolution(op: Reader) -> dict[str, Any]:
+    return _convolution(op) | {"out_channels": op.size("weight", 1) * groups_of(op)}
 
 
-def _channels(attribute: str, argument: str) -> Callable[[_Reader], dict[str, Any]]:
+def _channels(attribute: str, argument: str) -> Callable[[Reader], dict[str, Any]]:
     return lambda op: {attribute: op.size(argument, 1)}
 
 
-def _normalized(op: _Reader) -> dict[str, Any]:
+def _normalized(op: Reader) -> dict[str, Any]:
     num = len(op.values["normalized_shape"])
     return {"normalized_shape": tuple(op.size("input", dim) for dim in range(-num, 0))}
 
 
-def _embedding(op: _Reader) -> dict[str, Any]:
+def _embedding(op: Reader) -> dict[str, Any]:
     return {"num_embeddings": op.size("weight", 0), "embedding_dim": op.size("weight", 1)}
 
 
-_ATTRIBUTES: dict[str, Callable[[_Reader], dict[str, Any]]] = {
+_ATTRIBUTES: dict[str, Callable[[Reader], dict[str, Any]]] = {
     "linear": _linear,
     "batch_norm": _channels("num_features", "input"),
     "instance_norm": _channels("num_features", "input"),

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import sympy
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from partita.search.structure.leaves import New, constructor, is_leaf, sizes_of_leaf
-from partita.search.structure.scopes import Scope, scope_of
-from partita.search.structure.widths import Extent, size_of
+from partita.search.structure.scopes import Scope, calls_of, scope_of
+from partita.search.structure.widths import size_of
 
 if TYPE_CHECKING:
     from partita.search.structure.network import Network
@@ -38,12 +38,10 @@ class Modules:
     def __init__(self, network: Network, new: New, inlined: frozenset[str]) -> None:
         self.network, self.trace, self.new = network, network.trace, new
         self._leaves: dict[str, bool] = {}
-        self._placeholders = {node: network.aliases[name] for node, name in network.trace.names.items()}
         self.calls: dict[str, list[Scope]] = {}
         self.sizes: dict[Scope, list[sympy.Expr]] = {}
         self.root = self._scopes(inlined)
-        for scope in self.root.scopes():
-            self.calls.setdefault(scope.path, []).append(scope)
+        self.calls |= calls_of(self.root)
         self.paths = {""}
         names = [name for aliases in network.aliases.values() for name in aliases]
         for path in (*self.calls, *(name.rpartition(".")[0] for name in names)):
@@ -54,7 +52,7 @@ class Modules:
     def _scopes(self, inlined: frozenset[str]) -> Scope:
         """Calls of layers that take or give several tensors are written out as well."""
         while True:
-            root = scope_of(self.network.program, self._placeholders, inlined)
+            root = scope_of(self.network.program, self.network.placeholders, inlined)
             odd = {scope.path for scope in root.scopes() if scope.path and is_leaf(self.module(scope.path))
                    and (len(scope.inputs) != 1 or len(scope.outputs) != 1)}  # fmt: skip
             if not odd:
@@ -181,19 +179,12 @@ class Modules:
 
     def parameter(self, name: str) -> str:
         tensor, dims = self.network.tensors[name], self.network.dims[name]
-        shape = ", ".join(str(self._size(extent)) for extent in dims) or "()"
+        shape = ", ".join(str(size_of(extent, self.new)) for extent in dims) or "()"
         dtype = "" if tensor.dtype == torch.float32 else f", dtype={tensor.dtype}"
         made = f"torch.zeros({shape}{dtype})"
-        return f"nn.Parameter({made})" if _is_parameter(tensor) else made
-
-    def _size(self, extent: Extent) -> int:
-        return size_of(extent, self.new)
+        return f"nn.Parameter({made})" if isinstance(tensor, nn.Parameter) else made
 
     @cached_property
     def tied(self) -> dict[str, str]:
         """Names of parameters that are others', and whose."""
         return {name: aliases[0] for aliases in self.network.aliases.values() for name in aliases[1:]}
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from partita.arguments import check_number
@@ -95,6 +95,11 @@ class Network:
             if first in found and name != first:
                 found[first].append(name)
         return found
+
+    @cached_property
+    def placeholders(self) -> dict[fx.Node, list[str]]:
+        """All names of the tensor that each placeholder of the graph stands for."""
+        return {node: self.aliases[name] for node, name in self.trace.names.items()}
 
     @cached_property
     def widths(self) -> dict[str, Width]:

@@ -48,6 +48,14 @@ class Scope:
         return not self.path or name.startswith(f"{self.path}.")
 
 
+def calls_of(root: Scope) -> dict[str, list[Scope]]:
+    """The calls of each module, by its name; those inside others first."""
+    found: dict[str, list[Scope]] = {}
+    for scope in root.scopes():
+        found.setdefault(scope.path, []).append(scope)
+    return found
+
+
 def is_value(node: fx.Node) -> bool:
     """Whether it is a tensor or several (and no size)."""
     return not isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)

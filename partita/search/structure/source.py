@@ -122,8 +122,7 @@ class _File:
         if not path and self._modules.is_sequence(path):
             return self._sequence()
         init = ["super().__init__()"]
-        init += [f"self.{name} = {text}" for name, text in self._parameters(path)]
-        init += [f'self.register_buffer("{name}", {text})' for name, text in self._buffers(path)]
+        init += self._tensors(path)
         for child in self._modules.children(path):
             name, text = child.rpartition(".")[2], self._modules.constructor(child, self._made.__getitem__)
             init.append(f'self.add_module("{name}", {text})' if name.isdigit() else f"self.{name} = {text}")
@@ -147,11 +146,15 @@ class _File:
         names = [name for name, value in self._modules.network.parameters.items() if not value.requires_grad]
         return [f"for name in {names!r}:", "    self.get_parameter(name).requires_grad_(False)"] if names else []
 
-    def _parameters(self, path: str) -> list[tuple[str, str]]:
-        return [item for item in self._modules.tensors(path).items() if item[1].startswith("nn.Parameter")]
-
-    def _buffers(self, path: str) -> list[tuple[str, str]]:
-        return [item for item in self._modules.tensors(path).items() if not item[1].startswith("nn.Parameter")]
+    def _tensors(self, path: str) -> list[str]:
+        """The module's own parameters, then its buffers."""
+        parameters, buffers = [], []
+        for name, text in self._modules.tensors(path).items():
+            if text.startswith("nn.Parameter"):
+                parameters.append(f"self.{name} = {text}")
+            else:
+                buffers.append(f'self.register_buffer("{name}", {text})')
+        return parameters + buffers
 
     def _forward(self, path: str, at: int) -> list[str]:
         scope = self._modules.calls[path][at]

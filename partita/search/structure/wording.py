@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import fx
 
 from partita.errors import InputError
-from partita.search.structure.leaves import New, new_groups
+from partita.search.structure.leaves import New, Reader, groups_of
 from partita.search.structure.tracing import Trace, arguments_of, op_name, symbol_of
-from partita.search.structure.widths import Extent, Product, Sum, Width, resolved, size_of
+from partita.search.structure.widths import Extent, Product, Sum, Width, resolved, size_of, symbolic_size
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "matmul": "@", "__and__": "&", "__or__": "|", "__xor__": "^"}
 _METHODS_IN_PYTHON = {"split", "unflatten"}
@@ -143,9 +143,7 @@ def text_of(expr: sympy.Expr, names: Mapping[sympy.Symbol, str]) -> str:
 
 
 def _has_symbol(extent: Extent) -> bool:
-    if isinstance(extent, Width):
-        return extent.symbol is not None
-    return any(map(_has_symbol, extent.factors if isinstance(extent, Product) else extent.parts))
+    return bool(symbolic_size(extent).free_symbols)
 
 
 def _slice_text(wording: Wording, values: Mapping[str, Any]) -> str:
@@ -169,17 +167,12 @@ _SUBSCRIPTS: dict[str, Callable[[Wording, Mapping[str, Any]], str]] = {"slice": 
 # -- arguments that are sizes -----------------------------------------------------------------------------------------
 
 
-class _Op:
+class _Op(Reader):
     """One op whose sizes are written."""
 
     def __init__(self, wording: Wording, node: fx.Node) -> None:
-        self.wording, self.node, self.values = wording, node, arguments_of(node)
-        self.trace, self.new = wording._trace, wording._new
-
-    def dims(self, argument: str) -> list[Extent]:
-        found = self.trace.dims[self.values[argument]]
-        assert isinstance(found, list)
-        return found
+        super().__init__(node, wording._trace, wording._new)
+        self.wording = wording
 
     @property
     def result(self) -> Any:
@@ -197,13 +190,13 @@ def _shape(argument: str) -> Callable[[_Op], Rewritten]:
 
 
 def _unflattened(op: _Op) -> Rewritten:
-    place = op.values["dim"] % len(op.dims("self"))
+    place = op.values["dim"] % len(op.extents("self"))
     return {"sizes": op.sizes(op.result[place : place + len(op.values["sizes"])])}
 
 
 def _normalized(op: _Op) -> Rewritten:
     num = len(op.values["normalized_shape"])
-    return {"normalized_shape": op.sizes(op.dims("input")[-num:])}
+    return {"normalized_shape": op.sizes(op.extents("input")[-num:])}
 
 
 def _cut(op: _Op) -> Rewritten:
@@ -222,7 +215,7 @@ def _chunks(op: _Op) -> Rewritten:
 
 def _sliced(op: _Op) -> Rewritten:
     place = op.values.get("dim", 0)
-    extent, taken = op.dims("self")[place], op.result[place]
+    extent, taken = op.extents("self")[place], op.result[place]
     is_open = symbol_of(op.node.meta["val"].shape[place]) is not None or isinstance(op.values.get("start"), fx.Node)
     if is_open or op.values.get("step", 1) != 1:
         return {}
@@ -236,7 +229,7 @@ def _sliced(op: _Op) -> Rewritten:
 
 def _narrowed(op: _Op) -> Rewritten:
     place = op.values["dim"]
-    extent, taken = op.dims("self")[place], op.result[place]
+    extent, taken = op.extents("self")[place], op.result[place]
     if not op.new or isinstance(op.values["start"], fx.Node):
         return {}
     start = op.values["start"] % max(1, size_of(extent))
@@ -265,7 +258,7 @@ def offset(extent: Extent, start: int, new: Mapping[Width, int]) -> int:
 
 
 def _groups(op: _Op) -> Rewritten:
-    return {"groups": new_groups(op.node, op.trace, op.new)}
+    return {"groups": groups_of(op)}
 
 
 def _rewritten(op: _Op, name: str) -> Rewritten:
