@@ -50,14 +50,23 @@ def called(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     return model, *taken[0]
 
 
-def results(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def tensors_in(value: Any) -> list[Any]:
     import torch
     import torch.utils._pytree as pytree
 
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def results(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """All tensors that a model gives, without dropout and without counting batches; the same draws every time."""
+    import torch
+
     torch.manual_seed(0)
+    trains = model.training
     with torch.no_grad():
-        found = pytree.tree_leaves(model.eval()(*args, **kwargs))
-    return [value for value in found if isinstance(value, torch.Tensor)]
+        found = tensors_in(model.eval()(*args, **kwargs))
+    model.train(trains)
+    return found
 
 
 def difference(before: list[Any], after: list[Any]) -> float:
@@ -83,10 +92,8 @@ def grown(name: str) -> list[Row]:
         return sum(value.float().square().mean() for value in run(module) if value.is_floating_point())
 
     def run(module: Any) -> list[Any]:
-        import torch.utils._pytree as pytree
-
         torch.manual_seed(0)
-        return [value for value in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(value, torch.Tensor)]
+        return tensors_in(module(*args, **kwargs))
 
     ways: dict[str, Callable[[], Any]] = {
         "copies": lambda: widened(network, sizes),

@@ -6,10 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
-
-from benchmarks.families import SIZES, get
 
 
 class Images(nn.Module):
@@ -78,26 +75,3 @@ def text() -> tuple[nn.Module, tuple[Any, ...]]:
     with torch.no_grad():
         model.embed.weight.mul_(0.1)
     return model, (torch.randint(50, (4, 8)),)
-
-
-def of_family(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """A model of the benchmarks, without dropout, and what its loss calls it with."""
-    torch.manual_seed(0)
-    task = get(name).build(SIZES["tiny"])
-    model = task.model.eval()
-    taken: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: taken.append((args, kwargs)), with_kwargs=True)
-    with torch.no_grad():
-        task.loss_fn(model, task.batches(0))
-    hook.remove()
-    return model, *taken[0]
-
-
-def results(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> list[Tensor]:
-    """All tensors that it gives, without dropout and without counting batches."""
-    torch.manual_seed(0)  # of what it draws
-    trains = model.training
-    with torch.no_grad():
-        found = pytree.tree_leaves(model.eval()(*args, **(kwargs or {})))
-    model.train(trains)
-    return [value for value in found if isinstance(value, Tensor)]

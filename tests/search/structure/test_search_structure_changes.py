@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.structure import results
 from partita import InputError
 from partita.search.structure import (
     Network,
@@ -27,7 +28,7 @@ from partita.search.structure import (
     sizes_within,
     widened,
 )  # fmt: skip
-from tests.search.structure.models import images, results, text
+from tests.search.structure.models import Text, images, text
 
 MODELS = {"images": images, "text": text}
 
@@ -42,7 +43,7 @@ def growing(network: Network) -> list[str]:
 
 
 def same(a: nn.Module, b: nn.Module, args: tuple[Tensor, ...]) -> None:
-    for x, y in zip(results(a, args), results(b, args), strict=True):
+    for x, y in zip(results(a, args, {}), results(b, args, {}), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
 
 
@@ -261,8 +262,6 @@ def test_learning_rates_of_every_width() -> None:
 
 def test_tied_weights_have_no_one_rate() -> None:
     model, args = text()
-    from tests.search.structure.models import Text
-
     with pytest.raises(InputError, match="untie them"):
         mup_groups(Network(Text(width=64), args), model, lr=1.0)
 
@@ -309,7 +308,7 @@ def test_files_load_without_partita(name: str, tmp_path: Path) -> None:
     network = Network(model, args)
     smaller = pruned(network, sizes_within(network, num_parameters=network.num_parameters() * 2 // 3))
     save_network(smaller, tmp_path)
-    torch.save((args, results(smaller.model, args)[0]), tmp_path / "example.pt")
+    torch.save((args, results(smaller.model, args, {})[0]), tmp_path / "example.pt")
     (tmp_path / "read.py").write_text(READ)
     done = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
                            + READ], cwd=tmp_path, capture_output=True, text=True, timeout=120)  # fmt: skip

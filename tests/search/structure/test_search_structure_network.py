@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.structure import called, results
 from partita import InputError
 from partita.search.structure import Network
-from tests.search.structure.models import Images, images, of_family, results, text
+from tests.search.structure.models import Images, images, text
 
 FAMILIES = (
     "mlp_batchnorm", "conv1d", "unet", "lstm", "masked_tokens", "vae", "recommender", "gpt2", "llama", "swin",
@@ -52,7 +53,7 @@ def check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ne
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_are_written_and_lose_units(name: str) -> None:
     pytest.importorskip("transformers")
-    check(*of_family(name))
+    check(*called(name))
 
 
 def test_images() -> None:
@@ -91,7 +92,7 @@ def test_other_batches_and_lengths_run() -> None:
     model, args = text()
     written = Network(model, args).with_units({}).model
     other = (torch.randint(50, (2, 5)),)
-    same(results(model, other), results(written, other), 0)
+    same(results(model, other, {}), results(written, other, {}), 0)
 
 
 def test_training_goes_on_alike() -> None:
@@ -103,7 +104,7 @@ def test_training_goes_on_alike() -> None:
             optimizer.zero_grad()
             each(*args).square().mean().backward()
             optimizer.step()
-    same(results(model, args), results(written, args))
+    same(results(model, args, {}), results(written, args, {}))
 
 
 def test_tied_parameters_stay_tied_and_frozen_ones_frozen() -> None:
