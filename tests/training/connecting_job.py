@@ -103,6 +103,17 @@ def plain(
     return model, masks, losses
 
 
+def assert_alike(model: nn.Module, masks: Any, method: Any, **options: Any) -> None:
+    """A model and its connections are those of plain PyTorch, and nothing is where no connections are."""
+    expected, wanted, _ = plain(method, **options)
+    assert masks.keys() == wanted.keys()
+    for name, mask in masks.items():
+        assert torch.equal(mask, wanted[name]), name
+        assert not model.get_parameter(name)[~mask].any()
+    for one, two in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
 def main(kind: str, folder: str, rank: int) -> None:
     found: dict[str, Any] = {}
     for name, corner in CASES_BY_BLOCKS if kind == "by blocks" else CASES:

@@ -15,7 +15,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from clipping_job import batch_of, branching, build, loss_fn
-from connecting_job import BY_BLOCKS, NUM_STEPS, OPTIONS, plain
+from connecting_job import BY_BLOCKS, NUM_STEPS, OPTIONS, assert_alike, plain
 from test_training_averages import PLANS
 
 import partita
@@ -35,16 +35,6 @@ def one_worker() -> Any:
 
 def masked(method: Any) -> Any:
     return dataclasses.replace(method, form="masked")
-
-
-def assert_alike(model: nn.Module, masks: Any, method: Any, **options: Any) -> None:
-    expected, wanted, _ = plain(method, **options)
-    assert masks.keys() == wanted.keys()
-    for name, mask in masks.items():
-        assert torch.equal(mask, wanted[name]), name
-        assert not model.get_parameter(name)[~mask].any()
-    for one, two in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BY_BLOCKS)
