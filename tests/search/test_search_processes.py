@@ -81,7 +81,7 @@ def test_a_search_delivers_what_it_says(task, tmp_path, pace_s) -> None:
     judged = task.data()[1]
     assert result.score == pytest.approx(accuracy(result.model, judged), abs=1e-6)
     assert result.score > 0.8, "a constant answer is right for half of them"
-    assert result.budget.deadline_s == pytest.approx(start_s + deadline_s, abs=2)
+    assert start_s + deadline_s <= result.budget.deadline_s <= start_s + deadline_s + 2 + pace_s
     assert "RUNNING" not in states(tmp_path / "s")
     for one in result.trials:
         assert (one.num_parameters > 400) == (one.state == "rejected" and "max_params" in one.why)
@@ -156,7 +156,8 @@ def test_the_command_starts_a_killed_search_again(tmp_path, pace_s) -> None:
 def test_code_that_raises_ends_the_search_with_its_traceback(task, tmp_path) -> None:
     with pytest.raises(SearchError, match="broken on purpose"):
         partita.search(task.broken, task.data, deadline=3000, folder=tmp_path / "s")
-    assert set(states(tmp_path / "s")) == {"FAIL"}
+    found = states(tmp_path / "s")
+    assert "FAIL" in found and set(found) <= {"FAIL", "PRUNED"}, "those beside it end"
 
 
 def test_a_space_in_which_nothing_fits_says_so(task, tmp_path) -> None:

@@ -16,6 +16,7 @@ import partita
 from partita import Constraints
 from partita.errors import PartitaError
 from partita.training import parallelize as module
+from partita.training import shared_plans
 
 LIMITS_S = {"alone": 3.0, "fewer": 12.0, "rows": 12.0, "slow": 5.0}  # starts of two processes may be seconds apart
 
@@ -30,7 +31,7 @@ def main(corner: str, rank: int) -> None:
     if rank == 1 and corner == "killed":
         module._decide = lambda *_: os.kill(os.getpid(), 9)  # type: ignore[assignment]
     if rank == 0 and corner in ("slow", "planner killed", "planner raises"):
-        module.ranked_plans = functools.partial(_planned, corner, module.ranked_plans)  # type: ignore[attr-defined]
+        shared_plans.ranked_plans = functools.partial(_planned, corner, shared_plans.ranked_plans)
     batches: list[Any] = list(loader())
     options = {
         "plan": Constraints(data=2, pipeline=1, compiled=False),

@@ -16,7 +16,7 @@ import partita
 from partita.plan import Prediction, Worker
 from partita.runtime import compiling, segments
 from partita.runtime.segments import CompileWarning
-from partita.training import adopt, parallelize
+from partita.training import adopt, parallelize, shared_plans
 from partita.training.events import CandidateMeasured, PlanChosen, subscribe
 from partita.training.graph_runner import GraphRunner
 
@@ -213,7 +213,7 @@ def test_what_was_adopted_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_pat
     data = batches(7)
     first, _, _ = train(data)
     asked: list[int] = []
-    monkeypatch.setattr(parallelize, "ranked_plans", lambda *_, **__: asked.append(1))
+    monkeypatch.setattr(shared_plans, "ranked_plans", lambda *_, **__: asked.append(1))
     second, losses, model = train(data)
     assert not asked
     compare(losses, model, data)
@@ -230,13 +230,13 @@ def test_a_damaged_memory_is_none(content: str, tmp_path: Path, monkeypatch: pyt
     (kept,) = tmp_path.glob("plans/*.json")
     kept.write_text(content)
     asked: list[int] = []
-    whole = parallelize.ranked_plans
+    whole = shared_plans.ranked_plans
 
     def counted(*args: Any, **options: Any) -> Any:
         asked.append(1)
         return whole(*args, **options)
 
-    monkeypatch.setattr(parallelize, "ranked_plans", counted)
+    monkeypatch.setattr(shared_plans, "ranked_plans", counted)
     train(data, more=1)
     assert asked
 
@@ -253,8 +253,8 @@ def test_plans_of_another_graph_are_not_recalled(tmp_path: Path) -> None:
     other.write_text(text)
     asked: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        whole = parallelize.ranked_plans
-        patch.setattr(parallelize, "ranked_plans", lambda *a, **o: (asked.append(1), whole(*a, **o))[1])
+        whole = shared_plans.ranked_plans
+        patch.setattr(shared_plans, "ranked_plans", lambda *a, **o: (asked.append(1), whole(*a, **o))[1])
         train(batches(7, rows=6), more=1)
     assert asked
 
