@@ -53,8 +53,8 @@ class Task:
         model.eval()
         with torch.no_grad():
             if self.name == "chars":
-                _, held = _text()
-                x, y = _windows(held, torch.arange(0, 64 * 500, 500))
+                _, held = text()
+                x, y = windows(held, torch.arange(0, 64 * 500, 500))
                 return {"loss": float(F.cross_entropy(model(x).flatten(0, 1), y.flatten()))}
             _, _, x, y = digits(self.name == "conv")
             out = model(x)
@@ -143,18 +143,18 @@ def _convolutions() -> Any:
 
 
 @cache
-def _text() -> tuple[Any, Any]:
+def text() -> tuple[Any, Any]:
     """Characters to learn from and to judge by: Python's own sources in the order of their names."""
     import torch
 
     folder = Path(sysconfig.get_paths()["stdlib"])
-    text = "".join(path.read_text(errors="ignore") for path in sorted(folder.glob("*.py"))[:120])
-    codes = torch.tensor([min(max(ord(c) - 31, 0), NUM_CHARS - 1) for c in text if c != "\r"])
+    found = "".join(path.read_text(errors="ignore") for path in sorted(folder.glob("*.py"))[:120])
+    codes = torch.tensor([min(max(ord(c) - 31, 0), NUM_CHARS - 1) for c in found if c != "\r"])
     cut = int(0.9 * len(codes))
     return codes[:cut], codes[cut:]
 
 
-def _windows(codes: Any, starts: Any) -> Batch:
+def windows(codes: Any, starts: Any) -> Batch:
     import torch
 
     places = starts.unsqueeze(1) + torch.arange(CONTEXT + 1)
@@ -165,10 +165,10 @@ def _windows(codes: Any, starts: Any) -> Batch:
 def _text_batches(seed: int, rows: int) -> Iterator[Batch]:
     import torch
 
-    codes, _ = _text()
+    codes, _ = text()
     generator = torch.Generator().manual_seed(2000 + seed)
     while True:
-        yield _windows(codes, torch.randint(0, len(codes) - CONTEXT - 1, (rows,), generator=generator))
+        yield windows(codes, torch.randint(0, len(codes) - CONTEXT - 1, (rows,), generator=generator))
 
 
 def _decoder() -> Any:

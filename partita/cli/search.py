@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
 
+import psutil
 import tyro
 
 from partita.cli import attend
@@ -152,8 +153,8 @@ def _attended(deadline: str | None) -> None:
 
     given = sys.argv[1:]
     until_s = time.time()
-    if deadline is not None:  # the same instant, however often the command is started
-        until_s = instant_of(deadline, now_s=until_s)
+    if deadline is not None:  # the same instant, however often the command is started; imports may have taken seconds
+        until_s = instant_of(deadline, now_s=psutil.Process().create_time())
         given = [item for item in given if item != f"--deadline={deadline}"]
         if "--deadline" in given:
             place = given.index("--deadline")

@@ -34,7 +34,7 @@ class Candidate:
         samples_per_s: measured in the last while, on `num_cores` cores; `wide_gain` times as many are predicted on all.
         why: it was rejected or has failed.
         failures: processes of it that died.
-        best_score: of weights that its final training has kept.
+        best_score: of the weights that are kept of it (`weights`).
     """
 
     number: int
@@ -142,7 +142,7 @@ def best_of(candidates: Sequence[Candidate], aims: Aims, budget: Budget, now_s: 
 
     def cautious(one: Candidate) -> float:
         found = aims.predicted(one, budget, now_s)
-        last = aims.turned(one, one.points[-1].score)[0]
-        return min(last, aims.turned(one, found.score)[0] + CAUTION * found.deviation)
+        reached = aims.turned(one, one.points[-1].score if one.best_score is None else one.best_score)[0]
+        return min(reached, aims.turned(one, found.score)[0] + CAUTION * found.deviation)
 
     return min(usable, key=cautious, default=None)

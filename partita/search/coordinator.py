@@ -117,7 +117,7 @@ class Coordinator:
             for one in list(self._running):
                 one.is_stopping = True
                 self._lose(one, "", kill=True)
-        return self._course.delivered(time.time())
+        return self._course.delivered()
 
     def _is_over(self) -> bool:
         now_s, final = time.time(), self._course.final
@@ -189,7 +189,6 @@ class Coordinator:
             target=settings.target,
             limits=settings.limits,
             final=(begin_s, self._budget.last_s) if is_final else None,
-            best_score=candidate.best_score,
         )
         now_s = time.time()
         self._running.append(
@@ -284,15 +283,14 @@ class Coordinator:
             self._go(one, candidate)
 
     def _judged(self, one: _Running, candidate: Candidate, message: Judged) -> None:
-        candidate = candidate.with_point(message.point, plan=message.plan, num_cores=message.num_cores)
+        candidate = candidate.with_point(
+            message.point, plan=message.plan, num_cores=message.num_cores, best_score=message.best_score
+        )
         if message.samples_per_s > 0:
             candidate = dataclasses.replace(
                 candidate, samples_per_s=message.samples_per_s, step_time_s=message.step_time_s
             )
         if one.is_final:
-            score, kept = message.point.score, candidate.best_score
-            better = max if self._course.aims.maximize else min
-            candidate = dataclasses.replace(candidate, best_score=score if kept is None else better(kept, score))
             self._tell_of_final(one, candidate)
         self._course.candidates[candidate.number] = candidate
         if one.is_final or time.time() - one.noted_s > NOTED_EVERY_S:

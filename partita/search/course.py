@@ -15,6 +15,7 @@ from partita.search.allocation import Standing, goes_on, next_promoted, ordered
 from partita.search.candidates import Aims, Candidate, best_of, standings
 from partita.search.deadline import Budget, rung_s
 from partita.search.study import Study
+from partita.search.weights import kept_score
 
 MOST_KEPT = 32  # checkpoints of waiting candidates
 MOST_FINAL_FAILURES = 3  # of one candidate; others come then
@@ -178,21 +179,21 @@ class Course:
             return self.finalist(now_s) is None
         return not self.has_waiting() and not self.may_propose(now_s, startup_s=0.0, num_running=0)
 
-    def delivered(self, now_s: float) -> Candidate:
-        """The candidate to deliver, now that nothing more is trained.
+    def delivered(self) -> Candidate:
+        """The candidate to deliver, now that nothing more is trained: that whose weights score best, which is seldom
+        another one than that of the final training.
 
         Raises:
             SearchError: there is none.
         """
-        final = None if self.final is None else self.candidates[self.final]
-        if final is not None and final.is_saved:
-            return final
-        best = best_of(self.all, self.aims, self.budget, now_s)
-        if best is not None:
-            return best
+        scores = {one.number: kept_score(self.folder_of(one.number)) for one in self.all if one.points}
+        found = {number: score for number, score in scores.items() if score is not None}
+        if found:
+            sign = -1.0 if self.aims.maximize else 1.0
+            return self.candidates[min(found, key=lambda number: sign * found[number])]
         reasons = [one.why for one in self.all if one.why]
         told = f" The last reason: {reasons[-1]}" if reasons else ""
         raise SearchError(
             f"the search must have trained a candidate to deliver one, but none of {len(self.candidates)} was judged "
-            f"and saved before the deadline.{told} Give it more time, or a smaller space"
+            f"before the deadline.{told} Give it more time, or a smaller space"
         )

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from partita.errors import SearchError
 from partita.search.candidates import Candidate, as_record
-from partita.search.training_run import BEST
-from partita.training.checkpoint.loader import weights_of
+from partita.search.weights import BEST, kept_score
 
 WEIGHTS, FACTS = "weights.safetensors", "candidate.json"
 
@@ -38,19 +37,19 @@ class Delivered:
 
 
 def deliver(folder: Path, candidate: Candidate, now_s: float) -> Delivered:
-    """Writes the weights of a candidate that scored best: those kept by its final training, else its last
-    checkpoint."""
+    """Writes the weights with which a candidate scored best.
+
+    Raises:
+        SearchError: they are gone.
+    """
     target = folder / "best"
     target.mkdir(parents=True, exist_ok=True)
     own = folder / "candidates" / str(candidate.number)
     temporary = target / f".{WEIGHTS}.{os.getpid()}"
-    score = candidate.best_score
-    if score is not None and (own / BEST).exists():
-        shutil.copyfile(own / BEST, temporary)
-    else:
-        score = candidate.points[-1].score
-        state = {name: value.contiguous().clone() for name, value in weights_of(own).items()}
-        save_file(state, temporary)
+    score = kept_score(own)
+    if score is None:
+        raise SearchError(f"the weights of candidate {candidate.number} must be in {str(own)!r}, but are not")
+    shutil.copyfile(own / BEST, temporary)
     os.replace(temporary, target / WEIGHTS)
     delivered = Delivered(number=candidate.number, score=score, weights=str(target / WEIGHTS), at_s=now_s)
     facts = {"params": candidate.params, "score": score, "candidate": as_record(candidate)}

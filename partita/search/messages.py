@@ -25,7 +25,6 @@ class Order:
         everywhere: all cores of the search.
         target: what the network is searched for; None: these cores.
         final: from when to when (seconds since 1970) this is the final training; None: it explores.
-        best_score: of the weights that an earlier process of the final training has kept.
     """
 
     task_file: str
@@ -39,7 +38,6 @@ class Order:
     target: Cluster | None
     limits: Limits
     final: tuple[float, float] | None
-    best_score: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +85,15 @@ class Ready:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A point of the learning curve. `samples_per_s` and `step_time_s` are those of the last while of training."""
+    """A point of the learning curve. `samples_per_s` and `step_time_s` are those of the last while of training;
+    `best_score` is that of the candidate's best weights, which lie in its folder."""
 
     point: Point
     samples_per_s: float
     step_time_s: float
     plan: str
     num_cores: int
+    best_score: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +105,9 @@ class RungEnd:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """The process is about to end. `saved`: its checkpoint has all it has trained; `best_score` is that of the best
-    weights of a final training, which are in the candidate's folder."""
+    """The process is about to end. `saved`: its checkpoint has all it has trained."""
 
     saved: bool
-    best_score: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

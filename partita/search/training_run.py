@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from partita.cluster import Cluster
@@ -31,6 +29,7 @@ from partita.search.parts import endless, first_batch, judged_batches, num_rows
 from partita.search.pricing import Price, infeasible, num_parameters, priced, too_large, too_slow
 from partita.search.task import Task, default_score
 from partita.search.trials import SearchTrial
+from partita.search.weights import kept_score, write_weights
 from partita.training.parallelize import parallelize
 from partita.training.planning import block_plan
 from partita.training.step import Step
@@ -48,7 +47,6 @@ SAVED_EVERY_S, SAVING_COST = 5.0, 20.0
 LOOKS_EVERY_S = 0.02  # for a message
 MOST_MARKS = 10_000
 NUM_WARM = 3  # steps after which the speed says something
-BEST = "best.safetensors"
 PLAINLY = "trained by plain PyTorch until planning pays"
 
 
@@ -114,8 +112,7 @@ class TrainingRun:
         self._next_judged_s, self._judged_samples, self._judging_s = 0.0, 0.0, 0.0
         self._saved_at_s, self._saving_s = time.monotonic(), 0.0
         self._marks: list[tuple[float, float, int]] = []  # train_s, samples and steps since `begin`, for speeds
-        has_best = (Path(order.folder) / BEST).exists()
-        self.best_score = order.best_score if has_best else None  # of the weights that were kept
+        self._best_score = kept_score(Path(order.folder))
 
     def price(self) -> Price:
         """What the planner predicts of the candidate.
@@ -238,7 +235,7 @@ class TrainingRun:
         return seconds / max(1, steps)
 
     def judge(self) -> Judged:
-        """The score of the candidate as it is."""
+        """The score of the candidate as it is; the weights that scored best are kept, to be delivered."""
         start_s = time.monotonic()
         with _evaluating(self.model):
             if self._task.score is not None:
@@ -248,8 +245,9 @@ class TrainingRun:
                 score = default_score(self.model, batches, self._task.loss_fn)
         if not math.isfinite(score):
             raise RejectedError(f"its score is {score}")
-        if self._order.final is not None:
-            self._keep_if_best(score)
+        if self._best_score is None or better(score, self._best_score, maximize=self._maximize):
+            self._best_score = score
+            write_weights(self.model, Path(self._order.folder), score)
         self._judged_samples, self._judging_s = self._progress.samples, time.monotonic() - start_s
         between_s = (BETWEEN_JUDGED - 1) * self.train_s
         if self._order.final is not None:
@@ -262,13 +260,8 @@ class TrainingRun:
             step_time_s=self._step_time_s(),
             plan=title(self._running.plan),
             num_cores=len(self._order.cores),
+            best_score=self._best_score,
         )
-
-    def _keep_if_best(self, score: float) -> None:
-        """Writes the weights that scored best, from which the network is delivered."""
-        if self.best_score is None or better(score, self.best_score, maximize=self._maximize):
-            self.best_score = score
-            write_weights(self.model, Path(self._order.folder) / BEST)
 
     @property
     def ending_s(self) -> float:
@@ -310,15 +303,6 @@ def decay(now_s: float, begin_s: float, end_s: float) -> float:
     """
     progress = (now_s - begin_s) / max(1e-9, end_s - begin_s)
     return 1.0 - math.sqrt(min(1.0, max(0.0, (progress - (1 - DECAY_SHARE)) / DECAY_SHARE)))
-
-
-def write_weights(model: nn.Module, path: Path) -> None:
-    """The whole `state_dict` as safetensors; readers see the old file or the whole new one."""
-    state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(state, temporary)
-    os.replace(temporary, path)
 
 
 @contextlib.contextmanager

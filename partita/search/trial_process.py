@@ -92,4 +92,4 @@ def _finish(run: TrainingRun, order: Order, link: Connection) -> None:
         run.begin(answer.granted_s, resumed=order.resumed)
         run.train(float("inf"), lambda: time.time() + run.ending_s > end_s or link.poll(), link.send)
         run.close()
-    link.send(Ended(saved=False, best_score=run.best_score))
+    link.send(Ended(saved=False))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from partita import SearchError
 from partita.search.candidates import Aims, Candidate
@@ -15,6 +16,7 @@ from partita.search.curves import Point
 from partita.search.deadline import Budget
 from partita.search.messages import Suggest
 from partita.search.study import Study, open_storage
+from partita.search.weights import write_weights
 
 BUDGET = Budget(start_s=0.0, deadline_s=100.0, final_share=0.4)  # exploring ends at about 59
 
@@ -38,6 +40,7 @@ def add(course: Course, score: float, *, checkpoint: bool = True, num_points: in
         folder = course.folder_of(number) / "step-00000001"
         folder.mkdir(parents=True)
         (folder / "checkpoint.json").touch()
+        write_weights(nn.Linear(1, 1), course.folder_of(number), score)
     course.candidates[number] = candidate
     return candidate
 
@@ -72,7 +75,9 @@ def test_the_final_training_is_for_the_best_and_for_another_after_failures(tmp_p
     assert now.finalist(62) == worse
     now.choose(worse, 62)
     assert now.final_begin_s == 60, "the rate's decay goes on"
-    assert now.delivered(99) == worse
+    assert now.delivered() == best, "its weights score best still"
+    write_weights(nn.Linear(1, 1), now.folder_of(worse.number), 0.8)
+    assert now.delivered() == worse
 
 
 def test_a_few_points_that_promise_much_are_not_relied_on(tmp_path) -> None:
@@ -159,7 +164,7 @@ def test_nothing_left_to_try_ends_the_search(tmp_path) -> None:
         add(now, 0.0, checkpoint=False, state="rejected", why="too large", points=())
     assert now.is_exhausted(10, num_running=0)
     with pytest.raises(SearchError, match="none of 2 was judged.*too large"):
-        now.delivered(10)
+        now.delivered()
 
 
 def test_rungs_follow_the_training_time(tmp_path) -> None:

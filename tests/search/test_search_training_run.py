@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from partita.checkpoint import weights_of
 from partita.cluster import Cluster
 from partita.connections import Static
+from partita.errors import SearchError
 from partita.search import training_run
 from partita.search.candidates import Candidate
 from partita.search.delivery import deliver, with_weights
 from partita.search.messages import Judged, Order
 from partita.search.pricing import Limits
 from partita.search.resources import resources
-from partita.search.task import Task, default_loss, suggested_adamw
-from partita.search.training_run import BEST, DECAY_SHARE, PLANNED_FROM_S, RejectedError, TrainingRun, decay
+from partita.search.task import Task, default_loss, default_score, suggested_adamw
+from partita.search.training_run import DECAY_SHARE, PLANNED_FROM_S, RejectedError, TrainingRun, decay
 from partita.search.trials import SearchTrial
 from partita.training.parallelize import parallelize
 
@@ -50,7 +50,7 @@ def order(folder: Path, **changes: Any) -> Order:
     where = Cluster.detect()
     plain = Order(
         task_file="", folder=str(folder), number=3, seed=1, known=KNOWN, resumed=False, everywhere=where, target=None,
-        final=None, cores=where.machines[0].cores[:1], best_score=None,
+        final=None, cores=where.machines[0].cores[:1],
         limits=Limits(max_params=None, max_memory_bytes=2**33, last_s=time.time() + 1000),
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)
@@ -232,29 +232,32 @@ def test_the_best_weights_of_the_final_training_are_delivered(tmp_path) -> None:
         steps(run, 1, [])
         kept.append({name: value.clone() for name, value in run.model.state_dict().items()})
     run.close()
-    assert run.best_score == 0.9
-    candidate = Candidate(number=3, params=KNOWN, best_score=0.9)
+    candidate = Candidate(number=3, params=KNOWN)
     delivered = deliver(tmp_path, candidate, now_s)
     found = with_weights(build(SearchTrial(3, KNOWN)), Path(delivered.weights))
     torch.testing.assert_close(found.state_dict(), kept[1])
     assert delivered.score == 0.9 and not found.training
-    again = run_of(dataclasses.replace(final, best_score=0.9), dataclasses.replace(TASK, score=falling))
+    again = run_of(final, dataclasses.replace(TASK, score=falling))
     again.begin(1.0, resumed=False)
     steps(again, 1, [])
     again.close()
-    assert again.best_score == 0.9, "an earlier process had better ones"
-    assert (tmp_path / "candidates" / "3" / BEST).exists()
+    assert deliver(tmp_path, candidate, now_s).score == 0.9, "an earlier process had better ones"
 
 
-def test_without_a_final_training_the_last_checkpoint_is_delivered(tmp_path) -> None:
+def test_what_is_delivered_scores_what_is_said(tmp_path) -> None:
+    """Of a candidate that was killed as well: its checkpoint may be older or newer than its last judgement."""
     folder = tmp_path / "candidates" / "3"
     run = run_of(order(folder))
     run.begin(1.0, resumed=False)
-    steps(run, 3, told := [])
     run.save()
+    steps(run, 5, told := [])
     run.close()
-    candidate = Candidate(number=3, params=KNOWN).with_point(told[-1].point)
-    delivered = deliver(tmp_path, candidate, time.time())
+    delivered = deliver(tmp_path, Candidate(number=3, params=KNOWN), time.time())
     found = with_weights(build(SearchTrial(3, KNOWN)), Path(delivered.weights))
-    torch.testing.assert_close(found.state_dict(), weights_of(folder))
-    assert delivered.score == told[-1].point.score
+    assert delivered.score == default_score(found, [data()[1]], default_loss)
+    assert delivered.score == max(one.point.score for one in told) == told[-1].best_score
+
+
+def test_a_candidate_without_weights_cannot_be_delivered(tmp_path) -> None:
+    with pytest.raises(SearchError, match="weights of candidate 3 must be in"):
+        deliver(tmp_path, Candidate(number=3, params=KNOWN), time.time())
