@@ -18,7 +18,8 @@ from torch import nn
 from benchmarks.method_tasks import CONTEXT, NUM_CHARS, text, windows
 
 KINDS = ("convolution", "transformer")
-NUM_TRAINED, NUM_JUDGED = 40_000, 256  # windows of `CONTEXT` characters
+NUM_TRAINED, NUM_JUDGED, NUM_TESTED = 40_000, 256, 1024  # windows of `CONTEXT` characters
+APART = 500  # characters from one judged window to the next; the tested ones are between them
 BATCH_SIZES = (8, 16, 32, 64, 128, 256)
 HEAD_WIDTH = 16
 KERNEL = 4
@@ -60,7 +61,13 @@ def data() -> tuple[Batch, Batch]:
     """(training part, judged part), each (characters, next characters) of [N, T]."""
     learnt, held = text()
     starts = torch.randint(0, len(learnt) - CONTEXT - 1, (NUM_TRAINED,), generator=torch.Generator().manual_seed(0))
-    return windows(learnt, starts), windows(held, torch.arange(0, 500 * NUM_JUDGED, 500))
+    return windows(learnt, starts), windows(held, torch.arange(NUM_JUDGED) * APART)
+
+
+def test_loss(model: nn.Module) -> float:
+    """On characters that nobody has learnt from, or has chosen by."""
+    with torch.no_grad():
+        return float(loss_fn(model.eval(), windows(text()[1], torch.arange(NUM_TESTED) * APART + APART // 2)))
 
 
 # What partita is given ------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from partita.search.messages import (
     Suggest,
 )
 from partita.search.pricing import Limits
-from partita.search.processes import TrialProcess, warm_up
+from partita.search.processes import Server, TrialProcess
 from partita.search.report import values_of
 from partita.search.study import GRACE_S, HEARTBEAT_S
 from partita.units import split_evenly
@@ -89,9 +89,9 @@ class _Running:
 class Coordinator:
     """One search. `run` returns the candidate that is to be delivered."""
 
-    def __init__(self, course: Course, settings: Settings, tell: Callable[[str], None]) -> None:
+    def __init__(self, course: Course, settings: Settings, server: Server, tell: Callable[[str], None]) -> None:
         self._course, self._study, self._budget = course, course.study, course.budget
-        self._settings, self._tell = settings, tell
+        self._settings, self._server, self._tell = settings, server, tell
         self._running: list[_Running] = []
         self._startups_s: list[float] = []
         self._looked_s = time.time()  # for trials of other searches
@@ -103,7 +103,7 @@ class Coordinator:
             SearchError: no candidate could be trained.
         """
         left_s = self._budget.last_s - time.time()
-        if left_s > 0 and not warm_up(self._settings.modules, left_s) and not self._course.has_waiting():
+        if left_s > 0 and not self._server.is_ready(left_s) and not self._course.has_waiting():
             raise SearchError(
                 "the modules of the functions given must be imported by other processes, which had not ended at the "
                 "deadline. Do they wait for something, or train, while they are imported?"

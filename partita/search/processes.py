@@ -84,15 +84,24 @@ class TrialProcess:
         return reason + (", as the system does when memory is short" if code == -9 else "")
 
 
-def warm_up(modules: list[str], limit_s: float) -> bool:
-    """Starts the server of trials, so that the first one begins as fast as all others; whether it was ready in time. It
-    imports the user's script, which may do anything."""
-    errors: list[BaseException] = []
+class Server:
+    """The server of trials, started in the background, so that the first trial begins as fast as all others. It imports
+    the user's script, which may do anything.
 
-    def start() -> None:
+    Args:
+        modules: what it is to import besides partita.
+    """
+
+    def __init__(self, modules: list[str]) -> None:
+        self._modules = modules
+        self._error: BaseException | None = None
+        self._starter = threading.Thread(target=self._start, name="server-of-trials", daemon=True)
+        self._starter.start()
+
+    def _start(self) -> None:
         try:
             first: Any = _context().Process(target=_nothing, name="warm-up")  # type: ignore[attr-defined]
-            with _told_to_server(modules):
+            with _told_to_server(self._modules):
                 first.start()
             first.join()
             if first.exitcode:
@@ -101,14 +110,18 @@ def warm_up(modules: list[str], limit_s: float) -> bool:
                     f"ended with code {first.exitcode}; what it wrote to standard error says why"
                 )
         except BaseException as error:
-            errors.append(error)
+            self._error = error
 
-    starter = threading.Thread(target=start, name="warm-up", daemon=True)
-    starter.start()
-    starter.join(max(0.0, limit_s))
-    if errors:
-        raise errors[0]
-    return not starter.is_alive()
+    def is_ready(self, limit_s: float) -> bool:
+        """Whether it has started, for which it has so long.
+
+        Raises:
+            SearchError: it cannot.
+        """
+        self._starter.join(max(0.0, limit_s))
+        if self._error is not None:
+            raise self._error
+        return not self._starter.is_alive()
 
 
 def _nothing() -> None:

@@ -19,9 +19,9 @@ from partita.search.candidates import Aims
 from partita.search.coordinator import Coordinator, Settings
 from partita.search.course import Course
 from partita.search.deadline import Budget
-from partita.search.delivery import Delivered, deliver
+from partita.search.delivery import FACTS, Delivered, deliver
 from partita.search.pricing import Limits
-from partita.search.processes import refuse_nested
+from partita.search.processes import Server, refuse_nested
 from partita.search.result import SearchResult
 from partita.search.study import Study, lock, open_storage, owner_of
 from partita.search.task import Task, bound_of, settled
@@ -57,6 +57,8 @@ def run(request: Request) -> SearchResult:
     refuse_nested()
     start_s, folder = time.time(), request.folder.resolve()
     with lock(folder):
+        is_over = (folder / "best" / FACTS).exists()
+        server = None if is_over else Server(_modules(request.task))  # it imports while the study is opened
         task = settled(request.task)
         aims = Aims(objectives=request.objectives, maximize=task.direction == "maximize", bound=bound_of(task))
         name = request.study or folder.name
@@ -65,7 +67,8 @@ def run(request: Request) -> SearchResult:
         budget = _budget(study, request, task, start_s)
         told = study.read("delivered")
         if told is None:
-            candidates, delivered = _searched(study, request, task, aims, budget)
+            server = server or Server(_modules(task))
+            candidates, delivered = _searched(study, request, task, aims, budget, server)
         else:
             candidates, _ = study.recover()
             delivered = Delivered(**told)
@@ -84,7 +87,7 @@ def run(request: Request) -> SearchResult:
 
 
 def _searched(
-    study: Study, request: Request, task: Task, aims: Aims, budget: Budget
+    study: Study, request: Request, task: Task, aims: Aims, budget: Budget, server: Server
 ) -> tuple[dict[int, Any], Delivered]:
     folder = request.folder.resolve()
     for left_behind in folder.glob("task-*.pt"):  # by a search that was killed; the folder is this one's alone
@@ -110,7 +113,7 @@ def _searched(
     )
     course = Course(study, aims, budget, folder, max_trials=request.max_trials, retries=request.retries)
     try:
-        best = Coordinator(course, settings, request.tell).run()
+        best = Coordinator(course, settings, server, request.tell).run()
         delivered = deliver(folder, best, time.time())
         study.write("delivered", dataclasses.asdict(delivered))
     finally:
