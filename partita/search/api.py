@@ -30,7 +30,7 @@ FINAL_SHARE = 0.4
 
 
 def search(
-    build: Callable[[SearchTrial], nn.Module],
+    build: Callable[[SearchTrial], nn.Module] | nn.Module,
     data: Any,
     *,
     deadline: object,
@@ -65,7 +65,9 @@ def search(
 
     Args:
         build: ``build(trial)`` -> module, of values that it asks for: ``trial.suggest_int("width", 16, 256,
-            log=True)``, `suggest_float` and `suggest_categorical`, as of Optuna.
+            log=True)``, `suggest_float` and `suggest_categorical`, as of Optuna. Or a module: then networks around it
+            are searched, with other widths, other numbers of equal blocks, and maybe connections that are learnt
+            (`partita.search.around`).
         data: (training part, judged part), or a function that returns them. A part is a tuple, list or dictionary of
             tensors with equally many rows, a `Dataset`, a `DataLoader`, or another iterable of batches.
         deadline: seconds from now, "20m", "1h30m", a timedelta, or a datetime.

@@ -67,7 +67,7 @@ def run(request: Request) -> SearchResult:
         budget = _budget(study, request, task, start_s)
         told = study.read("delivered")
         if told is None:
-            server = server or Server(_modules(task))
+            server = server or Server(_modules(request.task))
             candidates, delivered = _searched(study, request, task, aims, budget, server)
         else:
             candidates, _ = study.recover()
@@ -100,7 +100,7 @@ def _searched(
     memory_bytes = request.cluster.processes[0].memory_bytes or machine.memory_bytes
     settings = Settings(
         task_file=task_file,
-        modules=_modules(task),
+        modules=_modules(request.task),
         everywhere=request.cluster,
         target=request.target,
         limits=Limits(

@@ -14,7 +14,7 @@ from torch import nn
 
 from partita.arguments import check_count, told
 from partita.errors import InputError
-from partita.search.parts import check_parts, is_tensors, judged_batches
+from partita.search.parts import check_parts, first_batch, is_tensors, judged_batches
 from partita.training.connecting import Connections
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Direction = Literal["maximize", "minimize"]
 Objective = Literal["score", "parameters", "step_time"]
+AROUND_ROWS = 4  # of the batch by which a network is captured
 BATCH_SIZES = (16, 32, 64, 128, 256, 512)
 
 
@@ -30,7 +31,7 @@ class Task:
     """The arguments of `partita.search` that say what a candidate is and how it is judged. Sent to the processes of
     trials by reference to where the functions are defined, so these must be at the top level of a module."""
 
-    build: Callable[[SearchTrial], nn.Module]
+    build: Callable[[SearchTrial], nn.Module] | nn.Module  # a module: networks around it (`settled`)
     data: Any
     loss_fn: Callable[[nn.Module, Any], torch.Tensor]
     score: Callable[[nn.Module, Any], float] | None  # None: `default_score`
@@ -42,7 +43,8 @@ class Task:
     @property
     def name(self) -> str:
         """Which search this is, as text: a study of another one is not continued."""
-        return f"{getattr(self.build, '__name__', type(self.build).__name__)}"
+        names = (getattr(self.build, name, None) for name in ("name", "__name__"))
+        return next((name for name in names if isinstance(name, str)), type(self.build).__name__)
 
     def parts(self) -> tuple[Any, Any]:
         """The training part and the judged part.
@@ -109,10 +111,14 @@ def default_score(model: nn.Module, batches: Any, loss_fn: Callable[[nn.Module, 
 
 def settled(task: Task) -> Task:
     """The task with its direction, for which a batch of the data may have to be looked at; and with the data themselves
-    where a function returns tensors: so it is called once, and all trials share them."""
+    where a function returns tensors: so it is called once, and all trials share them. A module in place of `build`
+    becomes the space around it."""
     parts = None
-    if callable(task.data):
+    if isinstance(task.build, nn.Module):
         parts = task.parts()
+        task = _around(task, task.build, first_batch(parts[0], AROUND_ROWS))
+    if callable(task.data):
+        parts = parts or task.parts()
         if all(is_tensors(part) for part in parts):
             task = dataclasses.replace(task, data=parts)
     if task.direction is not None:
@@ -122,6 +128,14 @@ def settled(task: Task) -> Task:
     judged = (parts or task.parts())[1]
     maximizes = task.loss_fn is default_loss and is_of_classes(next(iter(judged_batches(judged))), task.loss_fn)
     return dataclasses.replace(task, direction="maximize" if maximizes else "minimize")
+
+
+def _around(task: Task, model: nn.Module, batch: Any) -> Task:
+    from partita.search.around import Around, call_of  # captures networks, which most searches do not need
+
+    around = Around(model, *call_of(model, task.loss_fn, batch))
+    assert around.runs is not None  # an error is for the caller, not for every trial
+    return dataclasses.replace(task, build=around, connections=task.connections or around.connections)
 
 
 def bound_of(task: Task) -> float | None:

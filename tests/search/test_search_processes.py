@@ -93,6 +93,16 @@ def test_a_search_delivers_what_it_says(task, tmp_path, pace_s) -> None:
         partita.search(task.build, task.data, deadline=1, objectives=("score", "parameters"), **options)
 
 
+def test_a_module_is_enough(task, tmp_path, pace_s) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+    result = partita.search(model, task.data, deadline=10 + 8 * pace_s, folder=tmp_path / "s")
+    judged = [one for one in result.trials if one.points]
+    assert len({one.params["width of 0"] for one in judged}) > 1 or len(judged) == 1
+    assert set(judged[0].params) >= {"width of 0", "connections", "learning_rate", "batch_size"}
+    assert result.model[0].out_features == result.best.params["width of 0"]
+    assert result.score == pytest.approx(accuracy(result.model, task.data()[1]), abs=1e-6)
+
+
 def test_a_killed_trial_is_tried_again_and_harms_no_other(task, tmp_path, pace_s) -> None:
     marker = tmp_path / "marker"
     result = partita.search(

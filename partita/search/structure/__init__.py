@@ -6,6 +6,7 @@ from partita.search.structure.mup import mup_groups, mup_start_
 from partita.search.structure.network import Network
 from partita.search.structure.pricing import WidthPrices
 from partita.search.structure.pruning import importance, pruned, sizes_within
+from partita.search.structure.resizing import resized
 from partita.search.structure.saving import save_network
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "mup_groups",
     "mup_start_",
     "pruned",
+    "resized",
     "save_network",
     "shallower",
     "sizes_within",

@@ -8,7 +8,7 @@ copy's layers are identities, if its activations allow that, as ReLU does (Chen,
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,47 @@ def blocks_of(network: Network) -> list[str]:
     return [path for path, scopes in _calls(network).items() if path.rpartition(".")[2].isdigit() and len(scopes) == 1
             and isinstance(network.model.get_submodule(path.rpartition(".")[0]), _LISTS)
             and _keeps_shape(scopes[0])]  # fmt: skip
+
+
+def repeated(network: Network) -> list[list[str]]:
+    """Runs of at least two equal blocks: of one class with parameters of the same shapes, one behind the other. Runs
+    inside blocks of others are left out."""
+    runs: list[list[str]] = []
+    for path in sorted(blocks_of(network), key=_holder_and_place):
+        holder, place = _holder_and_place(path)
+        last = _holder_and_place(runs[-1][-1]) if runs else ("", -1)
+        follows = (holder, place - 1) == last and bool(runs)
+        if follows and _form(network.model, path) == _form(network.model, runs[-1][-1]):
+            runs[-1].append(path)
+        else:
+            runs.append([path])
+    runs = [run for run in runs if len(run) > 1]
+    inside = tuple(f"{path}." for run in runs for path in run)
+    return [run for run in runs if not run[0].startswith(inside)] if inside else []
+
+
+def _holder_and_place(path: str) -> tuple[str, int]:
+    holder, _, place = path.rpartition(".")
+    return holder, int(place)
+
+
+def _form(model: nn.Module, path: str) -> tuple[type[nn.Module], dict[str, torch.Size]]:
+    block = model.get_submodule(path)
+    return type(block), {name: tensor.shape for name, tensor in block.named_parameters()}
+
+
+def with_depth(model: nn.Module, run: Sequence[str], depth: int) -> nn.Module:
+    """A copy of a module in which a run of blocks (`repeated`) has so many: the last ones are left out, or copies of
+    the last one follow. What it computes changes, and whether it still runs is not tried."""
+    model = copy.deepcopy(model)
+    holder, place = _place(model, run[-1])
+    for _ in range(len(run) - depth):
+        del holder[place]
+        place -= 1
+    for _ in range(depth - len(run)):
+        holder.insert(place + 1, copy.deepcopy(holder[place]))
+        place += 1
+    return model
 
 
 def _calls(network: Network) -> dict[str, list[Scope]]:
