@@ -96,6 +96,7 @@ class Report:
 def show(report: Report, columns: Sequence[str]) -> None:
     """Print the rows as a table, then the summary and the misses."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(width=None if os.isatty(1) else 160)
@@ -103,7 +104,7 @@ def show(report: Report, columns: Sequence[str]) -> None:
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in report.rows:
-        table.add_row(*(format_cell(row.get(column)) for column in columns))
+        table.add_row(*(escape(format_cell(row.get(column))) for column in columns))
     console.print(table)
     for name, value in report.summary.items():
         console.print(f"{name}: {format_cell(value)}", markup=False)
