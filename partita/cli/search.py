@@ -44,6 +44,7 @@ def search(
     max_trials: int | None = None,
     side_by_side: int | None = None,
     seed: int = 0,
+    report: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None,
     unattended: bool = False,
     quiet: bool = False,
     json: bool = False,
@@ -69,6 +70,7 @@ def search(
         max_trials: so many candidates at most.
         side_by_side: so many trials at a time.
         seed: of proposals and of training.
+        report: write a page (HTML) about the search here: Pareto fronts, learning curves, what mattered.
         unattended: without the small process that starts the search again when it is killed.
         quiet: no lines about what happens.
         json: print the result as JSON; all else goes to standard error.
@@ -95,6 +97,10 @@ def search(
         seed=seed,
         listener=None if quiet else _listener(),
     )
+    if report is not None:
+        from partita.report import write_search_page
+
+        write_search_page(result, report)
     return _show(result, what_if, json)
 
 

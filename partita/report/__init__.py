@@ -1,1 +1,5 @@
-"""Floor 8: what people read of plans and timelines."""
+"""Floor 8: pages for people."""
+
+from partita.report.search_page import write_search_page
+
+__all__ = ["write_search_page"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +24,15 @@ from partita.planner.scale.widths import WidthPlanner
 from tests.planner import scale_models as models
 
 
-@pytest.fixture(scope="module")
+@functools.cache
+def planner_of(make: Callable[[], Any]) -> ScalePlanner:
+    """Captured once."""
+    return ScalePlanner(*make())
+
+
+@pytest.fixture
 def gpt() -> ScalePlanner:
-    return ScalePlanner(*models.gpt())
+    return planner_of(models.gpt)
 
 
 def check(solution: ScaleSolution) -> None:
@@ -39,7 +48,7 @@ def check(solution: ScaleSolution) -> None:
 @pytest.mark.parametrize("make", [models.gpt, models.llama, models.conv_net])
 @pytest.mark.parametrize("devices", [1, 8, 24, 64])
 def test_plans_multiply_out_and_fit(make, devices: int) -> None:  # type: ignore[no-untyped-def]
-    check(plan_at_scale(*make(), "AdamW", models.fabric("A100-80", devices)))
+    check(planner_of(make).plan(models.fabric("A100-80", devices)))
 
 
 def test_layers_of_all_stages_are_all_layers(gpt: ScalePlanner) -> None:

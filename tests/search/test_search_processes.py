@@ -123,7 +123,7 @@ def test_a_killed_trial_is_tried_again_and_harms_no_other(task, tmp_path, pace_s
 
 @pytest.mark.slow
 def test_a_killed_search_goes_on_with_what_it_had_and_meets_the_same_deadline(tmp_path, pace_s) -> None:
-    folder, deadline_s = tmp_path / "s", 15 + 12 * pace_s
+    folder, deadline_s = tmp_path / "s", 15 + 8 * pace_s
     with job(folder, f"{deadline_s:.0f}s") as first:
         wait_for(lambda: {"COMPLETE", "RUNNING"} <= set(states(folder)), "a trial beside a finished one", deadline_s)
         children = psutil.Process(first.pid).children(recursive=True)
@@ -146,7 +146,7 @@ def test_a_killed_search_goes_on_with_what_it_had_and_meets_the_same_deadline(tm
 
 @pytest.mark.slow
 def test_the_command_starts_a_killed_search_again(tmp_path, pace_s) -> None:
-    folder, deadline_s = tmp_path / "s", 15 + 12 * pace_s
+    folder, deadline_s = tmp_path / "s", 15 + 8 * pace_s
     script, environment = str(HERE / "search_script.py"), {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "partita", "search", script, "--deadline", f"{deadline_s:.0f}s", "--json"]
 
