@@ -16,7 +16,7 @@ if "torch" not in _sys.modules:
     _os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     _os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-from partita import checkpoint, connections, data, errors, sync
+from partita import checkpoint, connections, data, errors, events, sync
 from partita.api import Checkpoints, Elastic, FallbackWarning, InMemory, Saving, Step, StepResult, parallelize, plan
 from partita.cluster import Cluster
 from partita.errors import (
@@ -72,6 +72,7 @@ __all__ = [
     "connections",
     "data",
     "errors",
+    "events",
     "parallelize",
     "plan",
     "search",

@@ -15,7 +15,7 @@ FLOORS = {
     "planner": 3, "plan": 3, "constraints": 3, "plan_layout": 3,
     "program": 4,
     "simulator": 5, "runtime": 5,
-    "training": 6, "checkpoint": 6, "data": 6, "sync": 6, "api": 6,
+    "training": 6, "checkpoint": 6, "data": 6, "sync": 6, "events": 6, "api": 6,
     "search": 7, "connections": 7, "__init__": 7,
     "report": 8, "export": 8, "cli": 8, "__main__": 8,
 }  # fmt: skip

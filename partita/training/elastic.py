@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita.errors import InputError, NonFiniteLossError
+from partita.errors import NonFiniteLossError, StepError
 from partita.runtime.binding import clip_factor
 from partita.training.checkpoint.contents import random_state, set_random_state
 from partita.training.checkpoint.saver import Source
@@ -70,6 +70,7 @@ class ElasticStep(ElasticAround):
 
         Raises:
             InputError: the batch has other rows than the first one.
+            StepError: processes were lost in all of many tries.
             NonFiniteLossError: the loss is NaN or infinite, on all processes; nothing was updated.
             StepError: the lighthouse is gone.
         """
@@ -90,7 +91,7 @@ class ElasticStep(ElasticAround):
                     "parameter was updated. Look at the batch and the learning rate"
                 )
         else:
-            raise InputError(f"a step must succeed within {MOST_TRIES} tries, but every time a process was lost")
+            raise StepError(f"a step must succeed within {MOST_TRIES} tries, but every time a process was lost")
         self._learn(self._attempt.times_s)
         sent_to = self._members.sent_to - sent_before
         result = StepResult(

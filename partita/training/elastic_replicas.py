@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partita.errors import InputError, PeerLostError
+from partita.errors import InputError, PeerLostError, StepError
 from partita.training.checkpoint.saver import Saving, Source
 from partita.training.elastic_around import MOST_TRIES, ElasticAround
 from partita.training.elastic_fragments import Fragment, Fragments, OuterMethod
@@ -110,6 +110,7 @@ class ElasticReplicas(ElasticAround):
 
         Raises:
             InputError: the batch has other rows than the first one.
+            StepError: processes were lost in all of many tries.
             NonFiniteLossError: the loss is NaN or infinite; nothing was updated.
             StepError: the lighthouse is gone.
         """
@@ -177,7 +178,7 @@ class ElasticReplicas(ElasticAround):
             if self._members.vote():
                 break
         else:
-            raise InputError(
+            raise StepError(
                 f"replicas must agree within {MOST_TRIES} tries, but every time a process was lost"
             ) from lost
         assert found is not None  # else the vote has failed
