@@ -3,10 +3,10 @@
     python -m benchmarks.deadlines --json benchmarks/results/deadlines.json --check
 
 Every row is one run of `partita search` on the characters of `benchmarks.joint_task`. In half of the runs something is
-killed with SIGKILL at a random moment, by turns the process of a trial and that of the search itself, which its small
-attendant starts again. `late` is when the command has ended, measured from its start and less the deadline, in parts of
-the deadline; `delivered` the same for the moment at which the network lay in its file. `lost` counts finished trials
-that are no more, `running` those that are left as running.
+killed with SIGKILL at a random moment, by turns the process of a trial and that of the search itself, which its
+attendant goes on with in another. `late` is when the command has ended, measured from its start and less the deadline,
+in parts of the deadline; `delivered` the same for the moment at which the network lay in its file. `lost` counts
+finished trials that are no more, `running` those that are left as running.
 
 `--check` fails where the deadline is missed by more than 5 %, on either side, or a run delivers nothing, or something
 that does not score what it says, loses a finished trial, or leaves one running.
@@ -91,7 +91,7 @@ def _kill(victim: str, attendant: subprocess.Popen[str], until_s: float, start_s
 
 def _processes(victim: str, attendant: Any) -> list[Any]:
     """The processes of trials, which are children of the server that they are forked from, or the search."""
-    searching = [one for one in attendant.children() if "--unattended" in one.cmdline()]
+    searching = attendant.children()
     if victim == "the search":
         return searching
     servers = [one for search in searching for one in search.children()]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import os
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import psutil
 import tyro
 
-from partita.cli import attend
+from partita.cli.attend import CAN_ATTEND, attend
 from partita.cli.output import print_json
 from partita.errors import InputError
 
@@ -71,17 +70,17 @@ def search(
         side_by_side: so many trials at a time.
         seed: of proposals and of training.
         report: write a page (HTML) about the search here: Pareto fronts, learning curves, what mattered.
-        unattended: without the small process that starts the search again when it is killed.
+        unattended: without the process that goes on with the search when it is killed.
         quiet: no lines about what happens.
         json: print the result as JSON; all else goes to standard error.
     """
     path = Path(script)
     if not path.is_file():
         raise InputError(f"SCRIPT must be a Python file, but there is no file {script!r} in {str(Path.cwd())!r}.")
-    _end_with_attendant()
-    if not unattended:
-        _attended(deadline)
     import partita
+
+    if CAN_ATTEND and not unattended:
+        deadline = _attended(deadline)
 
     result = partita.search(
         **_names_of(path),
@@ -153,27 +152,17 @@ def _names_of(path: Path) -> dict[str, Any]:
     return {name: getattr(module, name) for name in (*REQUIRED, *OPTIONAL) if hasattr(module, name)}
 
 
-def _attended(deadline: str | None) -> None:
-    """Becomes the small process that starts this same command again whenever it is killed."""
+def _attended(deadline: str | None) -> str | None:
+    """Goes on in a process that another one attends to, which goes on in a new one whenever it is killed; the deadline
+    as an instant, so that it is the same for all of them."""
     from partita.search.deadline import instant_of
 
-    given = sys.argv[1:]
+    with contextlib.suppress(ModuleNotFoundError):  # what is missing is told later
+        importlib.import_module("partita.search.session")  # it takes seconds, which there may not be after a crash
+
     until_s = time.time()
-    if deadline is not None:  # the same instant, however often the command is started; imports may have taken seconds
-        until_s = instant_of(deadline, now_s=psutil.Process().create_time())
-        given = [item for item in given if item != f"--deadline={deadline}"]
-        if "--deadline" in given:
-            place = given.index("--deadline")
-            del given[place : place + 2]
-        given += ["--deadline", f"@{until_s:.3f}"]
-    command = [sys.executable, "-m", "partita", *given, "--unattended"]
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, attend.__file__, str(until_s + GRACE_S), *command])
-
-
-def _end_with_attendant() -> None:
-    number = os.environ.pop(attend.LIFELINE, None)
-    if number is not None:
-        from partita.search.lifeline import end_with
-
-        end_with(Connection(int(number), writable=False))
+    if deadline is not None:
+        until_s = instant_of(deadline, now_s=psutil.Process().create_time())  # imports may have taken seconds
+        deadline = f"@{until_s:.3f}"
+    attend(until_s + GRACE_S)
+    return deadline

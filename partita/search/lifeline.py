@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -24,6 +25,13 @@ def end_with(lifeline: Connection) -> None:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     threading.Thread(target=_wait, args=(lifeline,), name="lifeline", daemon=True).start()
+
+
+def offer_to_be_killed(score: int) -> None:
+    """Where the system is short of memory, this process and those that it starts are killed before others; a score
+    counts like so many thousandths of the memory that a process uses. Only Linux knows how."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(str(score), encoding="ascii")
 
 
 def _wait(lifeline: Connection) -> None:

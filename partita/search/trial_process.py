@@ -14,16 +14,19 @@ from typing import Any
 import torch
 
 from partita.errors import InputError
-from partita.search.lifeline import end_with
+from partita.search.lifeline import end_with, offer_to_be_killed
 from partita.search.messages import Ended, Failed, Go, Order, Ready, Rejected, RungEnd, Stop, Suggest
 from partita.search.task import Task
 from partita.search.training_run import RejectedError, TrainingRun
 from partita.search.trials import SearchTrial
 
+OFFER = 500  # of `offer_to_be_killed`: a trial is tried again, so it goes before the search
+
 
 def main(order: Order, link: Connection, lifeline: Connection) -> None:
     """What the process runs. What it prints goes to standard error."""
     end_with(lifeline)
+    offer_to_be_killed(OFFER)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the search decides what an interruption means
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     _take_cores(order.cores)

@@ -1,21 +1,27 @@
-"""`partita search`: what it refuses, and the small process that starts a killed command again."""
+"""`partita search`: what it refuses, and the process that goes on with a killed command."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from partita.cli import attend, main
+from partita.cli import main
 
 PATIENCE_S = 60.0
+BEGIN = """
+import os, signal, sys, time
+from partita.cli.attend import attend
+attend(float(sys.argv[1]))
+"""
 KILLED_ONCE = """
-import os, signal, sys
-with open(sys.argv[1], "a+") as file:
+with open(sys.argv[2], "a+") as file:
     file.write("started\\n")
     file.seek(0)
     first = len(file.readlines()) == 1
@@ -23,37 +29,44 @@ if first:
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(3)
 """
-KILLED_ALWAYS = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-ENDS_WITH_ITS_STARTER = """
-import os
+KILLED_ALWAYS = "os.kill(os.getpid(), signal.SIGKILL)"
+WAITS = """
 print(os.getpid(), flush=True)
-os.read(int(os.environ["PARTITA_LIFELINE"]), 1)
+time.sleep(600)
+"""
+PATIENT = """
+try:
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+except KeyboardInterrupt:
+    sys.exit(7)
 """
 
 
-def attended(*command: str, until_s: float | None = None) -> subprocess.Popen[str]:
+def attended(code: str, *arguments: str, until_s: float | None = None) -> subprocess.Popen[str]:
     until = str(time.time() + 600 if until_s is None else until_s)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.Popen(
-        [sys.executable, attend.__file__, until, sys.executable, "-c", *command],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", BEGIN + code, until, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
     )  # fmt: skip
 
 
-def test_a_killed_command_is_started_again_until_it_ends_by_itself(tmp_path) -> None:
+def test_a_killed_command_goes_on_until_it_ends_by_itself(tmp_path) -> None:
     with attended(KILLED_ONCE, str(tmp_path / "starts")) as process:
         _, errors = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 3 and "killed by signal 9; it is started again" in errors
+    assert process.returncode == 3 and "killed by signal 9; it goes on in another process" in errors
     assert (tmp_path / "starts").read_text() == "started\n" * 2
 
 
 def test_nothing_is_started_again_when_its_time_is_over() -> None:
     with attended(KILLED_ALWAYS, until_s=time.time() - 1) as process:
         _, errors = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 128 + signal.SIGKILL and "again" not in errors
+    assert process.returncode == 128 + signal.SIGKILL and "goes on" not in errors
 
 
 def test_the_command_ends_with_who_attends_it() -> None:
-    with attended(ENDS_WITH_ITS_STARTER) as process:
+    with attended(WAITS) as process:
         assert process.stdout is not None
         command = psutil.Process(int(process.stdout.readline()))
         process.kill()
@@ -62,7 +75,7 @@ def test_the_command_ends_with_who_attends_it() -> None:
 
 
 def test_who_asks_it_to_end_is_obeyed() -> None:
-    with attended(ENDS_WITH_ITS_STARTER) as process:
+    with attended(WAITS) as process:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGTERM)
@@ -70,14 +83,24 @@ def test_who_asks_it_to_end_is_obeyed() -> None:
     assert process.returncode == 128 + signal.SIGTERM
 
 
-def test_it_stays_small() -> None:
-    """It must survive what kills a search, so it is a file that imports the standard library alone."""
-    code = f"""
-import runpy, sys
-runpy.run_path({attend.__file__!r})
-print(sorted({{"torch", "partita"}} & set(sys.modules)))"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+def test_an_interruption_is_the_commands_own() -> None:
+    """As a terminal sends it, to both: the command may save what it has, and its code is what counts."""
+    with attended(PATIENT) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 7
+
+
+def test_the_command_is_killed_before_who_attends_it() -> None:
+    with attended(WAITS) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        scores = [int(Path(f"/proc/{one}/oom_score_adj").read_text()) for one in (process.pid, child)]
+        process.terminate()
+        process.communicate(timeout=PATIENCE_S)
+    assert scores[1] > scores[0]
 
 
 @pytest.mark.parametrize(
