@@ -1,4 +1,4 @@
-"""The tasks of `benchmarks.search`: networks whose connections are learnt.
+"""The tasks of `benchmarks.connections`: networks whose connections are learnt.
 
 digits    64-100-50-10 perceptron on scikit-learn's digits (1,437 to learn from, 360 to judge by)
 noisy     the same with 448 more inputs that say nothing: 512-100-50-10

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.search import summarise
-from benchmarks.search_tasks import TASKS, Task
+from benchmarks.connection_tasks import TASKS, Task
+from benchmarks.connections import summarise
 
 
 def row(method: str, score: float, **values: Any) -> dict[str, Any]:
