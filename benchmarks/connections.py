@@ -2,10 +2,10 @@
 
     python -m benchmarks.connections --json benchmarks/results/connections.json --check
 
-Every row is a method on a task (`benchmarks.connection_tasks`), trained by one worker from several seeds: the mean and the
-deviation of percent right, or the precision and recall of the connections that are known to be true. "dense" has all
-connections ("teacher": its largest weights are taken), "small dense" is a dense network with as many parameters as the
-sparse ones have connections and biases.
+Every row is a method on a task (`benchmarks.connection_tasks`), trained by one worker from several seeds: the mean and
+the deviation of percent right, or the precision and recall of the connections that are known to be true. "dense" has
+all connections ("teacher": its largest weights are taken), "small dense" is a dense network with as many parameters as
+the sparse ones have connections and biases.
 
 Rows with `workers` and `processes` train one seed once more by one worker and by several. In float64 sums in another
 order do not decide what is chosen: masks must be those of one worker bit by bit, and scores equal. In float32 they may.
