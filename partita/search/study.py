@@ -55,6 +55,11 @@ def open_storage(storage: str | BaseStorage | None, folder: Path) -> BaseStorage
             return optuna.storages.RDBStorage(
                 url, engine_kwargs=options, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S
             )
+    except ImportError as error:
+        raise InputError(
+            f"the Python driver of {url!r} must be installed: pip install 'psycopg[binary]' for PostgreSQL, grpcio and "
+            f"protobuf for grpc://, pymysql for mysql+pymysql:// ({error})"
+        ) from error
     except Exception as error:
         raise InputError(
             f"storage must be a database that can be opened, such as sqlite:///study.db, postgresql://host/name or "
