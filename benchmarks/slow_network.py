@@ -192,7 +192,7 @@ def main() -> int:
     parser.add_argument("--peers", default=",".join(PEERS), metavar="A,B")
     parser.add_argument("--models", default=",".join(MODELS), metavar="A,B")
     parser.add_argument("--networks", default="", metavar="TEXT", help='only networks with this text, e.g. "2 x"')
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one preparation or turn")
+    parser.add_argument("--timeout", type=float, default=2400.0, help="seconds for one preparation or turn")
     options = parser.parse_args()
     if options.child:
         serve(Peer(options.child))

@@ -23,7 +23,7 @@ from partita.search.delivery import FACTS, Delivered, deliver
 from partita.search.pricing import Limits
 from partita.search.processes import Server, refuse_nested
 from partita.search.result import SearchResult
-from partita.search.study import Study, lock, open_storage, owner_of
+from partita.search.study import Study, let_go, lock, open_storage, owner_of
 from partita.search.task import Task, bound_of, settled
 
 MEMORY_SHARE = 0.8  # of the machine's, for trials
@@ -63,15 +63,18 @@ def run(request: Request) -> SearchResult:
         aims = Aims(objectives=request.objectives, maximize=task.direction == "maximize", bound=bound_of(task))
         name = request.study or folder.name
         storage = open_storage(request.storage, folder)
-        study = Study(storage, name, owner=owner_of(folder), aims=aims, seed=request.seed)
-        budget = _budget(study, request, task, start_s)
-        told = study.read("delivered")
-        if told is None:
-            server = server or Server(_modules(request.task))
-            candidates, delivered = _searched(study, request, task, aims, budget, server)
-        else:
-            candidates, _ = study.recover()
-            delivered = Delivered(**told)
+        try:
+            study = Study(storage, name, owner=owner_of(folder), aims=aims, seed=request.seed)
+            budget = _budget(study, request, task, start_s)
+            told = study.read("delivered")
+            if told is None:
+                server = server or Server(_modules(request.task))
+                candidates, delivered = _searched(study, request, task, aims, budget, server)
+            else:
+                candidates, _ = study.recover()
+                delivered = Delivered(**told)
+        finally:
+            let_go(storage)
         return SearchResult(
             best=candidates[delivered.number],
             score=delivered.score,

@@ -67,6 +67,12 @@ def open_storage(storage: str | BaseStorage | None, folder: Path) -> BaseStorage
         ) from error
 
 
+def let_go(storage: BaseStorage) -> None:
+    """Closes connections to a database, which are opened again where they are needed."""
+    if isinstance(storage, optuna.storages.RDBStorage):
+        storage.engine.dispose()
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Only one search at a time works in a folder. The lock goes with the process, however that ends.

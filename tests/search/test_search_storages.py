@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
 import partita
@@ -22,7 +23,7 @@ from partita.search import study as module
 from partita.search.candidates import Aims, Candidate
 from partita.search.curves import Point
 from partita.search.messages import Suggest
-from partita.search.study import Study, open_storage, owner_of
+from partita.search.study import Study, let_go, open_storage, owner_of
 
 AIMS = Aims(objectives=("score",), maximize=True)
 PROXY = """
@@ -83,7 +84,9 @@ def url(request, tmp_path_factory) -> Iterator[str]:
     end_s = time.monotonic() + PATIENCE_S
     while True:  # the proxy needs a moment
         try:
-            open_storage(found, Path()).get_all_studies()
+            storage = open_storage(found, Path())
+            storage.get_all_studies()
+            let_go(storage)
             break
         except Exception:
             assert time.monotonic() < end_s, f"{found} did not answer"
@@ -92,9 +95,25 @@ def url(request, tmp_path_factory) -> Iterator[str]:
     made.close()
 
 
-def opened(url: str, folder: Path, name: str) -> Study:
-    folder.mkdir(exist_ok=True)
-    return Study(open_storage(url, folder), name, owner=owner_of(folder), aims=AIMS, seed=0)
+@pytest.fixture
+def closing() -> Iterator[list[BaseStorage]]:
+    """Storages whose connections are closed in the end."""
+    storages: list[BaseStorage] = []
+    yield storages
+    for storage in storages:
+        let_go(storage)
+
+
+@pytest.fixture
+def opened(url: str, tmp_path: Path, closing: list[BaseStorage]) -> Callable[[str, str], Study]:
+    """The study of a name, as the search in a folder sees it."""
+
+    def open_it(folder: str, name: str) -> Study:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        closing.append(open_storage(url, tmp_path / folder))
+        return Study(closing[-1], name, owner=owner_of(tmp_path / folder), aims=AIMS, seed=0)
+
+    return open_it
 
 
 def proposed(study: Study) -> Candidate:
@@ -103,27 +122,27 @@ def proposed(study: Study) -> Candidate:
     return Candidate(number=number, params=study.params(number))
 
 
-def test_machines_see_each_others_trials_and_keep_their_own_candidates(url, tmp_path) -> None:
-    here, there = (opened(url, tmp_path / name, "shared") for name in ("here", "there"))
+def test_machines_see_each_others_trials_and_keep_their_own_candidates(opened) -> None:
+    here, there = (opened(name, "shared") for name in ("here", "there"))
     first, second = proposed(here), proposed(there)
     assert {first.number, second.number} == {0, 1}
     done = first.with_point(Point(100, 1.0, 0.5), state="waiting")
     here.finish(first.number, done, score=0.5)
     here.write("search", {"deadline_s": 5.0})
-    again = opened(url, tmp_path / "here", "shared")
+    again = opened("here", "shared")
     candidates, interrupted = again.recover()
     assert candidates == {first.number: done} and interrupted == []
     assert again.read("search") == {"deadline_s": 5.0} and there.read("search") is None
     seen = there.optuna.get_trials()
     assert [trial.state for trial in seen] == [TrialState.COMPLETE, TrialState.RUNNING] and seen[0].values == [0.5]
-    candidates, interrupted = opened(url, tmp_path / "there", "shared").recover()
+    candidates, interrupted = opened("there", "shared").recover()
     assert [one.number for one in interrupted] == [second.number], "its process is gone, whoever else has one"
 
 
-def test_trials_of_a_machine_that_is_gone_are_failed_and_queued(url, tmp_path, monkeypatch) -> None:
+def test_trials_of_a_machine_that_is_gone_are_failed_and_queued(opened, monkeypatch) -> None:
     monkeypatch.setattr(module, "HEARTBEAT_S", 1)
     monkeypatch.setattr(module, "GRACE_S", 2)
-    gone, here = (opened(url, tmp_path / name, "gone") for name in ("gone", "here"))
+    gone, here = (opened(name, "gone") for name in ("gone", "here"))
     left = proposed(gone)
     gone.beat(left.number)
     if not isinstance(here._storage, optuna.storages.RDBStorage):
@@ -136,13 +155,18 @@ def test_trials_of_a_machine_that_is_gone_are_failed_and_queued(url, tmp_path, m
     assert here.params(again) == left.params
 
 
-def test_two_searches_share_what_they_learn(url, tmp_path, monkeypatch) -> None:
+def test_two_searches_share_what_they_learn(url, closing, tmp_path, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     import search_task
 
+    closing.append(open_storage(url, tmp_path))
     start_s = time.monotonic()
     subprocess.run([sys.executable, "-c", "import partita"], check=True)
-    options: dict[str, Any] = {"deadline": 6 + 5 * (time.monotonic() - start_s), "storage": url, "study": "both"}
+    options: dict[str, Any] = {
+        "deadline": 6 + 5 * (time.monotonic() - start_s),
+        "storage": closing[-1],
+        "study": "both",
+    }
     results = [partita.search(search_task.build, search_task.data, folder=tmp_path / name, **options) for name in "ab"]
     own = [{one.number for one in result.trials} for result in results]
     assert all(own) and not own[0] & own[1]
