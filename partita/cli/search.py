@@ -44,6 +44,7 @@ def search(
     side_by_side: int | None = None,
     seed: int = 0,
     report: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None,
+    export: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None,
     unattended: bool = False,
     quiet: bool = False,
     json: bool = False,
@@ -70,6 +71,7 @@ def search(
         side_by_side: so many trials at a time.
         seed: of proposals and of training.
         report: write a page (HTML) about the search here: Pareto fronts, learning curves, what mattered.
+        export: write the network as plain files that load without partita.
         unattended: without the process that goes on with the search when it is killed.
         quiet: no lines about what happens.
         json: print the result as JSON; all else goes to standard error.
@@ -96,6 +98,8 @@ def search(
         seed=seed,
         listener=None if quiet else _listener(),
     )
+    if export is not None:
+        result.export(export)
     if report is not None:
         from partita.report import write_search_page
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,12 @@ from partita.search.allocation import front
 from partita.search.candidates import Aims, Candidate
 from partita.search.deadline import Budget
 from partita.search.delivery import with_weights
+from partita.search.parts import first_batch
 from partita.search.report import Range, report
 from partita.search.task import Task
 from partita.search.trials import SearchTrial
 
+EXPORTED_ROWS = 4  # of the batch by which a network is captured
 LEAST_JUDGED = 8  # candidates, below which importances are chance
 OBJECTIVES = ("score", "parameters", "step_time")
 
@@ -57,6 +60,33 @@ class SearchResult:
     def model(self) -> nn.Module:
         """The delivered network, built once more with the delivered weights, in evaluation mode."""
         return with_weights(self.task.build(SearchTrial(self.best.number, self.best.params)), self.weights)
+
+    def export(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the delivered network as files that load without partita (`partita.search.structure.save_network`):
+        ``model.py`` with plain classes, as it is in evaluation mode, and ``weights.safetensors``; where connections
+        were learnt, ``masks.safetensors`` as well.
+
+        Args:
+            folder: where the files go.
+
+        Returns:
+            the folder.
+
+        Raises:
+            InputError: `torch.export` cannot capture the network.
+        """
+        from partita.search.around import call_of
+        from partita.search.structure import Network, save_network  # they take long to import, and few need them
+
+        args, kwargs = call_of(self.model, self.task.loss_fn, first_batch(self.task.parts()[0], EXPORTED_ROWS))
+        network = Network(self.model, args, kwargs)
+        masks = {name: tensor != 0 for name, tensor in network.parameters.items() if bool((tensor == 0).any())}
+        return save_network(network, Path(folder), masks if self._has_learnt_connections else None)
+
+    @property
+    def _has_learnt_connections(self) -> bool:
+        connections = self.task.connections
+        return connections is not None and connections(SearchTrial(self.best.number, self.best.params)) is not None
 
     def predicted(self, candidate: Candidate) -> float:
         """The score that a candidate was predicted to have at the deadline, had it been chosen for the final training;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pickle
 import sys
@@ -133,8 +134,9 @@ def settled(task: Task) -> Task:
 def _around(task: Task, model: nn.Module, batch: Any) -> Task:
     from partita.search.around import Around, call_of  # captures networks, which most searches do not need
 
+    model = copy.deepcopy(model).train()  # whatever it was used for before
     around = Around(model, *call_of(model, task.loss_fn, batch))
-    assert around.runs is not None  # an error is for the caller, not for every trial
+    _ = around.runs  # if it cannot be captured, the caller hears of it, not every trial
     return dataclasses.replace(task, build=around, connections=task.connections or around.connections)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from partita import InputError
+from partita.search.around import Around
 from partita.search.task import (
     BATCH_SIZES,
     Task,
@@ -38,6 +39,17 @@ def build(trial: SearchTrial) -> nn.Module:
 
 def score(model: nn.Module, judged: Any) -> float:
     return 1.0
+
+
+def no_connections(trial: SearchTrial) -> None:
+    return None
+
+
+class Branching(nn.Module):
+    """Cannot be captured."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if float(x.sum()) > 0 else -x
 
 
 def task(**changes: Any) -> Task:
@@ -86,6 +98,18 @@ def test_directions(changes: dict[str, Any], direction: str, bound: float | None
     found = settled(task(**changes))
     assert found.direction == direction and bound_of(found) == bound
     assert not callable(found.data), "tensors are made once and shared"
+
+
+def test_a_module_becomes_the_space_around_it() -> None:
+    """In training mode, however it was left; connections of one's own stay."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 3)).eval()
+    found = settled(task(build=model))
+    assert isinstance(found.build, Around) and found.connections == found.build.connections
+    assert found.name == "around Sequential" != task().name
+    assert found.build.model.training and not model.training
+    assert settled(task(build=model, connections=no_connections)).connections is no_connections
+    with pytest.raises(InputError, match="capture"):
+        settled(task(build=Branching()))
 
 
 def test_batch_sizes_fit_the_data() -> None:

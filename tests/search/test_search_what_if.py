@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from partita import InputError
 from partita.cluster import Cluster
+from partita.connections import Static
 from partita.search.candidates import Candidate
 from partita.search.resources import resources
+from partita.search.trials import SearchTrial
 from partita.search.what_if import what_if
-from tests.search.made_up import candidate, result
+from tests.search.made_up import build, candidate, result
+
+
+def static(trial: SearchTrial) -> Static:
+    return Static(density=0.5)
 
 
 def test_resources_in_words() -> None:
@@ -67,3 +78,29 @@ def test_the_front_has_whom_nobody_beats() -> None:
     found = result(small, large, beaten)
     assert {one.number for one in found.pareto} == {0, 1}
     assert found.importance == {}, "three candidates tell nothing"
+
+
+def test_the_network_is_exported_as_plain_files(tmp_path: Path) -> None:
+    made = result(candidate(0, 24, 0.05, 1e-3))
+    torch.manual_seed(0)
+    model = build(SearchTrial(0, {"width": 24})).eval()
+    save_file(model.state_dict(), tmp_path / "w")
+    made = dataclasses.replace(made, weights=tmp_path / "w")
+    folder = made.export(tmp_path / "found")
+    assert not (folder / "masks.safetensors").exists()
+    x = torch.randn(3, 16)
+    torch.save(x, tmp_path / "x.pt")
+    code = """
+import sys, torch
+from model import load
+torch.save(load().eval()(torch.load(sys.argv[1])), sys.argv[2])
+print(sorted({"partita", "optuna"} & set(sys.modules)))"""
+    command = [sys.executable, "-c", code, str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, env={"PATH": ""})
+    assert done.stdout.strip() == "[]"
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), model(x))
+    sparse = dataclasses.replace(made, task=dataclasses.replace(made.task, connections=static))
+    with torch.no_grad():
+        sparse.model[0].weight[::2] = 0
+    masks = load_file(sparse.export(tmp_path / "sparse") / "masks.safetensors")
+    assert masks["0.weight"].sum() == 12 * 16 and set(masks) == {"0.weight"}
