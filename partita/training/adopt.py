@@ -76,7 +76,7 @@ class _News:
     """What the processes tell each other before a step of the adoption."""
 
     compiled: tuple[bool, ...]  # by candidate: nothing of it is being compiled any more
-    time_s: float | None  # of the last step; that of rank 0 counts
+    time_s: float | None  # of the last step
     can_undo: bool
 
 
@@ -230,8 +230,9 @@ class Adoption:
         compiled = tuple(all(future.done() for future in candidate.compiling) for candidate in self._candidates)
         told = self._team.gather((compiled, self._time_s, self._can_undo_here()), "the adoption of a plan")
         news = [_News(*one) for one in told]
-        if news[0].time_s is not None:
-            self._turns.record(news[0].time_s)
+        times_s = [one.time_s for one in news if one.time_s is not None]
+        if times_s:  # all began together; of a pipeline, who has the last stage is through long before the others
+            self._turns.record(max(times_s))
         self._time_s = None
         self.can_undo = all(one.can_undo for one in news)
         self._close_losers()

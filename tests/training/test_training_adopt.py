@@ -17,8 +17,10 @@ from partita.plan import Prediction, Worker
 from partita.runtime import compiling, segments
 from partita.runtime.segments import CompileWarning
 from partita.training import adopt, parallelize, shared_plans
+from partita.training.adopt import Adoption
 from partita.training.events import CandidateMeasured, PlanChosen, subscribe
 from partita.training.graph_runner import GraphRunner
+from partita.training.job import Team
 
 HAS_COMPILER = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
 MOST_STEPS = 3000
@@ -110,6 +112,30 @@ def test_the_first_steps_train_as_plain_pytorch_does() -> None:
     assert first.mode == "block" and last == made.plan
     assert made.plan.measured_step_time_s is not None and made.plan.alternatives
     assert all(item.measured_step_time_s is not None for item in made.plan.alternatives)
+
+
+def test_a_step_takes_as_long_as_on_the_slowest_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of another process, which does not exist, takes a second for plans that are fast here."""
+    running: list[partita.Plan] = []
+    whole, alone = Adoption.next_runner, Team.gather
+
+    def noted(self: Adoption) -> Any:
+        runner = whole(self)
+        running.append(self._candidates[self._index].plan)
+        return runner
+
+    def gather(self: Team, item: Any, doing: str) -> list[Any]:
+        told = alone(self, item, doing)
+        if doing == "the adoption of a plan" and told[0][1] is not None and running[-1].mode == "graph":
+            told.append((told[0][0], 1.0, told[0][2]))
+        return told
+
+    monkeypatch.setattr(Adoption, "next_runner", noted)
+    monkeypatch.setattr(Team, "gather", gather)
+    made, _, _ = train(batches(7))
+    assert made.plan.mode == "block"
+    graphs = [one for one in made.plan.alternatives if "plain" not in one.description]
+    assert graphs and all(one.measured_step_time_s == 1.0 for one in graphs)
 
 
 def partly_failing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
