@@ -64,7 +64,14 @@ def run(request: Request) -> SearchResult:
         name = request.study or folder.name
         storage = open_storage(request.storage, folder)
         try:
-            study = Study(storage, name, owner=owner_of(folder), aims=aims, seed=request.seed)
+            study = Study(
+                storage,
+                name,
+                owner=owner_of(folder),
+                aims=aims,
+                seed=request.seed,
+                is_alone=request.storage is None,
+            )
             budget = _budget(study, request, task, start_s)
             told = study.read("delivered")
             if told is None:

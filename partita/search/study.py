@@ -98,10 +98,13 @@ class Study:
         storage: where it is.
         name: of the study.
         owner: of the trials that this search runs.
+        is_alone: nobody else writes to the storage.
     """
 
-    def __init__(self, storage: BaseStorage, name: str, *, owner: str, aims: Aims, seed: int) -> None:
-        self._storage, self.owner, self._aims = storage, owner, aims
+    def __init__(
+        self, storage: BaseStorage, name: str, *, owner: str, aims: Aims, seed: int, is_alone: bool = False
+    ) -> None:
+        self._storage, self.owner, self._aims, self._is_alone = storage, owner, aims, is_alone
         with _calm():
             self.optuna = optuna.create_study(
                 storage=storage, study_name=name, directions=aims.directions, load_if_exists=True
@@ -246,7 +249,7 @@ class Study:
             if number not in left:
                 if "continues" not in trial.user_attrs:  # else its checkpoint lies elsewhere
                     self.optuna.enqueue_trial(trial.params, user_attrs={"retries": number})
-            elif "owner" not in trial.user_attrs and _age_s(trial) > GRACE_S:
+            elif "owner" not in trial.user_attrs and (self._is_alone or _age_s(trial) > GRACE_S):
                 self.optuna.tell(number, state=TrialState.FAIL)
 
     def _running(self) -> list[FrozenTrial]:

@@ -130,6 +130,15 @@ def test_nothing_runs_for_ever_that_was_asked_for_and_never_begun(tmp_path) -> N
     assert states(opened(tmp_path)) == ["FAIL"]
 
 
+def test_who_is_alone_need_not_wait_for_trials_that_nobody_has_begun(tmp_path) -> None:
+    """Killed between asking and beginning, a search that goes on may be over within the minute."""
+    with pytest.warns(UserWarning, match="Heartbeat"):
+        opened(tmp_path).optuna.ask()
+    again = opened(tmp_path, is_alone=True)
+    again.recover()
+    assert states(again) == ["FAIL"]
+
+
 def test_records_are_read_as_they_were_written() -> None:
     candidate = judged(Candidate(number=3, params={"width": 4}, notes=("a", "b"), rung=2))
     assert of_record(as_record(candidate)) == candidate
