@@ -30,7 +30,7 @@ from partita.search.messages import (
     Stop,
     Suggest,
 )
-from partita.search.pricing import Limits
+from partita.search.pricing import Limits, Price
 from partita.search.processes import Server, TrialProcess
 from partita.search.report import values_of
 from partita.search.study import GRACE_S, HEARTBEAT_S
@@ -189,6 +189,7 @@ class Coordinator:
             target=settings.target,
             limits=settings.limits,
             final=(begin_s, self._budget.last_s) if is_final else None,
+            price=self._known_price(before, len(cores)),
         )
         now_s = time.time()
         self._running.append(
@@ -201,6 +202,20 @@ class Coordinator:
                 started_s=now_s,
                 due_s=now_s + self._start_limit_s(),
             )
+        )
+
+    def _known_price(self, before: Candidate | None, num_cores: int) -> Price | None:
+        """What was predicted of a candidate on so many cores, or follows from it."""
+        if before is None or not before.points:
+            return None
+        is_wide = num_cores == len(self._settings.cores) and self._settings.target is None
+        if before.num_cores != num_cores and not is_wide:
+            return None
+        return Price(
+            num_parameters=before.num_parameters,
+            memory_bytes=before.memory_bytes,
+            wide_gain=1.0 if is_wide else before.wide_gain,
+            note="".join(before.notes),
         )
 
     def _go(self, one: _Running, candidate: Candidate) -> None:

@@ -25,6 +25,7 @@ class Order:
         everywhere: all cores of the search.
         target: what the network is searched for; None: these cores.
         final: from when to when (seconds since 1970) this is the final training; None: it explores.
+        price: of the candidate on as many cores, where it is known from an earlier trial.
     """
 
     task_file: str
@@ -38,6 +39,7 @@ class Order:
     target: Cluster | None
     limits: Limits
     final: tuple[float, float] | None
+    price: Price | None
 
 
 @dataclass(frozen=True, kw_only=True)

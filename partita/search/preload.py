@@ -16,6 +16,7 @@ import sys
 from multiprocessing import spawn
 
 import torch
+import torch._dynamo  # every capture asks it, and it takes a second to import
 
 import partita.search.trial_process  # noqa: F401 - for the trials
 from partita.search import processes

@@ -86,7 +86,7 @@ def priced(
         except InfeasibleError as error:
             refused = str(error)
     elif everywhere.num_cores > own.num_cores and graph.batch_size >= everywhere.num_cores:
-        gain = _wide_gain(graph, optimizer, own.num_cores, everywhere)
+        gain = _wide_gain(graph, optimizer, here.step_time_s, everywhere)
     return Price(
         num_parameters=size,
         memory_bytes=max(here.memory_bytes.values()),
@@ -98,14 +98,14 @@ def priced(
     )
 
 
-def _wide_gain(graph: Graph, optimizer: torch.optim.Optimizer, num_own: int, everywhere: Cluster) -> float:
-    """How many times as fast a step is predicted to be with a worker on each core; 1 if it has no such plan."""
+def _wide_gain(graph: Graph, optimizer: torch.optim.Optimizer, own_s: float, everywhere: Cluster) -> float:
+    """How many times as fast as `own_s` a step is predicted to be with a worker on each core; 1 if it has no such
+    plan."""
     try:
-        alone = one_plan(graph, everywhere, optimizer, num_threads=num_own)
         wide = one_plan(graph, everywhere, optimizer, num_data=everywhere.num_cores)
     except PartitaError:
         return 1.0
-    return min(float(everywhere.num_cores), max(1.0, alone.step_time_s / wide.step_time_s))
+    return min(float(everywhere.num_cores), max(1.0, own_s / wide.step_time_s))
 
 
 def best_plan(graph: Graph, where: Cluster, optimizer: torch.optim.Optimizer) -> Plan:

@@ -11,12 +11,14 @@ Source: constant rates with a short decay, in place of a schedule for a length k
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -32,6 +34,7 @@ from partita.search.trials import SearchTrial
 from partita.search.weights import kept_score, write_weights
 from partita.training.parallelize import parallelize
 from partita.training.planning import block_plan
+from partita.training.runner import LossFn
 from partita.training.step import Step
 from partita.units import fingerprint
 
@@ -46,6 +49,8 @@ LEAST_BETWEEN_S = 0.1
 SAVED_EVERY_S, SAVING_COST = 5.0, 20.0
 LOOKS_EVERY_S = 0.02  # for a message
 MOST_MARKS = 10_000
+THREAD_TURNS = 3
+LONG_STEP_S = 0.3
 NUM_WARM = 3  # steps after which the speed says something
 PLAINLY = "trained by plain PyTorch until planning pays"
 
@@ -120,6 +125,9 @@ class TrainingRun:
         Raises:
             RejectedError: it does not keep to the limits.
         """
+        if self._order.price is not None:
+            self._wide_gain = self._order.price.wide_gain
+            return self._order.price
         price = priced(
             self.model,
             self._optimizer,
@@ -159,6 +167,9 @@ class TrainingRun:
 
     def _made(self, planned: bool, compiled: bool) -> Step:
         plain = block_plan(self._here, graph=None, reasons=(PLAINLY,))
+        if not planned and self._device.type == "cpu":
+            threads = fastest_threads(self.model, self._task.loss_fn, self._batch, self._here.num_cores)
+            plain = msgspec.structs.replace(plain, threads_per_worker=threads)
         return parallelize(
             self.model,
             self._optimizer,
@@ -283,6 +294,27 @@ class TrainingRun:
         """Ends the workers."""
         if self._step is not None:
             self._step.close()
+
+
+def fastest_threads(model: nn.Module, loss_fn: LossFn, batch: Any, num_cores: int) -> int:
+    """One thread or as many as there are cores: small steps are faster with one. Measured in steps of a copy, unless
+    one takes so long that it is no small one."""
+    if num_cores == 1:
+        return 1
+    twin, times_s, before = copy.deepcopy(model), {1: math.inf, num_cores: math.inf}, torch.get_num_threads()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for count in (1, *THREAD_TURNS * (1, num_cores)):  # the first one warms up, but for steps that are long
+                torch.set_num_threads(count)
+                start_s = time.perf_counter()
+                loss_fn(twin, batch).backward()
+                twin.zero_grad()
+                times_s[count] = min(times_s[count], time.perf_counter() - start_s)
+                if times_s[count] > LONG_STEP_S:
+                    return num_cores
+    finally:
+        torch.set_num_threads(before)
+    return min(times_s, key=lambda count: times_s[count])
 
 
 def _planned_for(granted_s: float) -> tuple[bool, bool]:

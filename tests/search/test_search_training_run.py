@@ -18,10 +18,10 @@ from partita.search import training_run
 from partita.search.candidates import Candidate
 from partita.search.delivery import deliver, with_weights
 from partita.search.messages import Judged, Order
-from partita.search.pricing import Limits
+from partita.search.pricing import Limits, Price
 from partita.search.resources import resources
 from partita.search.task import Task, default_loss, default_score, suggested_adamw
-from partita.search.training_run import DECAY_SHARE, PLANNED_FROM_S, RejectedError, TrainingRun, decay
+from partita.search.training_run import DECAY_SHARE, PLANNED_FROM_S, RejectedError, TrainingRun, decay, fastest_threads
 from partita.search.trials import SearchTrial
 from partita.training.parallelize import parallelize
 
@@ -50,7 +50,7 @@ def order(folder: Path, **changes: Any) -> Order:
     where = Cluster.detect()
     plain = Order(
         task_file="", folder=str(folder), number=3, seed=1, known=KNOWN, resumed=False, everywhere=where, target=None,
-        final=None, cores=where.machines[0].cores[:1],
+        final=None, price=None, cores=where.machines[0].cores[:1],
         limits=Limits(max_params=None, max_memory_bytes=2**33, last_s=time.time() + 1000),
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)
@@ -209,6 +209,36 @@ def test_a_network_that_diverges_is_not_trained_on(tmp_path) -> None:
     with pytest.raises(RejectedError, match="diverged"):
         run.train(10.0, lambda: False, lambda _: None)
     run.close()
+
+
+def test_threads_are_those_that_are_faster(monkeypatch) -> None:
+    """Time passes as fast as this model says; neither it nor the random numbers are touched."""
+    clock = [0.0]
+
+    class Timed(nn.Module):
+        def __init__(self, times_s: dict[int, float]) -> None:
+            super().__init__()
+            self.inner, self.drop, self.times_s = nn.Linear(4, 2), nn.Dropout(0.5), times_s
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            clock[0] += self.times_s[torch.get_num_threads()]
+            return self.drop(self.inner(x))
+
+    monkeypatch.setattr(training_run.time, "perf_counter", lambda: clock[0])
+    batch = torch.ones(6, 4), torch.zeros(6).long()
+    for times_s, best in (({1: 0.01, 2: 0.02}, 1), ({1: 0.02, 2: 0.01}, 2), ({1: 9.0, 2: 99.0}, 2)):
+        model, random, before = Timed(times_s), torch.get_rng_state(), torch.get_num_threads()
+        assert fastest_threads(model, default_loss, batch, 2) == best
+        assert torch.equal(torch.get_rng_state(), random) and torch.get_num_threads() == before
+        assert model.inner.weight.grad is None
+    assert fastest_threads(model, default_loss, batch, 1) == 1
+
+
+def test_what_was_predicted_before_is_not_predicted_again(tmp_path, monkeypatch) -> None:
+    known = Price(num_parameters=5, wide_gain=1.5)
+    run = run_of(order(tmp_path, price=known))
+    monkeypatch.setattr(training_run, "priced", None)
+    assert run.price() is known
 
 
 def test_the_rate_falls_to_zero_at_the_end() -> None:
