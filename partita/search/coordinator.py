@@ -34,6 +34,7 @@ from partita.search.pricing import Limits, Price
 from partita.search.processes import Server, TrialProcess
 from partita.search.report import values_of
 from partita.search.study import GRACE_S, HEARTBEAT_S
+from partita.search.training_run import PLANNED_FROM_S
 from partita.units import split_evenly
 
 LEAST_START_S = 20.0  # for a trial to begin, and to be judged first
@@ -185,7 +186,7 @@ class Coordinator:
             known=candidate.params,
             resumed=before is not None,
             cores=cores,
-            everywhere=settings.everywhere,
+            everywhere=settings.everywhere if self._budget.final_s >= PLANNED_FROM_S else None,
             target=settings.target,
             limits=settings.limits,
             final=(begin_s, self._budget.last_s) if is_final else None,

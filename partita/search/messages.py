@@ -22,7 +22,7 @@ class Order:
         number: of the trial, which decides random numbers together with `seed`.
         known: suggested values that are given: all of a candidate that is `resumed` from its checkpoint.
         cores: numbers of the cores that are its own.
-        everywhere: all cores of the search.
+        everywhere: all cores of the search; None: the final training is too short for a plan that uses them.
         target: what the network is searched for; None: these cores.
         final: from when to when (seconds since 1970) this is the final training; None: it explores.
         price: of the candidate on as many cores, where it is known from an earlier trial.
@@ -35,7 +35,7 @@ class Order:
     known: dict[str, Any]
     resumed: bool
     cores: tuple[int, ...]
-    everywhere: Cluster
+    everywhere: Cluster | None
     target: Cluster | None
     limits: Limits
     final: tuple[float, float] | None

@@ -64,10 +64,11 @@ def priced(
     batch: Any,
     *,
     own: Cluster,
-    everywhere: Cluster,
+    everywhere: Cluster | None,
     target: Cluster | None,
 ) -> Price:
-    """The price of a candidate on the cores of `own`, and its gain on all cores, or by the best plan of a `target`."""
+    """The price of a candidate on the cores of `own`, and its gain `everywhere` (None: there is none to be had), or by
+    the best plan of a `target`."""
     size = num_parameters(model)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -85,7 +86,7 @@ def priced(
             gain, note = here.step_time_s / plan.prediction.step_time_s, f"its plan there: {title(plan)}"
         except InfeasibleError as error:
             refused = str(error)
-    elif everywhere.num_cores > own.num_cores and graph.batch_size >= everywhere.num_cores:
+    elif everywhere is not None and everywhere.num_cores > own.num_cores and graph.batch_size >= everywhere.num_cores:
         gain = _wide_gain(graph, optimizer, here.step_time_s, everywhere)
     return Price(
         num_parameters=size,
