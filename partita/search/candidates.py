@@ -114,6 +114,14 @@ class Aims:
         at_samples = candidate.samples_at(max(0.0, budget.last_s - now_s))
         return forecast(candidate.points, at_samples, maximize=self.maximize, bound=self.bound)
 
+    def relied_on(self, candidate: Candidate, budget: Budget, now_s: float) -> float:
+        """The same, made worse by `CAUTION` standard deviations, but not worse than what the candidate scores already,
+        since its best weights are kept. A few points may promise anything; a long curve is to be relied on."""
+        sign = -1.0 if self.maximize else 1.0
+        found = self.predicted(candidate, budget, now_s)
+        reached = candidate.points[-1].score if candidate.best_score is None else candidate.best_score
+        return sign * min(sign * reached, sign * found.score + CAUTION * found.deviation)
+
     def turned(self, candidate: Candidate, score: float) -> Values:
         """The same, so that lower is better."""
         signs = [-1.0 if direction == "maximize" else 1.0 for direction in self.directions]
@@ -135,14 +143,8 @@ def standings(candidates: Iterable[Candidate], aims: Aims, budget: Budget, now_s
 
 
 def best_of(candidates: Sequence[Candidate], aims: Aims, budget: Budget, now_s: float) -> Candidate | None:
-    """The one that is to be trained until the deadline, of those that have a checkpoint: whose predicted score, made
-    worse by `CAUTION` standard deviations, is best; it is not made worse than what the candidate scores already, since
-    its best weights are delivered. A few points may promise anything; a long curve is to be relied on."""
+    """The one that is to be trained until the deadline: the best by what can be relied on, of those that have a
+    checkpoint."""
     usable = [one for one in candidates if one.points and one.is_saved and one.state in ("running", "waiting")]
-
-    def cautious(one: Candidate) -> float:
-        found = aims.predicted(one, budget, now_s)
-        reached = aims.turned(one, one.points[-1].score if one.best_score is None else one.best_score)[0]
-        return min(reached, aims.turned(one, found.score)[0] + CAUTION * found.deviation)
-
-    return min(usable, key=cautious, default=None)
+    sign = -1.0 if aims.maximize else 1.0
+    return min(usable, key=lambda one: sign * aims.relied_on(one, budget, now_s), default=None)

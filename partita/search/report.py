@@ -79,7 +79,7 @@ def _best(result: SearchResult) -> str:
 
 
 def _table(result: SearchResult) -> str:
-    """The Pareto front; scores of all but the delivered one are predictions."""
+    """The Pareto front; scores of all but the delivered one are cautious predictions."""
     shown = result.pareto[:NUM_LISTED]
     rows = [("candidate", "score", "parameters", "step", "values")]
     rows += [
@@ -97,7 +97,9 @@ def _table(result: SearchResult) -> str:
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]]) for row in rows
     ]
     more = len(result.pareto) - len(shown)
-    told = "Pareto front of score, parameters and step time. Scores are those predicted for the deadline, but of the "
+    told = (
+        "Pareto front of score, parameters and step time. Scores are those to be relied on at the deadline, but of the "
+    )
     tail = [f"... and {more} more"] if more else []
     return "\n".join([told + "delivered one (*), which has it.", *(line.rstrip() for line in lines), *tail])
 

@@ -89,11 +89,11 @@ class SearchResult:
         return connections is not None and connections(SearchTrial(self.best.number, self.best.params)) is not None
 
     def predicted(self, candidate: Candidate) -> float:
-        """The score that a candidate was predicted to have at the deadline, had it been chosen for the final training;
-        of the delivered one, the score that it has."""
+        """The score that a candidate could be relied on to have at the deadline, had it been chosen for the final
+        training (`Aims.relied_on`); of the delivered one, the score that it has."""
         if candidate.number == self.best.number:
             return self.score
-        return self.aims.predicted(candidate, self.budget, self.budget.explore_end_s).score
+        return self.aims.relied_on(candidate, self.budget, self.budget.explore_end_s)
 
     @property
     def pareto(self) -> tuple[Candidate, ...]:

@@ -75,7 +75,7 @@ def test_the_report_tells_what_mattered_and_what_to_try_next() -> None:
 def test_the_front_has_whom_nobody_beats() -> None:
     small, large = candidate(0, 16, 0.05, 1e-3), candidate(1, 64, 0.0, 4e-3)
     beaten = dataclasses.replace(candidate(2, 64, 0.2, 5e-3), num_parameters=10**6)
-    found = result(small, large, beaten)
+    found = dataclasses.replace(result(small, large, beaten), score=0.9)
     assert {one.number for one in found.pareto} == {0, 1}
     assert found.importance == {}, "three candidates tell nothing"
 
