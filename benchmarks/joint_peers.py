@@ -142,7 +142,7 @@ def finish(message: Message) -> Message:
     training.load(folder / f"{message['number']}.pt")
     if message["planned"]:
         training.step = partita.parallelize(training.model, training.optimizer, loss_fn, training.batch())
-    best, kept = message["score"], None
+    best = message["score"]
     rate = training.config.learning_rate
 
     def set_rate() -> None:

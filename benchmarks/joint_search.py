@@ -12,6 +12,7 @@ take turns.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -60,9 +61,11 @@ ROLES = {"partita": by_partita, "explore": explore, "finish": finish, "ready": l
 def by_peers(way: str, seed: int, deadline_s: float, folder: Path) -> Row:
     """Explores on one core each, and finishes on all."""
     cores = partita.Cluster.detect().processes[0].cores
-    with _Many() as children:
-        explorers = [children.start("explore", ["taskset", "-c", str(core)], 1) for core in cores]
-        finisher = children.start("finish", [], len(cores))
+    with contextlib.ExitStack() as stack:
+        explorers = [
+            stack.enter_context(Child(MODULE, "explore", prefix=["taskset", "-c", str(core)])) for core in cores
+        ]
+        finisher = stack.enter_context(Child(MODULE, "finish", num_threads=len(cores)))
         for child in (*explorers, finisher):
             child.ask({"role": "ready"}, START_S)
         start_s = time.time()
@@ -85,24 +88,6 @@ def by_peers(way: str, seed: int, deadline_s: float, folder: Path) -> Row:
         "best": str(Config.of(best["params"])),
         "plan": done["plan"],
     }
-
-
-class _Many:
-    """Children that end together."""
-
-    def __init__(self) -> None:
-        self._children: list[Child] = []
-
-    def start(self, role: str, prefix: Sequence[str], num_threads: int) -> Child:
-        self._children.append(Child(MODULE, role, prefix=prefix, num_threads=num_threads))
-        return self._children[-1]
-
-    def __enter__(self) -> _Many:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for child in self._children:
-            child.close()
 
 
 def measure(way: str, seed: int, deadline_s: float) -> Row:

@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,13 @@ import partita  # before torch: it makes waiting threads sleep instead of spin
 from benchmarks.common import Report, Row, option_parser, show
 from benchmarks.joint_peers import Training
 from benchmarks.joint_task import Config, batch_size, build, data, loss_fn, optimizer, test_loss
-from benchmarks.processes import Child, Group, Message, serve
-from benchmarks.slow_field import what_failed
+from benchmarks.processes import Child, Message, serve
+from benchmarks.slow_field import Field, what_failed
 from benchmarks.slow_machines import Machines
 from partita.planner.describe import title
 from partita.search.training_run import DECAY_SHARE, decay
 
-MODULE = "benchmarks.resources_search"
+MODULE, ROLE = "benchmarks.resources_search", "any"
 RATE = 12.5e6  # bytes a second: 100 Mbit/s
 NUM_TIMED = 20  # steps, to know how many fit into the time
 LIMIT_S = 900.0  # for a plan to be adopted
@@ -104,62 +104,56 @@ ROLES = {"search": search, "settle": settle, "train": train}
 # The parent -----------------------------------------------------------------------------------------------------------
 
 
-class Place:
+Ask = Callable[[Message], list[Row]]
+
+
+@contextlib.contextmanager
+def placed(resources: Resources, cache: Path) -> Iterator[Ask]:
     """Processes on some resources, asked together."""
-
-    def __init__(self, resources: Resources, cache: Path) -> None:
-        self._stack = contextlib.ExitStack()
-        threads = len(resources.cores)
-        if resources is APART:
-            machines = self._stack.enter_context(Machines((RATE, RATE)))
-            places = [
-                (machines.prefix(i), machines.environment(i) | {"PARTITA_CACHE": str(cache / str(i))})
-                for i in range(len(machines))
-            ]
-            self._asked: Group | Child = self._stack.enter_context(
-                Group(MODULE, "any", num_processes=len(places), places=places)
-            )
-        else:
-            self._asked = self._stack.enter_context(_pinned(resources.cores, threads))
-
-    def ask(self, message: Message, timeout_s: float = LIMIT_S) -> list[Row]:
-        replies = self._asked.ask(message, timeout_s)
-        rows = replies if isinstance(replies, list) else [replies]
-        failed = [row for row in rows if "error" in row]
-        if failed:
-            raise RuntimeError(what_failed(failed))
-        return rows
-
-    def close(self) -> None:
-        self._stack.close()
+    if resources is APART:
+        with Machines((RATE, RATE)) as machines:
+            field = Field(MODULE, (ROLE,), machines, cache, LIMIT_S)
+            try:
+                yield lambda message: _answers(field.ask(ROLE, message))
+            finally:
+                field.close()
+    else:
+        with _pinned(resources.cores) as child:
+            yield lambda message: _answers([child.ask(message, LIMIT_S)])
 
 
-def _pinned(cores: Sequence[int], num_threads: int) -> Child:
-    prefix = ["taskset", "-c", ",".join(map(str, cores))]
-    return Child(MODULE, "any", prefix=prefix, num_threads=num_threads)
+def _answers(replies: list[Row] | str) -> list[Row]:
+    """Raises RuntimeError where one has failed."""
+    if isinstance(replies, str):
+        raise RuntimeError(replies)
+    failed = [row for row in replies if "error" in row]
+    if failed:
+        raise RuntimeError(what_failed(failed))
+    return replies
+
+
+def _pinned(cores: Sequence[int]) -> Child:
+    return Child(MODULE, ROLE, prefix=["taskset", "-c", ",".join(map(str, cores))], num_threads=len(cores))
 
 
 def searched(resources: Resources, options: Any, folder: Path) -> Row:
     """The best configuration of several searches, by the score that they have chosen it by."""
     found = []
     for seed in range(options.searches):
-        with _pinned(resources.cores, len(resources.cores)) as child:
+        with _pinned(resources.cores) as child:
             message = {"role": "search", "deadline_s": options.deadline, "words": resources.words, "seed": seed,
                        "folder": str(folder / f"{resources.name}-{seed}"),
                        "final_share": options.seconds / options.deadline}  # fmt: skip
-            reply = child.ask(message, 2 * options.deadline + 60)
-        if "error" in reply:
-            raise RuntimeError(what_failed([reply]))
-        found.append(reply)
+            found += _answers([child.ask(message, 2 * options.deadline + 60)])
     return min(found, key=lambda row: row["score"])
 
 
-def cell(place: Place, config: Mapping[str, Any], options: Any) -> Row:
+def cell(ask: Ask, config: Mapping[str, Any], options: Any) -> Row:
     """One configuration on one kind of resources."""
-    settled = place.ask({"role": "settle", "config": config})
+    settled = ask({"role": "settle", "config": config})
     steps = max(1, round(options.seconds / max(row["step_time_s"] for row in settled)))
     runs = [
-        place.ask({"role": "train", "config": config, "plan": settled[0]["plan"], "steps": steps, "seed": seed})
+        ask({"role": "train", "config": config, "plan": settled[0]["plan"], "steps": steps, "seed": seed})
         for seed in range(options.seeds)
     ]
     tests = [run[0]["test"] for run in runs]
@@ -202,13 +196,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         configs = {one.name: searched(one, options, Path(folder))["config"] for one in ALL}
         for resources in ALL:
-            place = Place(resources, Path(folder) / "cache")
-            try:
+            with placed(resources, Path(folder) / "cache") as ask:
                 for name, config in configs.items():
                     row = {"configuration": name, "resources": resources.name, "values": str(Config(**config))}
-                    report.add(row | cell(place, config, options))
-            finally:
-                place.close()
+                    report.add(row | cell(ask, config, options))
     report.finish({name: str(Config(**config)) for name, config in configs.items()}, misses_of(report.rows))
     show(report, COLUMNS)
     return report.exit_code(options.check)

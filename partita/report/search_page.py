@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,8 @@ def write_search_page(result: SearchResult, path: str | os.PathLike[str]) -> Pat
         from plotly.io import to_html
     except ModuleNotFoundError as error:
         raise InputError("a page about a search needs plotly: pip install 'partita[report]'") from error
-    made = [_fronts(result), _curves(result), *([_importance(result)] if result.importance else [])]
+    labels = {one.number: _told(result, one) for one in result.trials if one.points}
+    made = [_fronts(result, labels), _curves(result, labels), *([_importance(result)] if result.importance else [])]
     texts = [
         to_html(figure, full_html=False, include_plotlyjs=not place, config={"displaylogo": False})
         for place, figure in enumerate(made)
@@ -63,7 +64,7 @@ def write_search_page(result: SearchResult, path: str | os.PathLike[str]) -> Pat
     return target
 
 
-def _fronts(result: SearchResult) -> Any:
+def _fronts(result: SearchResult, labels: Mapping[int, str]) -> Any:
     """Two panels: all judged candidates, and a line through those that no other one beats in both."""
     from plotly.subplots import make_subplots
 
@@ -73,11 +74,11 @@ def _fronts(result: SearchResult) -> Any:
         "parameters": [float(one.num_parameters) for one in judged],
         "seconds of a step": [one.step_time_s for one in judged],
     }
+    scores = [result.predicted(one) for one in judged]
     for column, (name, values) in enumerate(axes.items(), start=1):
-        scores = [result.predicted(one) for one in judged]
         figure.add_scatter(
             x=values, y=scores, mode="markers", row=1, col=column, showlegend=False, hoverinfo="text",
-            hovertext=[_told(result, one) for one in judged],
+            hovertext=[labels[one.number] for one in judged],
             marker={"color": [ACCENT if one.number == result.best.number else QUIET for one in judged], "size": 9},
         )  # fmt: skip
         best = _best_of_two(result, judged, values, scores)
@@ -86,7 +87,7 @@ def _fronts(result: SearchResult) -> Any:
             line={"color": ACCENT, "width": 1, "shape": "hv"}, showlegend=False, hoverinfo="skip",
         )  # fmt: skip
         figure.update_xaxes(title_text=name, type="log", row=1, col=column)
-    figure.update_yaxes(title_text="score, predicted for the deadline", row=1, col=1)
+    figure.update_yaxes(title_text="score to be relied on at the deadline", row=1, col=1)
     figure.update_layout(template="plotly_white", height=420)
     return figure
 
@@ -94,12 +95,11 @@ def _fronts(result: SearchResult) -> Any:
 def _best_of_two(
     result: SearchResult, judged: Sequence[Candidate], values: Sequence[float], scores: Sequence[float]
 ) -> list[int]:
-    sign = -1.0 if result.aims.maximize else 1.0
-    pairs = [(sign * score, value) for score, value in zip(scores, values, strict=True)]
+    pairs = [(result.aims.sign * score, value) for score, value in zip(scores, values, strict=True)]
     return sorted(front(pairs), key=lambda i: values[i])
 
 
-def _curves(result: SearchResult) -> Any:
+def _curves(result: SearchResult, labels: Mapping[int, str]) -> Any:
     from plotly.graph_objects import Figure
 
     figure = Figure()
@@ -109,7 +109,7 @@ def _curves(result: SearchResult) -> Any:
         figure.add_scatter(
             x=[point.train_s for point in one.points], y=[point.score for point in one.points], mode="lines",
             line={"color": ACCENT if is_best else QUIET, "width": 2.5 if is_best else 1}, showlegend=False,
-            hoverinfo="text", hovertext=_told(result, one),
+            hoverinfo="text", hovertext=labels[one.number],
         )  # fmt: skip
     figure.update_layout(template="plotly_white", height=380, title="Learning curves; the delivered one is coloured")
     figure.update_xaxes(title_text="seconds of training", type="log")

@@ -100,6 +100,11 @@ class Aims:
     bound: float | None = None
 
     @property
+    def sign(self) -> float:
+        """A score times this is lower where it is better."""
+        return -1.0 if self.maximize else 1.0
+
+    @property
     def directions(self) -> list[Literal["maximize", "minimize"]]:
         """Optuna's."""
         return ["maximize" if name == "score" and self.maximize else "minimize" for name in self.objectives]
@@ -117,10 +122,9 @@ class Aims:
     def relied_on(self, candidate: Candidate, budget: Budget, now_s: float) -> float:
         """The same, made worse by `CAUTION` standard deviations, but not worse than what the candidate scores already,
         since its best weights are kept. A few points may promise anything; a long curve is to be relied on."""
-        sign = -1.0 if self.maximize else 1.0
         found = self.predicted(candidate, budget, now_s)
         reached = candidate.points[-1].score if candidate.best_score is None else candidate.best_score
-        return sign * min(sign * reached, sign * found.score + CAUTION * found.deviation)
+        return self.sign * min(self.sign * reached, self.sign * found.score + CAUTION * found.deviation)
 
     def turned(self, candidate: Candidate, score: float) -> Values:
         """The same, so that lower is better."""
@@ -146,5 +150,4 @@ def best_of(candidates: Sequence[Candidate], aims: Aims, budget: Budget, now_s: 
     """The one that is to be trained until the deadline: the best by what can be relied on, of those that have a
     checkpoint."""
     usable = [one for one in candidates if one.points and one.is_saved and one.state in ("running", "waiting")]
-    sign = -1.0 if aims.maximize else 1.0
-    return min(usable, key=lambda one: sign * aims.relied_on(one, budget, now_s), default=None)
+    return min(usable, key=lambda one: aims.sign * aims.relied_on(one, budget, now_s), default=None)

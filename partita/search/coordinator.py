@@ -50,14 +50,12 @@ class Settings:
     """What trials are started with.
 
     Args:
-        modules: where the user's functions are.
         everywhere: all cores.
         target: what the network is searched for; None: these cores.
         num_slots: trials side by side; None: by `Budget.num_slots`.
     """
 
     task_file: Path
-    modules: list[str]
     everywhere: Cluster
     target: Cluster | None
     limits: Limits
@@ -197,7 +195,7 @@ class Coordinator:
             _Running(
                 number=trial,
                 candidate=number,
-                process=TrialProcess(order, settings.modules),
+                process=self._server.trial(order),
                 cores=cores,
                 is_final=is_final,
                 started_s=now_s,

@@ -189,8 +189,7 @@ class Course:
         scores = {one.number: kept_score(self.folder_of(one.number)) for one in self.all if one.points}
         found = {number: score for number, score in scores.items() if score is not None}
         if found:
-            sign = -1.0 if self.aims.maximize else 1.0
-            return self.candidates[min(found, key=lambda number: sign * found[number])]
+            return self.candidates[min(found, key=lambda number: self.aims.sign * found[number])]
         reasons = [one.why for one in self.all if one.why]
         told = f" The last reason: {reasons[-1]}" if reasons else ""
         raise SearchError(

@@ -20,6 +20,7 @@ from partita.training.positions import resumable
 if TYPE_CHECKING:
     from partita.training.step import Step
 
+CAPTURED_ROWS = 4  # of the batch by which a network is captured
 JUDGED_ROWS = 1024  # of a batch that is judged, where the part itself has no batches
 _FORM = (
     "data must be (training part, judged part), or a function that returns them; a part is a tuple, list or dictionary "

@@ -112,6 +112,10 @@ class Server:
         except BaseException as error:
             self._error = error
 
+    def trial(self, order: Order) -> TrialProcess:
+        """Starts a trial."""
+        return TrialProcess(order, self._modules)
+
     def is_ready(self, limit_s: float) -> bool:
         """Whether it has started, for which it has so long.
 

@@ -17,12 +17,11 @@ from partita.search.allocation import front
 from partita.search.candidates import Aims, Candidate
 from partita.search.deadline import Budget
 from partita.search.delivery import with_weights
-from partita.search.parts import first_batch
+from partita.search.parts import CAPTURED_ROWS, first_batch
 from partita.search.report import Range, report
 from partita.search.task import Task
 from partita.search.trials import SearchTrial
 
-EXPORTED_ROWS = 4  # of the batch by which a network is captured
 LEAST_JUDGED = 8  # candidates, below which importances are chance
 OBJECTIVES = ("score", "parameters", "step_time")
 
@@ -78,7 +77,7 @@ class SearchResult:
         from partita.search.around import call_of
         from partita.search.structure import Network, save_network  # they take long to import, and few need them
 
-        args, kwargs = call_of(self.model, self.task.loss_fn, first_batch(self.task.parts()[0], EXPORTED_ROWS))
+        args, kwargs = call_of(self.model, self.task.loss_fn, first_batch(self.task.parts()[0], CAPTURED_ROWS))
         network = Network(self.model, args, kwargs)
         masks = {name: tensor != 0 for name, tensor in network.parameters.items() if bool((tensor == 0).any())}
         return save_network(network, Path(folder), masks if self._has_learnt_connections else None)
@@ -108,7 +107,7 @@ class SearchResult:
         """How much each suggested value mattered for the score, adding up to 1; empty where too few trials tell."""
         if sum(bool(one.points) for one in self.trials) < LEAST_JUDGED:
             return {}
-        sign = -1.0 if self.aims.maximize else 1.0  # it asks what the trials with the lowest values share
+        sign = self.aims.sign  # it asks what the trials with the lowest values share
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that it does so

@@ -57,8 +57,9 @@ def run(request: Request) -> SearchResult:
     refuse_nested()
     start_s, folder = time.time(), request.folder.resolve()
     with lock(folder):
+        modules = _modules(request.task)
         is_over = (folder / "best" / FACTS).exists()
-        server = None if is_over else Server(_modules(request.task))  # it imports while the study is opened
+        server = None if is_over else Server(modules)  # it imports while the study is opened
         task = settled(request.task)
         aims = Aims(objectives=request.objectives, maximize=task.direction == "maximize", bound=bound_of(task))
         name = request.study or folder.name
@@ -75,8 +76,7 @@ def run(request: Request) -> SearchResult:
             budget = _budget(study, request, task, start_s)
             told = study.read("delivered")
             if told is None:
-                server = server or Server(_modules(request.task))
-                candidates, delivered = _searched(study, request, task, aims, budget, server)
+                candidates, delivered = _searched(study, request, task, aims, budget, server or Server(modules))
             else:
                 candidates, _ = study.recover()
                 delivered = Delivered(**told)
@@ -110,7 +110,6 @@ def _searched(
     memory_bytes = request.cluster.processes[0].memory_bytes or machine.memory_bytes
     settings = Settings(
         task_file=task_file,
-        modules=_modules(request.task),
         everywhere=request.cluster,
         target=request.target,
         limits=Limits(

@@ -15,7 +15,7 @@ from torch import nn
 
 from partita.arguments import check_count, told
 from partita.errors import InputError
-from partita.search.parts import check_parts, first_batch, is_tensors, judged_batches
+from partita.search.parts import CAPTURED_ROWS, check_parts, first_batch, is_tensors, judged_batches
 from partita.training.connecting import Connections
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 Direction = Literal["maximize", "minimize"]
 Objective = Literal["score", "parameters", "step_time"]
-AROUND_ROWS = 4  # of the batch by which a network is captured
 BATCH_SIZES = (16, 32, 64, 128, 256, 512)
 
 
@@ -117,7 +116,7 @@ def settled(task: Task) -> Task:
     parts = None
     if isinstance(task.build, nn.Module):
         parts = task.parts()
-        task = _around(task, task.build, first_batch(parts[0], AROUND_ROWS))
+        task = _around(task, task.build, first_batch(parts[0], CAPTURED_ROWS))
     if callable(task.data):
         parts = parts or task.parts()
         if all(is_tensors(part) for part in parts):

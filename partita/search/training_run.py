@@ -32,6 +32,7 @@ from partita.search.pricing import Price, infeasible, num_parameters, priced, to
 from partita.search.task import Task, default_score
 from partita.search.trials import SearchTrial
 from partita.search.weights import kept_score, write_weights
+from partita.training.block_runner import on_threads
 from partita.training.parallelize import parallelize
 from partita.training.planning import block_plan
 from partita.training.runner import LossFn
@@ -301,19 +302,16 @@ def fastest_threads(model: nn.Module, loss_fn: LossFn, batch: Any, num_cores: in
     one takes so long that it is no small one."""
     if num_cores == 1:
         return 1
-    twin, times_s, before = copy.deepcopy(model), {1: math.inf, num_cores: math.inf}, torch.get_num_threads()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            for count in (1, *THREAD_TURNS * (1, num_cores)):  # the first one warms up, but for steps that are long
-                torch.set_num_threads(count)
+    twin, times_s = copy.deepcopy(model), {1: math.inf, num_cores: math.inf}
+    with torch.random.fork_rng(devices=[]):
+        for count in (1, *THREAD_TURNS * (1, num_cores)):  # the first one warms up, but for steps that are long
+            with on_threads(count):
                 start_s = time.perf_counter()
                 loss_fn(twin, batch).backward()
                 twin.zero_grad()
                 times_s[count] = min(times_s[count], time.perf_counter() - start_s)
-                if times_s[count] > LONG_STEP_S:
-                    return num_cores
-    finally:
-        torch.set_num_threads(before)
+            if times_s[count] > LONG_STEP_S:
+                return num_cores
     return min(times_s, key=lambda count: times_s[count])
 
 

@@ -110,7 +110,7 @@ def what_if(result: SearchResult, clusters: Mapping[str, Cluster]) -> WhatIf:
                 found[name].append(_outcome(result, candidate, step, step.best_plan(cluster), train_s))
         except (CaptureError, PlanError) as error:
             left_out[candidate.number] = str(error)
-    sign = -1.0 if result.aims.maximize else 1.0
+    sign = result.aims.sign
     return WhatIf(
         train_s=train_s,
         outcomes={name: tuple(sorted(rows, key=lambda row: sign * row.score)) for name, rows in found.items()},
@@ -123,7 +123,7 @@ def what_if(result: SearchResult, clusters: Mapping[str, Cluster]) -> WhatIf:
 def _compared(result: SearchResult) -> Sequence[Candidate]:
     """Those of the Pareto front, and the ones with the best scores: other resources choose among them."""
     judged = [one for one in result.trials if len(one.points) > 1 and one.samples_per_s > 0]
-    sign = -1.0 if result.aims.maximize else 1.0
+    sign = result.aims.sign
     best = sorted(judged, key=lambda one: sign * result.predicted(one))[: NUM_COMPARED // 2]
     front = [one for one in result.pareto if one in judged and one not in best]
     return [*best, *front][:NUM_COMPARED]

@@ -83,7 +83,7 @@ class BlockRunner:
         told = torch.zeros(2, dtype=torch.float64)  # loss, and the norm of the gradients
         if self.process == 0:
             alone = Team(self.transport).working_alone() if compiles else contextlib.nullcontext()
-            with alone, _threads(self.num_threads):
+            with alone, on_threads(self.num_threads):
                 told = self._compute(batch, update, accumulate_only, continues, finite_only)
         if self.transport is not None:
             Team(self.transport).spread([told], patient=compiles)
@@ -191,7 +191,8 @@ class BlockRunner:
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def on_threads(count: int) -> Iterator[None]:
+    """torch computes with so many threads meanwhile."""
     before = torch.get_num_threads()
     if before == count:
         yield

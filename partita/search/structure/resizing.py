@@ -39,6 +39,8 @@ def resized(network: Network, sizes: Mapping[str, int]) -> nn.Module:
 
 
 def _drawn(network: Network, name: str, new: Mapping[Width, int]) -> Tensor:
+    if name not in network.parameters:  # what is no weight has its units again and again
+        return network.selected(name, {width: torch.arange(size) % width.size for width, size in new.items()})
     old, extents = network.tensors[name].detach(), network.dims[name]
     if not old.ndim:
         return old.clone()
@@ -47,19 +49,11 @@ def _drawn(network: Network, name: str, new: Mapping[Width, int]) -> Tensor:
     for dim, extent in enumerate(extents):
         along = [-1 if other == dim else 1 for other in range(old.ndim)]
         free = [width for width in widths_of(extent) if width in network.widths.values()]
-        if not free:
-            places.append(torch.arange(old.shape[dim]).view(along))
-        elif name in network.parameters:
+        if free:
             places.append(_random_places(extent, free, new, torch.rand(shape), along))
         else:
-            places.append(_same_places(extent, free, new).view(along))
-    found = old[tuple(place.to(old.device) for place in places)].clone()
-    return found * _scale(network, name, new) if name in network.parameters else found
-
-
-def _same_places(extent: Extent, free: list[Width], new: Mapping[Width, int]) -> Tensor:
-    """Old entries in the order of the new ones: those of unit i are unit i modulo the old number's."""
-    return indices(extent, {width: torch.arange(new.get(width, width.size)) % width.size for width in free})
+            places.append(torch.arange(old.shape[dim]).view(along))
+    return old[tuple(place.to(old.device) for place in places)] * _scale(network, name, new)
 
 
 def _random_places(
