@@ -8,11 +8,12 @@ asha              Optuna's TPE, stopped early by its asynchronous successive hal
                   that they have
 asha, then plan   the same, with the best plan that partita finds for the network that was chosen
 
-Their processes are started, and PyTorch imported, before the clock runs.
+The process of the first core makes the final training, so that nothing is imported twice.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,7 @@ class Training:
 
 def explore(message: Message) -> Message:
     """One core's candidates until an instant: their numbers, values and scores."""
-    torch.set_num_threads(1)
+    _take_cores([message["core"]])
     way, seed, end_s, folder = message["way"], message["seed"], message["end_s"], Path(message["folder"])
     study = _study(way, seed, folder)
     share_s = (end_s - time.time()) / NUM_IN_TURN
@@ -103,6 +104,11 @@ def explore(message: Message) -> Message:
         training.save(folder / f"{trial.number}.pt")
         found.append({"number": trial.number, "params": trial.params, "score": score})
     return {"found": found}
+
+
+def _take_cores(cores: list[int]) -> None:
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
 
 
 def _study(way: str, seed: int, folder: Path) -> optuna.Study:
@@ -136,7 +142,7 @@ def _by_epochs(training: Training, study: optuna.Study, trial: optuna.Trial, end
 def finish(message: Message) -> Message:
     """Continues a candidate on all cores until an instant: the score of its best weights, and their loss in the
     test."""
-    torch.set_num_threads(message["num_threads"])
+    _take_cores(message["cores"])
     begin_s, end_s, folder = time.time(), message["end_s"], Path(message["folder"])
     training = Training(Config.of(message["params"]), message["seed"] + 1)
     training.load(folder / f"{message['number']}.pt")

@@ -12,7 +12,6 @@ Example:
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from partita.errors import PartitaError
+from partita.files import replacing
 
 ENVIRONMENT_VARIABLE = "PARTITA_CACHE"
 
@@ -81,15 +81,8 @@ def write_json(name: str, value: Mapping[str, Any]) -> Path:
     path = _path(name)
     text = json.dumps(dict(value), indent=1, sort_keys=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
     return path
 
 

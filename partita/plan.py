@@ -5,9 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -18,6 +16,7 @@ from partita.constraints import Constraints as Constraints
 from partita.constraints import Recompute as Recompute
 from partita.constraints import Schedule as Schedule
 from partita.errors import PlanError
+from partita.files import replacing
 from partita.plan_layout import ORDER, Layout, worker_of
 from partita.plan_layout import Worker as Worker
 from partita.units import fingerprint, gap_of
@@ -218,7 +217,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         Raises `PlanError` if it cannot be written."""
         target = path_of(path, "the path of Plan.save")
         try:
-            _write_whole(target, self.to_json())
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target, durable=True) as new:
+                new.write_bytes(self.to_json())
         except OSError as error:
             raise PlanError(
                 f"A plan file must be writable, but {str(target)!r} is not: {error.strerror}. Choose another place."
@@ -314,20 +315,6 @@ def _decided(value: object) -> object:
     if not isinstance(value, Layout):
         return value
     return msgspec.structs.replace(value, parts_s={}, exchanges=(), memory_limits_bytes=())
-
-
-def _write_whole(target: Path, content: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _check_layout(plan: Plan) -> None:

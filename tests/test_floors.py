@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "partita"
 FLOORS = {
-    "errors": 0, "units": 0, "cache": 0, "arguments": 0,
+    "errors": 0, "units": 0, "files": 0, "cache": 0, "arguments": 0,
     "graph": 1, "cluster": 1,
     "sharding": 2, "cost": 2,
     "planner": 3, "plan": 3, "constraints": 3, "plan_layout": 3,

@@ -38,8 +38,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import os
-import tempfile
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -50,6 +48,7 @@ import tomli_w
 
 from partita.cluster.model import Cluster, Gpu, Link, Machine, Process
 from partita.errors import ClusterError
+from partita.files import replacing
 from partita.units import split_evenly
 
 # Keys of a table and, of those that hold tables again, the struct inside.
@@ -105,10 +104,8 @@ def save(cluster: Cluster, path: Path) -> None:
     validate(cluster, source="the cluster to save")
     text = to_toml(cluster)
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(temporary, path)
+        with replacing(path) as new:
+            new.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ClusterError(f"the cluster file must be writable, but {str(path)!r} is not: {error}") from error
 

@@ -10,6 +10,7 @@ import operator
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import fx
 from torch.utils.flop_counter import flop_registry
 
@@ -30,11 +31,10 @@ def _stored_bytes(tensor: torch.Tensor) -> int:
     return count
 
 
-def _values(node: fx.Node) -> list[torch.Tensor]:
-    """The tensors that a node holds."""
-    value = node.meta.get("val")
-    items = value if isinstance(value, (tuple, list)) else (value,)
-    return [item for item in items if isinstance(item, torch.Tensor)]
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors of a tree, each once."""
+    leaves = (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor))
+    return list({id(leaf): leaf for leaf in leaves}.values())
 
 
 def _is_free(target: Any) -> bool:
@@ -46,31 +46,28 @@ def _is_free(target: Any) -> bool:
     )
 
 
-def op_flops(node: fx.Node) -> int:
-    """Floating-point operations of ``node`` (an ATen op with ``meta["val"]`` on itself and its arguments)."""
-    target: Any = node.target
+def work_of(target: Any, args: Any, kwargs: Any, result: Any) -> tuple[int, int]:
+    """Floating-point operations of a call of an op, and bytes that it reads and writes (each argument once; a lookup
+    reads the rows it returns, not the table).
+
+    Args:
+        args: as given, with tensors that have shapes but maybe no storage; so `kwargs`.
+        result: what it has returned.
+    """
     if _is_free(target):
-        return 0
-    packet = getattr(target, "overloadpacket", target)
-    if packet in flop_registry:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: item.meta.get("val"))
-        return int(flop_registry[packet](*args, **kwargs, out_val=node.meta.get("val")))
+        return 0, 0
+    written = _tensors(result)
+    if not written:
+        return 0, 0
+    packet, read = getattr(target, "overloadpacket", target), _tensors((args, kwargs))
+    num_written = sum(tensor.numel() * tensor.element_size() for tensor in written)
     if packet in _READS_ROWS:
-        return sum(tensor.numel() for tensor in _values(node))
-    tensors = [tensor for item in (node, *node.all_input_nodes) for tensor in _values(item)]
-    return max((tensor.numel() for tensor in tensors), default=0)
-
-
-def op_bytes(node: fx.Node) -> int:
-    """Bytes that ``node`` reads and writes (each argument once; a lookup reads the rows it returns, not the table)."""
-    target: Any = node.target
-    if _is_free(target):
-        return 0
-    written = sum(tensor.numel() * tensor.element_size() for tensor in _values(node))
-    arguments = list(node.all_input_nodes)
-    if getattr(target, "overloadpacket", target) in _READS_ROWS:
-        return 2 * written + sum(_stored_bytes(tensor) for item in arguments[1:] for tensor in _values(item))
-    return written + sum(_stored_bytes(tensor) for item in arguments for tensor in _values(item))
+        others = sum(_stored_bytes(tensor) for tensor in read[1:])
+        return sum(tensor.numel() for tensor in written), 2 * num_written + others
+    num_bytes = num_written + sum(_stored_bytes(tensor) for tensor in read)
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=result)), num_bytes
+    return max((tensor.numel() for tensor in (*written, *read)), default=0), num_bytes
 
 
 def op_info(node: fx.Node, phase: Phase, module: str = "", source: str = "") -> OpInfo:
@@ -85,4 +82,6 @@ def op_info(node: fx.Node, phase: Phase, module: str = "", source: str = "") -> 
     Example:
         >>> node.meta["op"] = op_info(node, phase=Phase.FORWARD, module="layers.0")  # doctest: +SKIP
     """
-    return OpInfo(flops=op_flops(node), num_bytes=op_bytes(node), phase=phase, module=module, source=source)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda item: item.meta.get("val"))
+    flops, num_bytes = work_of(node.target, args, kwargs, node.meta.get("val"))
+    return OpInfo(flops=flops, num_bytes=num_bytes, phase=phase, module=module, source=source)

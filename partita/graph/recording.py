@@ -100,7 +100,7 @@ def record(
             failed_op = step.failed_op
         return result
 
-    with watched_generators(drawn_from), _tracing_flags(), torch_adapter.without_recomputation():
+    with watched_generators(drawn_from), tracing_flags(), torch_adapter.without_recomputation():
         try:
             recording, unchecked = answered(attempt)
         except PartitaError:
@@ -119,7 +119,7 @@ def record(
 
 
 @contextlib.contextmanager
-def _tracing_flags() -> Iterator[None]:
+def tracing_flags() -> Iterator[None]:
     """Gradients on, one autograd thread (the recording is per thread), cuDNN's recurrent layers and batch norm as
     plain ops.
 
@@ -163,7 +163,7 @@ class _Step:
 
     def _loss_and_gradients(self, fakes: list[torch.Tensor], labels: Labels) -> list[torch.Tensor]:
         *values, seed = fakes
-        standins, batch = self._standins(values)
+        standins, batch = stand_ins(self.inputs, values)
         self.substitution.put({id(original): new for original, new in standins.values()})
         with labels.modules():
             loss = checks.check_loss(self.loss_fn(self.model, batch))
@@ -185,26 +185,6 @@ class _Step:
         self.result.with_gradient, self.result.states = tuple(reached), tuple(kept)
         return [loss.detach(), *reached.values(), *(value.detach() for value in kept.values())]
 
-    def _standins(self, values: list[torch.Tensor]) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], Any]:
-        """Name -> (original, stand-in) of the model's tensors, and the batch.
-
-        Trainable parameters become new leaves. The rest are copies, so that in-place updates never touch an input.
-        """
-        originals = self.inputs.originals()
-        names = [*self.inputs.tensors.parameters, *self.inputs.tensors.buffers]
-        standins: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for name, original, value in zip(names, originals, values, strict=False):
-            new = value.detach().requires_grad_() if _trains(original) else value.clone()
-            for hook in torch_adapter.gradient_hooks(original) if _trains(original) else ():
-                new.register_hook(hook)
-            standins[name] = original, new
-        tensors = iter(
-            value.clone().requires_grad_(original.requires_grad)
-            for original, value in zip(originals[len(names) :], values[len(names) :], strict=True)
-        )
-        leaves = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.inputs.leaves]
-        return standins, pytree.tree_unflatten(leaves, self.inputs.spec)
-
     @staticmethod
     def _check_no_backward(trainable: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in trainable.items():
@@ -214,6 +194,29 @@ class _Step:
                     "Remove .backward() from loss_fn, or use torch.autograd.grad(..., create_graph=True) inside it.",
                     op="backward",
                 )
+
+
+def stand_ins(
+    inputs: StepInputs, values: Sequence[torch.Tensor]
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], Any]:
+    """Name -> (original, stand-in) of the model's tensors, and the batch, from one of `values` for each original.
+
+    Trainable parameters become new leaves. The rest are copies, so that in-place updates never touch an input.
+    """
+    originals = inputs.originals()
+    names = [*inputs.tensors.parameters, *inputs.tensors.buffers]
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, original, value in zip(names, originals, values, strict=False):
+        new = value.detach().requires_grad_() if _trains(original) else value.clone()
+        for hook in torch_adapter.gradient_hooks(original) if _trains(original) else ():
+            new.register_hook(hook)
+        found[name] = original, new
+    tensors = iter(
+        value.clone().requires_grad_(original.requires_grad)
+        for original, value in zip(originals[len(names) :], values[len(names) :], strict=True)
+    )
+    leaves = [next(tensors) if isinstance(leaf, torch.Tensor) else leaf for leaf in inputs.leaves]
+    return found, pytree.tree_unflatten(leaves, inputs.spec)
 
 
 def _trains(tensor: torch.Tensor) -> bool:

@@ -33,6 +33,7 @@ import torch
 from torch import fx
 
 from partita.cluster.hardware import cpu_name
+from partita.files import replacing
 from partita.runtime import block_products, products
 from partita.runtime.ending import Order, close_at_end
 from partita.runtime.portable import Entry, NotPortableError, from_entries, to_entries
@@ -121,13 +122,12 @@ def keep(request: Request, compiled: Compiled) -> None:
     """Write the compiled code to disk, atomically. Raises OSError where that cannot be."""
     path = kept_path(request)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partita-", dir=path.parent) as folder:
-        artifact, whole = Path(folder) / "artifact", Path(folder) / "whole"
+    with replacing(path) as new:
+        artifact = new.with_name("artifact")
         compiled.save(str(artifact))
-        with whole.open("wb") as stream:
+        with new.open("wb") as stream:
             _write(stream, request.text.encode())
             _write(stream, artifact.read_bytes())
-        os.replace(whole, path)
 
 
 def compile_or_load(

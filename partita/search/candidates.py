@@ -12,9 +12,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from partita.search.allocation import Standing, Values
-from partita.search.curves import Forecast, Point, forecast
-from partita.search.deadline import Budget
+from partita.search.curves import Forecast, Point, forecast, score_at
+from partita.search.deadline import Budget, rung_s
 
 CAUTION = 2.0
 State = Literal["running", "waiting", "rejected", "raised", "failed", "gone"]
@@ -35,6 +37,7 @@ class Candidate:
         why: it was rejected or has failed.
         failures: processes of it that died.
         best_score: of the weights that are kept of it (`weights`).
+        outline_s: what the outline took that `wide_gain` and `memory_bytes` follow from; 0: they follow from plans.
     """
 
     number: int
@@ -55,6 +58,7 @@ class Candidate:
     why: str = ""
     failures: int = 0
     best_score: float | None = None
+    outline_s: float = 0.0
 
     @property
     def train_s(self) -> float:
@@ -69,6 +73,13 @@ class Candidate:
     def samples_at(self, more_s: float) -> float:
         """Samples that it will have seen after so many seconds more on all cores."""
         return self.points[-1].samples + more_s * self.samples_per_s * self.wide_gain
+
+    def samples_after(self, train_s: float) -> float:
+        """Samples that it has seen after so many seconds of training in all, or will have on the same cores."""
+        if train_s > self.train_s:
+            return self.points[-1].samples + (train_s - self.train_s) * self.samples_per_s
+        times, samples = [0.0, *(point.train_s for point in self.points)], [0.0, *(one.samples for one in self.points)]
+        return float(np.interp(train_s, times, samples))
 
     def with_point(self, point: Point, **changes: Any) -> Candidate:
         """With one more point of the curve; points that it replaces were made again after a crash."""
@@ -119,6 +130,13 @@ class Aims:
         at_samples = candidate.samples_at(max(0.0, budget.last_s - now_s))
         return forecast(candidate.points, at_samples, maximize=self.maximize, bound=self.bound)
 
+    def after(self, train_s: float, candidate: Candidate, budget: Budget, now_s: float) -> float:
+        """A candidate's score after `train_s` seconds of training, measured or predicted, or at the deadline if that
+        comes first."""
+        last = candidate.samples_at(max(0.0, budget.last_s - now_s))
+        samples = min(last, candidate.samples_after(train_s))
+        return score_at(candidate.points, samples, maximize=self.maximize, bound=self.bound).score
+
     def relied_on(self, candidate: Candidate, budget: Budget, now_s: float) -> float:
         """The same, made worse by `CAUTION` standard deviations, but not worse than what the candidate scores already,
         since its best weights are kept. A few points may promise anything; a long curve is to be relied on."""
@@ -132,18 +150,22 @@ class Aims:
         return tuple(sign * value for sign, value in zip(signs, self.values(candidate, score), strict=True))
 
 
-def standings(candidates: Iterable[Candidate], aims: Aims, budget: Budget, now_s: float) -> list[Standing]:
+def standings(
+    candidates: Iterable[Candidate], aims: Aims, budget: Budget, first_rung_s: float, now_s: float
+) -> list[Standing]:
     """What allocation needs to know, with predictions of all candidates made at the same moment."""
-    return [
-        Standing(
+
+    def standing(one: Candidate) -> Standing:
+        instants_s = [rung_s(first_rung_s, rung + 1) for rung in range(one.rung + 1)]
+        return Standing(
             number=one.number,
             rung=one.rung,
-            values=aims.turned(one, aims.predicted(one, budget, now_s).score),
+            at=tuple(aims.turned(one, aims.after(instant_s, one, budget, now_s)) for instant_s in instants_s),
             is_waiting=one.state == "waiting",
         )
-        for one in candidates
-        if one.points and one.state in ("running", "waiting", "gone") and one.rung >= 0
-    ]
+
+    judged = (one for one in candidates if one.points and one.rung >= 0)
+    return [standing(one) for one in judged if one.state in ("running", "waiting", "gone")]
 
 
 def best_of(candidates: Sequence[Candidate], aims: Aims, budget: Budget, now_s: float) -> Candidate | None:

@@ -24,6 +24,7 @@ from partita.search.messages import (
     Go,
     Judged,
     Order,
+    Priced,
     Ready,
     Rejected,
     RungEnd,
@@ -215,6 +216,7 @@ class Coordinator:
             memory_bytes=before.memory_bytes,
             wide_gain=1.0 if is_wide else before.wide_gain,
             note="".join(before.notes),
+            outline_s=0.0 if is_wide else before.outline_s,
         )
 
     def _go(self, one: _Running, candidate: Candidate) -> None:
@@ -267,6 +269,8 @@ class Coordinator:
                 one.process.send(self._study.suggest(one.number, message))
             case Ready():
                 self._ready(one, candidate, message)
+            case Priced():
+                self._keep(one, _with_price(candidate, message.price))
             case Judged():
                 self._judged(one, candidate, message)
             case RungEnd():
@@ -282,15 +286,10 @@ class Coordinator:
 
     def _ready(self, one: _Running, candidate: Candidate, message: Ready) -> None:
         self._startups_s.append(time.time() - one.started_s)
-        price = message.price
         candidate = dataclasses.replace(
-            candidate,
+            _with_price(candidate, message.price),
             params=candidate.params or self._study.params(one.number),
-            wide_gain=price.wide_gain,
-            num_parameters=price.num_parameters,
-            memory_bytes=price.memory_bytes,
             batch_size=message.batch_size,
-            notes=(price.note,) if price.note else (),
         )
         self._keep(one, candidate, **{f"user_{name}": value for name, value in message.attributes.items()})
         if not one.is_stopping:
@@ -413,7 +412,7 @@ class Coordinator:
 
     def _finish(self, one: _Running, candidate: Candidate) -> None:
         self._course.candidates[candidate.number] = candidate
-        score = self._course.predicted(candidate, time.time())
+        score = self._course.expected(candidate, time.time())
         if one.is_final and candidate.best_score is not None:
             score = candidate.best_score
         self._study.finish(one.number, candidate, score=score)
@@ -421,3 +420,14 @@ class Coordinator:
     def _keep(self, one: _Running, candidate: Candidate, **attributes: object) -> None:
         self._course.candidates[candidate.number] = candidate
         self._study.note(one.number, candidate, **attributes)
+
+
+def _with_price(candidate: Candidate, price: Price) -> Candidate:
+    return dataclasses.replace(
+        candidate,
+        wide_gain=price.wide_gain,
+        num_parameters=price.num_parameters,
+        memory_bytes=price.memory_bytes,
+        notes=(price.note,) if price.note else (),
+        outline_s=price.outline_s,
+    )

@@ -13,7 +13,7 @@ from pathlib import Path
 from partita.errors import SearchError
 from partita.search.allocation import Standing, goes_on, next_promoted, ordered
 from partita.search.candidates import Aims, Candidate, best_of, standings
-from partita.search.deadline import Budget, rung_s
+from partita.search.deadline import FACTOR, Budget, rung_s
 from partita.search.study import Study
 from partita.search.weights import kept_score
 
@@ -54,11 +54,19 @@ class Course:
 
     def standings(self, now_s: float) -> list[Standing]:
         """What decides who trains on."""
-        return standings(self.all, self.aims, self.budget, now_s)
+        if self.first_rung_s is None:
+            return []  # nobody was judged yet
+        return standings(self.all, self.aims, self.budget, self.first_rung_s, now_s)
 
-    def predicted(self, candidate: Candidate, now_s: float) -> float | None:
-        """A candidate's score at the deadline; None: it was never judged."""
-        return self.aims.predicted(candidate, self.budget, now_s).score if candidate.points else None
+    def predicted(self, candidate: Candidate, now_s: float) -> float:
+        """The score at the deadline of a candidate that was judged."""
+        return self.aims.predicted(candidate, self.budget, now_s).score
+
+    def expected(self, candidate: Candidate, now_s: float) -> float | None:
+        """A candidate's score as far ahead as its curve tells; None: it was never judged."""
+        if not candidate.points:
+            return None
+        return self.aims.after(FACTOR * candidate.train_s, candidate, self.budget, now_s)
 
     # Exploring -------------------------------------------------------------------------------------------------
 
@@ -119,7 +127,7 @@ class Course:
     def forget_worst(self, now_s: float) -> None:
         """Removes checkpoints of those that wait with the least prospect."""
         waiting = [one for one in self.standings(now_s) if one.is_waiting]
-        for place in ordered([one.values for one in waiting])[MOST_KEPT:]:
+        for place in ordered([one.at[-1] for one in waiting])[MOST_KEPT:]:
             number = waiting[place].number
             shutil.rmtree(self.folder_of(number), ignore_errors=True)
             self.candidates[number] = dataclasses.replace(self.candidates[number], state="gone", is_saved=False)

@@ -1,7 +1,7 @@
 """Learning curves: what a score will be after more training, and how sure that is.
 
-    y(n) = c + a (n / m)^-b,    n  samples seen,  y  the score, turned so that lower is better,  m  those of the last
-    point
+    y(n) = c + a (n / m)^-b,    n  samples seen,  y  the best score until then, turned so that lower is better,
+                                m  samples of the last point
 
 A power law with a floor. Given an exponent b, the floor c and the slope a >= 0 are a linear least-squares fit. Few
 noisy points do not tell b, so none is chosen: predictions of all exponents on a grid are averaged, weighted by
@@ -10,7 +10,8 @@ noisy points do not tell b, so none is chosen: predictions of all exponents on a
 
 which is the marginal likelihood up to terms that hardly depend on b, with the noise integrated out; p(b) is log-normal
 around 0.5. Their spread, with the residuals', is the uncertainty, times `DOUBT`. Points from before a quarter of the
-samples are left out: the first steps follow other laws. Curves that get worse (a < 0) are continued as flat.
+samples are left out: the first steps follow other laws. Scores that are worse than earlier ones count as these, since
+the best weights are kept: one spike would change the whole fit.
 
 `OLDEST`, `LEAST_NOISE` and `DOUBT` are those of small trainings (characters by transformers and convolutions, digits by
 perceptrons), continued to 2, 4 and 8 times their samples: errors are 0.3 to 0.4 of the improvement that is to come for
@@ -68,7 +69,7 @@ def forecast(points: Sequence[Point], at_samples: float, *, maximize: bool, boun
     """
     sign = -1.0 if maximize else 1.0
     x = np.array([point.samples for point in points], dtype=np.float64)
-    y = sign * np.array([point.score for point in points], dtype=np.float64)
+    y = np.minimum.accumulate(sign * np.array([point.score for point in points], dtype=np.float64))
     recent = x >= OLDEST * x[-1]
     x, y = x[recent], y[recent]
     if len(x) == 1:

@@ -7,18 +7,16 @@ second is written last, so a folder that has it is complete.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from partita.errors import SearchError
+from partita.files import replacing
 from partita.search.candidates import Candidate, as_record
 from partita.search.weights import BEST, kept_score
 
@@ -45,22 +43,16 @@ def deliver(folder: Path, candidate: Candidate, now_s: float) -> Delivered:
     target = folder / "best"
     target.mkdir(parents=True, exist_ok=True)
     own = folder / "candidates" / str(candidate.number)
-    temporary = target / f".{WEIGHTS}.{os.getpid()}"
     score = kept_score(own)
     if score is None:
         raise SearchError(f"the weights of candidate {candidate.number} must be in {str(own)!r}, but are not")
-    shutil.copyfile(own / BEST, temporary)
-    os.replace(temporary, target / WEIGHTS)
+    with replacing(target / WEIGHTS) as new:
+        shutil.copyfile(own / BEST, new)
     delivered = Delivered(number=candidate.number, score=score, weights=str(target / WEIGHTS), at_s=now_s)
     facts = {"params": candidate.params, "score": score, "candidate": as_record(candidate)}
-    _write(target / FACTS, facts)
+    with replacing(target / FACTS) as new:
+        new.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return delivered
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def with_weights(model: nn.Module, weights: Path) -> nn.Module:

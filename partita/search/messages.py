@@ -86,6 +86,13 @@ class Ready:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Priced:
+    """A candidate that was priced roughly was priced by plans, before it trains for longer."""
+
+    price: Price
+
+
+@dataclass(frozen=True, kw_only=True)
 class Judged:
     """A point of the learning curve. `samples_per_s` and `step_time_s` are those of the last while of training;
     `best_score` is that of the candidate's best weights, which lie in its folder."""
@@ -127,4 +134,4 @@ class Failed:
     error: str
 
 
-FromTrial = Suggest | Ready | Judged | RungEnd | Ended | Rejected | Failed
+FromTrial = Suggest | Ready | Priced | Judged | RungEnd | Ended | Rejected | Failed

@@ -1,12 +1,15 @@
-"""What the planner says of a candidate before it trains: memory, step time, and what more cores would gain.
+"""What is predicted of a candidate before it trains: memory, step time, and what more cores would gain.
 
-One plan is priced, not searched: the step as it will run at first, on the trial's own cores, and the same over all
-cores as data parallelism. That takes some tenths of a second; finding the best plan pays once a candidate is trained
-for long.
+A candidate that is to train for some seconds at first is priced by the outline of its step: memory as plain PyTorch
+takes it, a roofline of its ops, and a gain of all cores that is the same for all. Once it may train for longer, one
+plan is priced, not searched: the step as it runs on the trial's own cores, and the same over all cores as data
+parallelism. That takes a second or some, most of it for the capture; finding the best plan pays once a candidate is
+trained for long.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +17,20 @@ import torch
 from torch import nn
 
 from partita.cluster import Cluster
-from partita.cost.table import CostTable
+from partita.cost.memory import state_bytes
+from partita.cost.roofline import rates_of, roofline_s
+from partita.cost.table import DISPATCH_S, UNCERTAINTY_ROOFLINE, CostTable
 from partita.errors import InfeasibleError, InputError, PartitaError, PlanError
 from partita.graph import Graph, capture
+from partita.graph.outline import outline
 from partita.plan import Constraints, Plan, Prediction
 from partita.planner.describe import title
 from partita.training.optimizers import OptimizerFacts
-from partita.training.planning import ranked_plans
+from partita.training.planning import block_plan, ranked_plans
 from partita.training.runner import LossFn
 from partita.units import format_bytes, format_time
 
+ROUGH_EFFICIENCY = 0.75  # of each further core, where no plan was priced
 LEAST_STEPS = 20  # until the deadline; a candidate that makes fewer learns nothing useful
 
 
@@ -41,7 +48,8 @@ class Limits:
 class Price:
     """What is predicted of a candidate. `memory_bytes` and `step_time_s` are None where the step cannot be captured;
     `uncertainty` is the relative error of `step_time_s`; `wide_gain` is how many times as fast all cores are, or what
-    the network is searched for."""
+    the network is searched for; `outline_s` is what the outline took that all this follows from, 0 where it follows
+    from plans."""
 
     num_parameters: int
     memory_bytes: int | None = None
@@ -50,6 +58,7 @@ class Price:
     wide_gain: float = 1.0
     note: str = ""
     refused: str = ""  # why there is no plan for what the network is searched for
+    outline_s: float = 0.0
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -96,6 +105,40 @@ def priced(
         wide_gain=gain,
         note=note,
         refused=refused,
+    )
+
+
+def roughly_priced(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: LossFn,
+    batch: Any,
+    *,
+    own: Cluster,
+    everywhere: Cluster | None,
+) -> Price | None:
+    """The price of a candidate on the CPU cores of `own` by the outline of its step; None: it has none."""
+    start_s = time.monotonic()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            step = outline(model, loss_fn, batch)
+    except InputError:
+        raise
+    except PartitaError:
+        return None
+    place = block_plan(own, graph=None, reasons=()).workers[0]
+    facts = OptimizerFacts.of(optimizer)
+    rates = rates_of(own.machines[place.machine], place, launch_s=DISPATCH_S)
+    update_s = CostTable(own, read_cache=False).update_time_s(step.trained, facts.name, place)
+    is_wide = everywhere is not None and step.batch_size >= everywhere.num_cores > own.num_cores
+    num_cores = everywhere.num_cores if everywhere is not None and is_wide else own.num_cores
+    return Price(
+        num_parameters=num_parameters(model),
+        memory_bytes=step.kept_bytes + step.peak_bytes + state_bytes(step.trained_bytes, facts.state_bytes_per_element),
+        step_time_s=sum(roofline_s(rates, *work) for work in step.works) + update_s,
+        uncertainty=UNCERTAINTY_ROOFLINE,
+        wide_gain=1 + ROUGH_EFFICIENCY * (num_cores / own.num_cores - 1),
+        outline_s=time.monotonic() - start_s,
     )
 
 

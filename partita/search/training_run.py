@@ -28,7 +28,7 @@ from partita.planner.describe import title
 from partita.search.curves import Point
 from partita.search.messages import Judged, Order
 from partita.search.parts import endless, first_batch, judged_batches, num_rows
-from partita.search.pricing import Price, infeasible, num_parameters, priced, too_large, too_slow
+from partita.search.pricing import Price, infeasible, num_parameters, priced, roughly_priced, too_large, too_slow
 from partita.search.task import Task, default_score
 from partita.search.trials import SearchTrial
 from partita.search.weights import kept_score, write_weights
@@ -40,12 +40,14 @@ from partita.training.step import Step
 from partita.units import fingerprint
 
 DECAY_SHARE = 0.5
+PRICED_FROM = 40.0  # times what an outline takes; a graph and its prices take about ten times as long
 # Planning and trying plans takes seconds, and compiling them tens of seconds, of which no more than a tenth should be
 # lost.
 PLANNED_FROM_S, COMPILED_FROM_S = 30.0, 180.0
-BETWEEN_JUDGED = 1.35  # the next point of the curve is at so many times the training time of the last one
+# The next point of the curve is at so many times the training time of the last one: three in each rung.
+BETWEEN_JUDGED, FIRST_JUDGED = 1.5, 1 / 3  # the first one after so much of the first rung
 FINAL_BETWEEN = 1 / 20  # of the final training at most, since its best weights are what is delivered
-JUDGING_COST = 5.0  # and judging takes at most one in so many seconds
+JUDGING_COST, FINAL_COST = 3.0, 10.0  # judging takes at most one in so many seconds
 LEAST_BETWEEN_S = 0.1
 SAVED_EVERY_S, SAVING_COST = 5.0, 20.0
 LOOKS_EVERY_S = 0.02  # for a message
@@ -111,7 +113,8 @@ class TrainingRun:
         self._batch = self._moved(first_batch(self._training, self.batch_size))
         self._here = Cluster.detect()
         self._progress = _Progress()
-        self._wide_gain = 1.0
+        self._trained = self.model, self._optimizer, task.loss_fn, self._batch
+        self._price = Price(num_parameters=size)
         self._step: Step | None = None
         self._batches: Iterator[Any] = iter(())
         self._planned: tuple[bool, bool] = (False, False)
@@ -121,27 +124,35 @@ class TrainingRun:
         self._best_score = kept_score(Path(order.folder))
 
     def price(self) -> Price:
-        """What the planner predicts of the candidate.
+        """What is predicted of the candidate before it trains: what is known already, or roughly where that will do.
 
         Raises:
             RejectedError: it does not keep to the limits.
         """
         if self._order.price is not None:
-            self._wide_gain = self._order.price.wide_gain
-            return self._order.price
-        price = priced(
-            self.model,
-            self._optimizer,
-            self._task.loss_fn,
-            self._batch,
-            own=self._here,
-            everywhere=self._order.everywhere,
-            target=self._order.target,
-        )
-        self._wide_gain = price.wide_gain
+            self._price = self._order.price
+            return self._price
+        if self._order.target is None and self._device.type == "cpu":
+            rough = roughly_priced(*self._trained, own=self._here, everywhere=self._order.everywhere)
+            if rough is not None:
+                return self._kept(rough)
+        return self._priced_by_plans()
+
+    def price_for(self, granted_s: float) -> Price | None:
+        """The same by plans, before it is trained for so long; None: it is known, or would take too much of that."""
+        if not self._price.outline_s or granted_s < PRICED_FROM * self._price.outline_s:
+            return None
+        return self._priced_by_plans()
+
+    def _priced_by_plans(self) -> Price:
+        order = self._order
+        return self._kept(priced(*self._trained, own=self._here, everywhere=order.everywhere, target=order.target))
+
+    def _kept(self, price: Price) -> Price:
         reason = infeasible(price, self._order.limits, time.time())
         if reason:
             raise RejectedError(reason, price)
+        self._price = price
         return price
 
     @property
@@ -195,6 +206,8 @@ class TrainingRun:
             RejectedError: its loss is not finite, or its steps take too long.
         """
         looked_s = time.monotonic()
+        if self.train_s == 0 and math.isfinite(until_s):
+            self._next_judged_s = FIRST_JUDGED * until_s
         while self.train_s < until_s:
             now_s = time.monotonic()
             if now_s - looked_s > LOOKS_EVERY_S:
@@ -220,7 +233,7 @@ class TrainingRun:
         self._progress.samples += result.num_samples
         self._marks.append((self.train_s, self._progress.samples, self._running.num_steps))
         if len(self._marks) == NUM_WARM + 1 and self._order.final is None:
-            reason = too_slow(self._step_time_s() / self._wide_gain, self._order.limits, time.time(), "measured")
+            reason = too_slow(self._step_time_s() / self._price.wide_gain, self._order.limits, time.time(), "measured")
             if reason:
                 raise RejectedError(reason)
         if len(self._marks) > MOST_MARKS:
@@ -261,10 +274,10 @@ class TrainingRun:
             self._best_score = score
             write_weights(self.model, Path(self._order.folder), score)
         self._judged_samples, self._judging_s = self._progress.samples, time.monotonic() - start_s
-        between_s = (BETWEEN_JUDGED - 1) * self.train_s
+        between_s, cost = (BETWEEN_JUDGED - 1) * self.train_s, JUDGING_COST
         if self._order.final is not None:
-            between_s = min(between_s, FINAL_BETWEEN * (self._order.final[1] - self._order.final[0]))
-        self._next_judged_s = self.train_s + max(LEAST_BETWEEN_S, JUDGING_COST * self._judging_s, between_s)
+            between_s, cost = min(between_s, FINAL_BETWEEN * (self._order.final[1] - self._order.final[0])), FINAL_COST
+        self._next_judged_s = self.train_s + max(LEAST_BETWEEN_S, cost * self._judging_s, between_s)
         seconds, samples, _ = self._recent()
         return Judged(
             point=Point(self._progress.samples, self.train_s, score),

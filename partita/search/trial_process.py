@@ -15,7 +15,7 @@ import torch
 
 from partita.errors import InputError
 from partita.search.lifeline import end_with, offer_to_be_killed
-from partita.search.messages import Ended, Failed, Go, Order, Ready, Rejected, RungEnd, Stop, Suggest
+from partita.search.messages import Ended, Failed, Go, Order, Priced, Ready, Rejected, RungEnd, Stop, Suggest
 from partita.search.task import Task
 from partita.search.training_run import RejectedError, TrainingRun
 from partita.search.trials import SearchTrial
@@ -72,6 +72,7 @@ def _explore(run: TrainingRun, order: Order, link: Connection) -> None:
     """Trains from rung to rung while it may go on."""
     answer: Go | Stop = link.recv()
     if isinstance(answer, Go):
+        _price(run, answer, link)
         run.begin(answer.granted_s, resumed=order.resumed)
     saved = order.resumed
     while isinstance(answer, Go):
@@ -81,9 +82,16 @@ def _explore(run: TrainingRun, order: Order, link: Connection) -> None:
         link.send(RungEnd(train_s=run.train_s))
         answer = link.recv()  # a `Stop` that has interrupted training is read here
         if isinstance(answer, Go):
+            _price(run, answer, link)
             run.continue_for(answer.granted_s)
     run.close()
     link.send(Ended(saved=saved))
+
+
+def _price(run: TrainingRun, answer: Go, link: Connection) -> None:
+    price = run.price_for(answer.granted_s)
+    if price is not None:
+        link.send(Priced(price=price))
 
 
 def _finish(run: TrainingRun, order: Order, link: Connection) -> None:

@@ -5,12 +5,13 @@ Both are in one file because a process may be killed at any moment: what is deli
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
+from partita.files import replacing
 
 BEST = "best.safetensors"
 _SCORE = "score"
@@ -20,9 +21,8 @@ def write_weights(model: nn.Module, folder: Path, score: float) -> None:
     """Writes the whole `state_dict` and the score; readers see the old file or the whole new one."""
     state = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{BEST}.{os.getpid()}"
-    save_file(state, temporary, metadata={_SCORE: repr(score)})
-    os.replace(temporary, folder / BEST)
+    with replacing(folder / BEST) as new:
+        save_file(state, new, metadata={_SCORE: repr(score)})
 
 
 def kept_score(folder: Path) -> float | None:

@@ -16,7 +16,7 @@ VECTORS = st.lists(
 
 
 def standing(number: int, rung: int, *values: float, waits: bool = True) -> Standing:
-    return Standing(number=number, rung=rung, values=values, is_waiting=waits)
+    return Standing(number=number, rung=rung, at=(values,) * (rung + 1), is_waiting=waits)
 
 
 def test_the_best_third_goes_on() -> None:

@@ -18,6 +18,7 @@ from partita.search.messages import Suggest
 from partita.search.study import Study, open_storage
 from partita.search.weights import write_weights
 
+FIRST_RUNG_S = 1.0
 BUDGET = Budget(start_s=0.0, deadline_s=100.0, final_share=0.4)  # exploring ends at about 59
 
 
@@ -42,6 +43,9 @@ def add(course: Course, score: float, *, checkpoint: bool = True, num_points: in
         (folder / "checkpoint.json").touch()
         write_weights(nn.Linear(1, 1), course.folder_of(number), score)
     course.candidates[number] = candidate
+    if candidate.rung >= 0 and course.first_rung_s is None:
+        course.first_rung_s = FIRST_RUNG_S
+        course.study.write("first_rung_s", FIRST_RUNG_S)
     return candidate
 
 
@@ -174,6 +178,30 @@ def test_rungs_follow_the_training_time(tmp_path) -> None:
     assert now.next_until_s(one, 99.0) == first_s, "they are the same for all, once known"
     late = one.with_point(Point(1e5, 9.5 * first_s, 0.6))
     assert now.at_its_rung(late).rung == 2 and now.at_its_rung(one).is_saved
+
+
+def test_a_rung_is_decided_by_what_is_near(tmp_path) -> None:
+    """The steep one is predicted to win in the end, but nothing so far away follows from two seconds; who has trained
+    for longer is compared by what he had then."""
+    now = course(tmp_path)
+    flat = add(now, 0.6, num_points=4)
+    steep = add(now, 0.3)
+    points = tuple(Point(100.0 * t, t, 0.3 - 0.3 / t) for t in (0.25, 0.5, 1.0, 2.0))
+    steep = now.candidates[steep.number] = dataclasses.replace(steep, points=points)
+    long = add(now, 0.9, rung=2)
+    points = tuple(Point(100.0 * t, t, 0.9 - 0.5 / t) for t in (1.0, 2.0, 4.0, 8.0, 16.0))
+    now.candidates[long.number] = dataclasses.replace(long, points=points)
+    at = {one.number: [value for (value,) in one.at] for one in now.standings(20)}
+    assert at[flat.number][0] < at[steep.number][0], "lower is better"
+    assert at[long.number] == pytest.approx([-(0.9 - 0.5 / 3.0), -(0.9 - 0.5 / 9.0), -0.88], abs=0.03)
+    assert now.expected(flat, 20) == pytest.approx(0.6, abs=0.01)
+
+
+def test_what_is_compared_is_never_beyond_the_deadline(tmp_path) -> None:
+    now = course(tmp_path)
+    one = add(now, 0.6)
+    late = now.aims.after(1e6, one, BUDGET, BUDGET.last_s)
+    assert late == pytest.approx(one.points[-1].score)
 
 
 def test_checkpoints_without_prospects_are_removed(tmp_path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,11 +18,19 @@ from partita.errors import SearchError
 from partita.search import training_run
 from partita.search.candidates import Candidate
 from partita.search.delivery import deliver, with_weights
-from partita.search.messages import Judged, Order
+from partita.search.messages import Go, Judged, Order, Priced, Stop
 from partita.search.pricing import Limits, Price
 from partita.search.resources import resources
 from partita.search.task import Task, default_loss, default_score, suggested_adamw
-from partita.search.training_run import DECAY_SHARE, PLANNED_FROM_S, RejectedError, TrainingRun, decay, fastest_threads
+from partita.search.training_run import (
+    DECAY_SHARE,
+    PLANNED_FROM_S,
+    RejectedError,
+    TrainingRun,
+    decay,
+    fastest_threads,
+)
+from partita.search.trial_process import _explore
 from partita.search.trials import SearchTrial
 from partita.training.parallelize import parallelize
 
@@ -166,9 +175,25 @@ def test_limits_are_kept_before_training(tmp_path) -> None:
 
 
 def test_what_is_predicted_is_told(tmp_path) -> None:
-    price = run_of(order(tmp_path)).price()
-    assert price.num_parameters == 114 and price.memory_bytes is not None and price.memory_bytes > 4 * 114
-    assert price.step_time_s is not None and price.step_time_s > 0 and price.wide_gain >= 1 and not price.note
+    """First by an outline, which takes a moment, then by plans, once that pays."""
+    run = run_of(order(tmp_path))
+    rough = run.price()
+    assert run.price_for(1e-3) is None
+    planned = run.price_for(1e3)
+    assert planned is not None and rough.outline_s > 0 and not planned.outline_s
+    assert run.price_for(1e3) is None, "it is known now"
+    for price in (rough, planned):
+        assert price.num_parameters == 114 and price.memory_bytes is not None and price.memory_bytes > 4 * 114
+        assert price.step_time_s is not None and price.step_time_s > 0 and price.wide_gain >= 1 and not price.note
+    assert rough.memory_bytes == pytest.approx(planned.memory_bytes, rel=0.3)
+
+
+def test_a_candidate_that_does_not_fit_its_plan_is_rejected_then(tmp_path, monkeypatch) -> None:
+    run = run_of(order(tmp_path))
+    run.price()
+    monkeypatch.setattr(training_run, "priced", lambda *_, **__: Price(num_parameters=114, memory_bytes=2**40))
+    with pytest.raises(RejectedError, match="of memory, more than"):
+        run.price_for(1e3)
 
 
 def test_a_search_for_other_resources_counts_their_speed(tmp_path) -> None:
@@ -291,3 +316,18 @@ def test_what_is_delivered_scores_what_is_said(tmp_path) -> None:
 def test_a_candidate_without_weights_cannot_be_delivered(tmp_path) -> None:
     with pytest.raises(SearchError, match="weights of candidate 3 must be in"):
         deliver(tmp_path, Candidate(number=3, params=KNOWN), time.time())
+
+
+def test_a_trial_tells_what_plans_would_gain_before_it_trains_for_long(tmp_path) -> None:
+    """First so short a training that an outline will do, then a long one, which a price by plans precedes."""
+    answers = [Go(until_s=1e-4, granted_s=1e-4), Go(until_s=2e-4, granted_s=1e3), Stop()]
+    told: list[Any] = []
+    link: Any = SimpleNamespace(recv=lambda: answers.pop(0), send=told.append, poll=lambda: False)
+    given = order(tmp_path)
+    run = run_of(given)
+    run.price()
+    run.continue_for = lambda _: None  # type: ignore[method-assign]  # a plan is another test's matter
+    _explore(run, given, link)
+    kinds = [type(one).__name__ for one in told if not isinstance(one, Judged)]
+    assert kinds == ["RungEnd", "Priced", "RungEnd", "Ended"]
+    assert not next(one.price.outline_s for one in told if isinstance(one, Priced))
