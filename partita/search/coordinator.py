@@ -35,7 +35,6 @@ from partita.search.pricing import Limits, Price
 from partita.search.processes import Server, TrialProcess
 from partita.search.report import values_of
 from partita.search.study import GRACE_S, HEARTBEAT_S
-from partita.search.training_run import PLANNED_FROM_S
 from partita.units import split_evenly
 
 LEAST_START_S = 20.0  # for a trial to begin, and to be judged first
@@ -185,9 +184,10 @@ class Coordinator:
             known=candidate.params,
             resumed=before is not None,
             cores=cores,
-            everywhere=settings.everywhere if self._budget.final_s >= PLANNED_FROM_S else None,
+            everywhere=settings.everywhere,
             target=settings.target,
             limits=settings.limits,
+            final_s=self._budget.final_s,
             final=(begin_s, self._budget.last_s) if is_final else None,
             price=self._known_price(before, len(cores)),
         )
@@ -216,7 +216,8 @@ class Coordinator:
             memory_bytes=before.memory_bytes,
             wide_gain=1.0 if is_wide else before.wide_gain,
             note="".join(before.notes),
-            outline_s=0.0 if is_wide else before.outline_s,
+            outline_s=before.outline_s,
+            is_rough=before.is_rough and not is_wide,
         )
 
     def _go(self, one: _Running, candidate: Candidate) -> None:
@@ -430,4 +431,5 @@ def _with_price(candidate: Candidate, price: Price) -> Candidate:
         memory_bytes=price.memory_bytes,
         notes=(price.note,) if price.note else (),
         outline_s=price.outline_s,
+        is_rough=price.is_rough,
     )

@@ -96,7 +96,7 @@ class Course:
         for one in self.all:
             if one.state == "waiting" and one.rung < 0 and one.failures <= self._retries:
                 return one.number
-        return next_promoted(self.standings(now_s))
+        return next_promoted(self.standings(now_s), self._last_rung)
 
     def may_propose(self, now_s: float, *, startup_s: float, num_running: int) -> bool:
         """Whether a new candidate could still be judged while exploring lasts; or there is none at all."""
@@ -122,7 +122,11 @@ class Course:
 
     def goes_on(self, candidate: Candidate, now_s: float) -> bool:
         """Whether one that was just judged at a rung trains on at once."""
-        return candidate.rung >= 0 and goes_on(candidate.number, self.standings(now_s))
+        return candidate.rung >= 0 and goes_on(candidate.number, self.standings(now_s), self._last_rung)
+
+    @property
+    def _last_rung(self) -> int:
+        return 0 if self.first_rung_s is None else self.budget.last_rung(self.first_rung_s)
 
     def forget_worst(self, now_s: float) -> None:
         """Removes checkpoints of those that wait with the least prospect."""

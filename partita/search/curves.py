@@ -47,7 +47,7 @@ class Point(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """A predicted score, and its standard deviation (infinite: one point says nothing of the future)."""
+    """A predicted score, and its standard deviation (infinite: one or two points say nothing of the future)."""
 
     score: float
     deviation: float
@@ -69,9 +69,9 @@ def forecast(points: Sequence[Point], at_samples: float, *, maximize: bool, boun
     """
     sign = -1.0 if maximize else 1.0
     x = np.array([point.samples for point in points], dtype=np.float64)
-    y = np.minimum.accumulate(sign * np.array([point.score for point in points], dtype=np.float64))
+    y = sign * np.array([point.score for point in points], dtype=np.float64)
     recent = x >= OLDEST * x[-1]
-    x, y = x[recent], y[recent]
+    x, y = x[recent], np.minimum.accumulate(y[recent])
     if len(x) == 1:
         return Forecast(float(sign * y[0]), float("inf"))
     spread = float(np.ptp(y))
@@ -82,7 +82,7 @@ def forecast(points: Sequence[Point], at_samples: float, *, maximize: bool, boun
     weights = _weights(residuals, len(x))
     mean = float(weights @ predictions)
     variance = weights @ ((predictions - mean) ** 2 + (residuals + LEAST_NOISE**2) / len(x))
-    variance *= len(x) / max(1, len(x) - 2)  # floor and slope are estimates
+    variance *= len(x) / (len(x) - 2) if len(x) > 2 else float("inf")  # floor and slope are estimates
     found = float(y[-1]) + spread * mean
     found = found if bound is None else max(found, sign * bound)
     return Forecast(sign * found, DOUBT * spread * float(np.sqrt(variance)))

@@ -10,6 +10,7 @@ is kept for handing over the result.
 
 Rungs are times: rung k is `FACTOR`^k times the first one, of training alone. The first is `FACTOR`^-`MOST_RUNGS` of the
 final training, but at least `STARTUPS` times what a trial takes to begin, because less would be spent on beginnings.
+The last one is at most a `FACTOR`th of the final training, which is the rung after it.
 
 Sources: successive halving Jamieson and Talwalkar 2016, section 3; rungs and factor Li et al. 2020 (ASHA), section 3.
 """
@@ -102,6 +103,11 @@ class Budget:
         """The training time after which a candidate is judged first, where beginning a trial takes `startup_s`."""
         wanted_s = max(LEAST_RUNG_S, STARTUPS * startup_s, self.final_s / math.pow(FACTOR, MOST_RUNGS))
         return min(wanted_s, max(LEAST_RUNG_S, (self.explore_end_s - self.start_s) / FACTOR))
+
+    def last_rung(self, first_rung_s: float) -> int:
+        """The rung beyond which a candidate goes on in the final training only: that is the next one, or longer."""
+        rungs = math.log(max(1.0, self.final_s / first_rung_s), FACTOR)
+        return max(0, math.floor(rungs + 1e-6) - 1)
 
     def num_slots(self, num_cores: int, now_s: float) -> int:
         """How many trials run side by side: one a core in the first half of exploring, then fewer and wider ones, down

@@ -22,8 +22,9 @@ class Order:
         number: of the trial, which decides random numbers together with `seed`.
         known: suggested values that are given: all of a candidate that is `resumed` from its checkpoint.
         cores: numbers of the cores that are its own.
-        everywhere: all cores of the search; None: the final training is too short for a plan that uses them.
+        everywhere: all cores of the search.
         target: what the network is searched for; None: these cores.
+        final_s: what the final training takes.
         final: from when to when (seconds since 1970) this is the final training; None: it explores.
         price: of the candidate on as many cores, where it is known from an earlier trial.
     """
@@ -35,9 +36,10 @@ class Order:
     known: dict[str, Any]
     resumed: bool
     cores: tuple[int, ...]
-    everywhere: Cluster | None
+    everywhere: Cluster
     target: Cluster | None
     limits: Limits
+    final_s: float
     final: tuple[float, float] | None
     price: Price | None
 

@@ -25,6 +25,7 @@ from partita.graph import Graph, capture
 from partita.graph.outline import outline
 from partita.plan import Constraints, Plan, Prediction
 from partita.planner.describe import title
+from partita.search.effort import is_planned
 from partita.training.optimizers import OptimizerFacts
 from partita.training.planning import block_plan, ranked_plans
 from partita.training.runner import LossFn
@@ -48,8 +49,8 @@ class Limits:
 class Price:
     """What is predicted of a candidate. `memory_bytes` and `step_time_s` are None where the step cannot be captured;
     `uncertainty` is the relative error of `step_time_s`; `wide_gain` is how many times as fast all cores are, or what
-    the network is searched for; `outline_s` is what the outline took that all this follows from, 0 where it follows
-    from plans."""
+    the network is searched for. `outline_s`: what the outline of the step took, 0 where it has none; `is_rough`: all
+    this follows from it."""
 
     num_parameters: int
     memory_bytes: int | None = None
@@ -59,6 +60,7 @@ class Price:
     note: str = ""
     refused: str = ""  # why there is no plan for what the network is searched for
     outline_s: float = 0.0
+    is_rough: bool = False
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -115,9 +117,14 @@ def roughly_priced(
     batch: Any,
     *,
     own: Cluster,
-    everywhere: Cluster | None,
+    everywhere: Cluster,
+    final_s: float,
 ) -> Price | None:
-    """The price of a candidate on the CPU cores of `own` by the outline of its step; None: it has none."""
+    """The price of a candidate on the CPU cores of `own` by the outline of its step; None: it has none.
+
+    Args:
+        everywhere: where it would be trained in the end, for `final_s`.
+    """
     start_s = time.monotonic()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -126,19 +133,21 @@ def roughly_priced(
         raise
     except PartitaError:
         return None
+    outline_s = time.monotonic() - start_s
     place = block_plan(own, graph=None, reasons=()).workers[0]
     facts = OptimizerFacts.of(optimizer)
     rates = rates_of(own.machines[place.machine], place, launch_s=DISPATCH_S)
     update_s = CostTable(own, read_cache=False).update_time_s(step.trained, facts.name, place)
-    is_wide = everywhere is not None and step.batch_size >= everywhere.num_cores > own.num_cores
-    num_cores = everywhere.num_cores if everywhere is not None and is_wide else own.num_cores
+    is_wide = step.batch_size >= everywhere.num_cores > own.num_cores and is_planned(final_s, outline_s)
+    num_cores = everywhere.num_cores if is_wide else own.num_cores
     return Price(
         num_parameters=num_parameters(model),
         memory_bytes=step.kept_bytes + step.peak_bytes + state_bytes(step.trained_bytes, facts.state_bytes_per_element),
         step_time_s=sum(roofline_s(rates, *work) for work in step.works) + update_s,
         uncertainty=UNCERTAINTY_ROOFLINE,
         wide_gain=1 + ROUGH_EFFICIENCY * (num_cores / own.num_cores - 1),
-        outline_s=time.monotonic() - start_s,
+        outline_s=outline_s,
+        is_rough=True,
     )
 
 

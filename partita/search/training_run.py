@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from partita.cluster import Cluster
 from partita.errors import InputError, NonFiniteLossError
 from partita.planner.describe import title
 from partita.search.curves import Point
+from partita.search.effort import is_compiled, is_planned, is_priced
 from partita.search.messages import Judged, Order
 from partita.search.parts import endless, first_batch, judged_batches, num_rows
 from partita.search.pricing import Price, infeasible, num_parameters, priced, roughly_priced, too_large, too_slow
@@ -40,10 +42,6 @@ from partita.training.step import Step
 from partita.units import fingerprint
 
 DECAY_SHARE = 0.5
-PRICED_FROM = 40.0  # times what an outline takes; a graph and its prices take about ten times as long
-# Planning and trying plans takes seconds, and compiling them tens of seconds, of which no more than a tenth should be
-# lost.
-PLANNED_FROM_S, COMPILED_FROM_S = 30.0, 180.0
 # The next point of the curve is at so many times the training time of the last one: three in each rung.
 BETWEEN_JUDGED, FIRST_JUDGED = 1.5, 1 / 3  # the first one after so much of the first rung
 FINAL_BETWEEN = 1 / 20  # of the final training at most, since its best weights are what is delivered
@@ -133,20 +131,27 @@ class TrainingRun:
             self._price = self._order.price
             return self._price
         if self._order.target is None and self._device.type == "cpu":
-            rough = roughly_priced(*self._trained, own=self._here, everywhere=self._order.everywhere)
+            order = self._order
+            rough = roughly_priced(*self._trained, own=self._here, everywhere=order.everywhere, final_s=order.final_s)
             if rough is not None:
                 return self._kept(rough)
         return self._priced_by_plans()
 
     def price_for(self, granted_s: float) -> Price | None:
-        """The same by plans, before it is trained for so long; None: it is known, or would take too much of that."""
-        if not self._price.outline_s or granted_s < PRICED_FROM * self._price.outline_s:
+        """The same by plans, before it is trained for so long; None: it is known, or would take too much of that, or no
+        plan is to be used in the end."""
+        outline_s = self._price.outline_s
+        if not (
+            self._price.is_rough and is_priced(granted_s, outline_s) and is_planned(self._order.final_s, outline_s)
+        ):
             return None
         return self._priced_by_plans()
 
     def _priced_by_plans(self) -> Price:
-        order = self._order
-        return self._kept(priced(*self._trained, own=self._here, everywhere=order.everywhere, target=order.target))
+        order, outline_s = self._order, self._price.outline_s
+        everywhere = order.everywhere if is_planned(order.final_s, outline_s) else None
+        price = priced(*self._trained, own=self._here, everywhere=everywhere, target=order.target)
+        return self._kept(dataclasses.replace(price, outline_s=outline_s))
 
     def _kept(self, price: Price) -> Price:
         reason = infeasible(price, self._order.limits, time.time())
@@ -163,7 +168,7 @@ class TrainingRun:
         """Makes the training step, under a plan that is found for the trial's cores if it is trained for long enough;
         `resumed`: it goes on from the candidate's checkpoint."""
         self.close()
-        self._planned = _planned_for(granted_s)
+        self._planned = self._planned_for(granted_s)
         self._step = self._made(*self._planned)
         if resumed:
             self._step.load(self._order.folder, also={"progress": self._progress})
@@ -174,8 +179,13 @@ class TrainingRun:
 
     def continue_for(self, granted_s: float) -> None:
         """Called after `save`: from here on a plan may pay."""
-        if _planned_for(granted_s) > self._planned:
+        if self._planned_for(granted_s) > self._planned:
             self.begin(granted_s, resumed=True)
+
+    def _planned_for(self, granted_s: float) -> tuple[bool, bool]:
+        """Whether a plan is looked for, and may be compiled."""
+        outline_s = self._price.outline_s
+        return is_planned(granted_s, outline_s), is_compiled(granted_s, outline_s)
 
     def _made(self, planned: bool, compiled: bool) -> Step:
         plain = block_plan(self._here, graph=None, reasons=(PLAINLY,))
@@ -326,11 +336,6 @@ def fastest_threads(model: nn.Module, loss_fn: LossFn, batch: Any, num_cores: in
             if times_s[count] > LONG_STEP_S:
                 return num_cores
     return min(times_s, key=lambda count: times_s[count])
-
-
-def _planned_for(granted_s: float) -> tuple[bool, bool]:
-    """Whether a plan is looked for, and may be compiled, for so much training."""
-    return granted_s >= PLANNED_FROM_S, granted_s >= COMPILED_FROM_S
 
 
 def better(score: float, than: float, *, maximize: bool) -> bool:

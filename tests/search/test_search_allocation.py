@@ -22,32 +22,32 @@ def standing(number: int, rung: int, *values: float, waits: bool = True) -> Stan
 def test_the_best_third_goes_on() -> None:
     others = [standing(i, 0, float(i)) for i in range(5)]
     assert best_at(0, others) == [0]
-    assert goes_on(9, [*others, standing(9, 0, -1.0, waits=False)])
-    assert not goes_on(9, [*others, standing(9, 0, 3.5, waits=False)])
+    assert goes_on(9, [*others, standing(9, 0, -1.0, waits=False)], 9)
+    assert not goes_on(9, [*others, standing(9, 0, 3.5, waits=False)], 9)
 
 
 def test_the_first_ones_wait_for_others() -> None:
-    assert not goes_on(0, [standing(0, 0, 0.0)])
-    assert not goes_on(0, [standing(0, 0, 0.0), standing(1, 0, 1.0)])
-    assert goes_on(0, [standing(0, 0, 0.0), standing(1, 0, 1.0), standing(2, 0, 2.0)])
+    assert not goes_on(0, [standing(0, 0, 0.0)], 9)
+    assert not goes_on(0, [standing(0, 0, 0.0), standing(1, 0, 1.0)], 9)
+    assert goes_on(0, [standing(0, 0, 0.0), standing(1, 0, 1.0), standing(2, 0, 2.0)], 9)
 
 
 def test_who_waits_goes_on_once_others_are_worse() -> None:
     known = [standing(0, 0, 1.0), standing(1, 0, 2.0)]
-    assert next_promoted(known) is None
-    assert next_promoted([*known, standing(2, 0, 3.0)]) == 0
+    assert next_promoted(known, 9) is None
+    assert next_promoted([*known, standing(2, 0, 3.0)], 9) == 0
 
 
 def test_higher_rungs_come_first() -> None:
     low = [standing(i, 0, float(i)) for i in range(6)]
     high = [standing(10 + i, 1, 10.0 + i) for i in range(3)]
-    assert next_promoted([*low, *high]) == 10
+    assert next_promoted([*low, *high], 9) == 10
 
 
 def test_who_has_moved_on_or_trains_is_not_promoted() -> None:
     known = [standing(0, 1, 0.0), standing(1, 0, 1.0, waits=False), *(standing(i, 0, float(i)) for i in range(2, 6))]
     assert best_at(0, known) == [0, 1]
-    assert next_promoted(known) is None
+    assert next_promoted(known, 9) is None
 
 
 @given(VECTORS)
@@ -75,9 +75,15 @@ def test_extremes_of_a_layer_come_before_its_crowd() -> None:
 def test_dominated_candidates_stop_with_several_objectives() -> None:
     good = [standing(i, 0, float(i), float(5 - i)) for i in range(6)]
     bad = standing(9, 0, 7.0, 7.0, waits=False)
-    assert not goes_on(9, [*good, bad])
+    assert not goes_on(9, [*good, bad], 9)
 
 
 def test_about_a_factor_of_each_rung_goes_on() -> None:
     known = [standing(i, 0, float(i)) for i in range(27)]
     assert len(best_at(0, known)) == 27 // FACTOR
+
+
+def test_nobody_goes_beyond_the_last_rung() -> None:
+    known = [standing(i, 1, float(i)) for i in range(3)]
+    assert next_promoted(known, 2) == 0 and next_promoted(known, 1) is None
+    assert goes_on(0, known, 2) and not goes_on(0, known, 1)

@@ -63,3 +63,12 @@ def test_fewer_and_wider_trials_towards_the_end() -> None:
     assert slots == sorted(slots, reverse=True)
     assert {budget.num_slots(1, now_s) for now_s in range(0, 80, 5)} == {1}
     assert {budget.num_slots(2, now_s) for now_s in range(0, 80, 5)} == {2}
+
+
+@pytest.mark.parametrize("first_rung_s", [0.5, 1.0, 2.9, 11.0, 50.0])
+def test_the_final_training_is_the_rung_after_the_last_one_or_longer(first_rung_s: float) -> None:
+    budget = Budget(start_s=0.0, deadline_s=100.0, final_share=0.4)
+    last = budget.last_rung(first_rung_s)
+    assert last == 0 or rung_s(first_rung_s, last + 1) <= budget.final_s * (1 + 1e-6)
+    assert rung_s(first_rung_s, last + 2) > budget.final_s
+    assert budget.last_rung(budget.final_s / FACTOR**4) == 3

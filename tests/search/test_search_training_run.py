@@ -24,7 +24,6 @@ from partita.search.resources import resources
 from partita.search.task import Task, default_loss, default_score, suggested_adamw
 from partita.search.training_run import (
     DECAY_SHARE,
-    PLANNED_FROM_S,
     RejectedError,
     TrainingRun,
     decay,
@@ -59,7 +58,7 @@ def order(folder: Path, **changes: Any) -> Order:
     where = Cluster.detect()
     plain = Order(
         task_file="", folder=str(folder), number=3, seed=1, known=KNOWN, resumed=False, everywhere=where, target=None,
-        final=None, price=None, cores=where.machines[0].cores[:1],
+        final_s=1e3, final=None, price=None, cores=where.machines[0].cores[:1],
         limits=Limits(max_params=None, max_memory_bytes=2**33, last_s=time.time() + 1000),
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)
@@ -107,7 +106,7 @@ def test_a_plan_is_looked_for_where_it_pays_and_changes_nothing(tmp_path, monkey
         return parallelize(*arguments, **options)
 
     monkeypatch.setattr(training_run, "parallelize", recorded)
-    for name, granted_s in (("plain", 1.0), ("planned", PLANNED_FROM_S)):
+    for name, granted_s in (("plain", 1.0), ("planned", 60.0)):
         told: list[Judged] = []
         run = run_of(order(tmp_path / name))
         run.begin(1.0, resumed=False)
@@ -180,7 +179,7 @@ def test_what_is_predicted_is_told(tmp_path) -> None:
     rough = run.price()
     assert run.price_for(1e-3) is None
     planned = run.price_for(1e3)
-    assert planned is not None and rough.outline_s > 0 and not planned.outline_s
+    assert planned is not None and rough.is_rough and not planned.is_rough and rough.outline_s == planned.outline_s > 0
     assert run.price_for(1e3) is None, "it is known now"
     for price in (rough, planned):
         assert price.num_parameters == 114 and price.memory_bytes is not None and price.memory_bytes > 4 * 114
@@ -330,4 +329,4 @@ def test_a_trial_tells_what_plans_would_gain_before_it_trains_for_long(tmp_path)
     _explore(run, given, link)
     kinds = [type(one).__name__ for one in told if not isinstance(one, Judged)]
     assert kinds == ["RungEnd", "Priced", "RungEnd", "Ended"]
-    assert not next(one.price.outline_s for one in told if isinstance(one, Priced))
+    assert not next(one.price.is_rough for one in told if isinstance(one, Priced))
