@@ -149,7 +149,7 @@ class Coordinator:
             if promoted is not None:
                 self._start(self._study.continued(course.candidates[promoted]), promoted, cores)
             elif course.may_propose(now_s, startup_s=self._startup_s(), num_running=len(self._running)):
-                trial = self._study.propose()
+                trial = course.proposed()
                 self._start(trial, trial, cores)
             else:
                 break

@@ -14,7 +14,7 @@ from partita.errors import SearchError
 from partita.search.allocation import Standing, goes_on, next_promoted, ordered
 from partita.search.candidates import Aims, Candidate, best_of, standings
 from partita.search.deadline import FACTOR, Budget, rung_s
-from partita.search.study import Study
+from partita.search.study import STARTUP_TRIALS, Study
 from partita.search.weights import kept_score
 
 MOST_KEPT = 32  # checkpoints of waiting candidates
@@ -104,6 +104,12 @@ class Course:
             return False
         needed_s = (self.first_rung_s or 0.0) + startup_s
         return now_s + needed_s < self.budget.explore_end_s or not (num_running or self.has_waiting())
+
+    def proposed(self) -> int:
+        """A new trial. Proposals learn from others once enough of these were promoted: what is best after a second of
+        training is small and quick, and what is proposed by that is smaller and quicker still."""
+        num_known = sum(one.rung >= min(1, self._last_rung) for one in self.all)
+        return self.study.propose(learns=num_known >= STARTUP_TRIALS)
 
     def next_until_s(self, candidate: Candidate, startup_s: float) -> float:
         """The training time at which a candidate is at its next rung. The first candidate decides how long rungs

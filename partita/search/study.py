@@ -115,7 +115,8 @@ class Study:
                 f"{aims.directions}; choose another folder or study"
             )
         num_before = len(self.optuna.get_trials(deepcopy=False))
-        self.optuna.sampler = _sampler(aims, seed + num_before)  # not the same random suggestions once more
+        own_seed = seed + num_before  # not the same random suggestions once more
+        self._random, self._learnt = optuna.samplers.RandomSampler(seed=own_seed), _sampler(aims, own_seed)
         self._ids: dict[int, int] = {}
         self._asked: dict[int, optuna.Trial] = {}
         self._seen: dict[int, float] = {}  # samples of the last point of its curve that a trial has
@@ -132,8 +133,10 @@ class Study:
 
     # Trials ----------------------------------------------------------------------------------------------------
 
-    def propose(self) -> int:
-        """A new trial, which asks for its values later; its number."""
+    def propose(self, *, learns: bool = True) -> int:
+        """A new trial, which asks for its values later; its number. `learns`: values follow from earlier trials, once
+        these are `STARTUP_TRIALS`; else they are random."""
+        self.optuna.sampler = self._learnt if learns else self._random
         with _calm():
             trial = self.optuna.ask()
         self._asked[trial.number] = trial

@@ -15,7 +15,7 @@ from partita.search.course import MOST_FINAL_FAILURES, MOST_KEPT, NUM_BROKEN, Co
 from partita.search.curves import Point
 from partita.search.deadline import Budget
 from partita.search.messages import Suggest
-from partita.search.study import Study, open_storage
+from partita.search.study import STARTUP_TRIALS, Study, open_storage
 from partita.search.weights import write_weights
 
 FIRST_RUNG_S = 1.0
@@ -211,3 +211,18 @@ def test_checkpoints_without_prospects_are_removed(tmp_path) -> None:
     now.forget_worst(10)
     gone = [one.number for one in now.all if one.state == "gone"]
     assert gone == [0, 1] and not now.folder_of(0).exists() and now.folder_of(2).exists()
+
+
+def test_proposals_learn_once_enough_candidates_were_promoted(tmp_path, monkeypatch) -> None:
+    now = course(tmp_path)
+    asked: list[bool] = []
+    monkeypatch.setattr(now.study, "propose", lambda *, learns: asked.append(learns) or 7)
+    last = BUDGET.last_rung(FIRST_RUNG_S)
+    known = [Candidate(number=i, rung=0, points=(Point(1.0, 1.0, 0.5),)) for i in range(2 * STARTUP_TRIALS)]
+    now.candidates.update({one.number: one for one in known})
+    now.first_rung_s = FIRST_RUNG_S
+    assert now.proposed() == 7
+    for one in known[:STARTUP_TRIALS]:
+        now.candidates[one.number] = dataclasses.replace(one, rung=1)
+    now.proposed()
+    assert last > 0 and asked == [False, True]
