@@ -18,6 +18,7 @@ PATIENCE_S = 60.0
 BEGIN = """
 import os, signal, sys, time
 from partita.cli.attend import attend
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background jobs ignore it
 attend(float(sys.argv[1]))
 """
 KILLED_ONCE = """
