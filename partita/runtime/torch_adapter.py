@@ -64,26 +64,34 @@ class Compiled:
 
     def _first(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         with self._lock:  # other workers wait: the code inside is exchanged for the time of the call
-            graph = None if self._is_seen else _code_inside(self._artifact)
-            self._is_seen = True
-            if graph is None:
-                return self._outputs(inputs)
-            code, calls = graph.current_callable, []
+            if not self._is_seen:
+                try:
+                    return self._seen(inputs)
+                finally:
+                    self._is_seen = True
+        return self(*inputs)
 
-            def watched(values: list[Tensor]) -> Sequence[Tensor]:
-                given = tuple(values)
-                found: Sequence[Tensor] = code(values)
-                calls.append((given, tuple(found)))
-                return found
+    def _seen(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """A call that looks at what the code inside is given and returns."""
+        graph = _code_inside(self._artifact)
+        if graph is None:
+            return self._outputs(inputs)
+        code, calls = graph.current_callable, []
 
-            graph.current_callable = watched
-            try:
-                outputs = self._outputs(inputs)
-            finally:
-                graph.current_callable = code
-            if len(calls) == 1 and _are_identical(calls[0][0], inputs) and _are_identical(calls[0][1], outputs):
-                self._code = code
-            return outputs
+        def watched(values: list[Tensor]) -> Sequence[Tensor]:
+            given = tuple(values)
+            found: Sequence[Tensor] = code(values)
+            calls.append((given, tuple(found)))
+            return found
+
+        graph.current_callable = watched
+        try:
+            outputs = self._outputs(inputs)
+        finally:
+            graph.current_callable = code
+        if len(calls) == 1 and _are_identical(calls[0][0], inputs) and _are_identical(calls[0][1], outputs):
+            self._code = code
+        return outputs
 
 
 def _are_identical(first: Sequence[object], second: Sequence[object]) -> bool:

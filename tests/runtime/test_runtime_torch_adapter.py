@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import inspect
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -81,10 +82,18 @@ def test_layers_that_do_something_stay() -> None:
 
 
 def test_many_workers_may_make_the_first_call() -> None:
-    call = compiled(lambda x: (torch.cos(x) + 1,))
-    values = [torch.randn(4, 6) for _ in range(8)]
-    with ThreadPoolExecutor(8) as pool, torch.no_grad():
-        found = list(pool.map(call, values))
-    for value, (result,) in zip(values, found, strict=True):
-        torch.testing.assert_close(result, torch.cos(value) + 1)
-    assert call._code is not None
+    """Whoever calls while the first call looks inside waits for it: otherwise two would be seen, and the layers stay."""
+    first = compiled(lambda x: (torch.cos(x) + 1,))
+    values = [torch.randn(4, 6) for _ in range(16)]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(60):
+            call = torch_adapter.Compiled(first._artifact)
+            with ThreadPoolExecutor(8) as pool, torch.no_grad():
+                found = list(pool.map(call, values))
+            for value, (result,) in zip(values, found, strict=True):
+                torch.testing.assert_close(result, torch.cos(value) + 1)
+            assert call._code is not None
+    finally:
+        sys.setswitchinterval(before)
