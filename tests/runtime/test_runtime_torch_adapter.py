@@ -82,7 +82,7 @@ def test_layers_that_do_something_stay() -> None:
 
 
 def test_many_workers_may_make_the_first_call() -> None:
-    """Whoever calls while the first call looks inside waits for it: two at a time would be seen, and the layers stay."""
+    """Whoever calls while the first call looks inside waits: two at a time would be seen, and the layers stay."""
     first = compiled(lambda x: (torch.cos(x) + 1,))
     values = [torch.randn(4, 6) for _ in range(16)]
     before = sys.getswitchinterval()
