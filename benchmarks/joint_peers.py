@@ -13,7 +13,6 @@ The process of the first core makes the final training, so that nothing is impor
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from benchmarks.common import Row
 from benchmarks.joint_task import Config, adam, data, loss_fn, network, suggest, test_loss
 from benchmarks.processes import Message
 from partita.search.training_run import decay
+from partita.search.trial_process import take_cores
 
 EPOCH_ROWS = 1000
 MOST_EPOCHS, FACTOR = 27, 3
@@ -87,7 +87,7 @@ class Training:
 
 def explore(message: Message) -> Message:
     """One core's candidates until an instant: their numbers, values and scores."""
-    _take_cores([message["core"]])
+    take_cores([message["core"]])
     way, seed, end_s, folder = message["way"], message["seed"], message["end_s"], Path(message["folder"])
     study = _study(way, seed, folder)
     share_s = (end_s - time.time()) / NUM_IN_TURN
@@ -104,11 +104,6 @@ def explore(message: Message) -> Message:
         training.save(folder / f"{trial.number}.pt")
         found.append({"number": trial.number, "params": trial.params, "score": score})
     return {"found": found}
-
-
-def _take_cores(cores: list[int]) -> None:
-    os.sched_setaffinity(0, cores)
-    torch.set_num_threads(len(cores))
 
 
 def _study(way: str, seed: int, folder: Path) -> optuna.Study:
@@ -142,7 +137,7 @@ def _by_epochs(training: Training, study: optuna.Study, trial: optuna.Trial, end
 def finish(message: Message) -> Message:
     """Continues a candidate on all cores until an instant: the score of its best weights, and their loss in the
     test."""
-    _take_cores(message["cores"])
+    take_cores(message["cores"])
     begin_s, end_s, folder = time.time(), message["end_s"], Path(message["folder"])
     training = Training(Config.of(message["params"]), message["seed"] + 1)
     training.load(folder / f"{message['number']}.pt")

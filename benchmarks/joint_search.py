@@ -57,10 +57,9 @@ ROLES = {"partita": by_partita, "explore": explore, "finish": finish}
 # The parent -----------------------------------------------------------------------------------------------------------
 
 
-def by_peers(way: str, seed: int, deadline_s: float, folder: Path) -> Message:
+def by_peers(way: str, seed: int, start_s: float, deadline_s: float, folder: Path) -> Message:
     """Explores on one core each, and finishes on all."""
     cores = sorted(partita.Cluster.detect().processes[0].cores)
-    start_s = time.time()
     explored_s = start_s + (1 - FINAL_SHARE) * deadline_s
     with contextlib.ExitStack() as stack:
         explorers = [stack.enter_context(Child(MODULE, "explore")) for _ in cores]
@@ -93,7 +92,7 @@ def measure(way: str, seed: int, deadline_s: float) -> Row:
                     message = {"role": "partita", "seed": seed, "end_s": start_s + deadline_s, "folder": folder}
                     found = checked(child.ask(message, 2 * deadline_s + START_S))
             else:
-                found = by_peers(way, seed, deadline_s, Path(folder))
+                found = by_peers(way, seed, start_s, deadline_s, Path(folder))
         except ChildError as error:
             return row | {"errors": first_line(error)}
     late = (found.pop("ended_s") - start_s) / deadline_s - 1

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
 
 from partita.errors import CaptureError
-from partita.graph import checks, torch_adapter
+from partita.graph import torch_adapter
 from partita.graph.blocks import find_blocks
 from partita.graph.flops import op_info
 from partita.graph.graph import Graph, Input, InputKind, Output, OutputKind
@@ -30,19 +29,16 @@ _PREFIX = {
 }
 
 
-def assemble(
-    recording: Recording, inputs: StepInputs, leaf_paths: Sequence[tuple[Any, ...]], constant_names: Mapping[str, str]
-) -> Graph:
+def assemble(recording: Recording, inputs: StepInputs, constant_names: Mapping[str, str]) -> Graph:
     """The `Graph` of a functional, simplified recording.
 
     Args:
         recording: of `recording.functionalize`, simplified.
         inputs: what it was recorded from.
-        leaf_paths: pytree path of every leaf of the batch.
         constant_names: placeholder name of the recording -> name for people.
     """
     placeholders = [node for node in recording.module.graph.nodes if node.op == "placeholder"]
-    described = _describe_inputs(recording, inputs, leaf_paths, constant_names)
+    described = _describe_inputs(recording, inputs, constant_names)
     wanted = _wanted_outputs(recording, placeholders, described)
     updated = {target for kind, target, _ in wanted if kind is OutputKind.BUFFER}
     described = [
@@ -77,7 +73,7 @@ def assemble(
         aliases=dict(inputs.tensors.aliases),
         without_gradient=tuple(name for name in trainable if name not in reached),
         batch_spec=inputs.spec,
-        batch_size=checks.shared_batch_size([leaf for leaf in inputs.leaves if isinstance(leaf, torch.Tensor)]),
+        batch_size=inputs.batch_size,
         fingerprint=fingerprint(_identity(module, items, outputs, inputs.spec)),
         blocks=find_blocks(ops, parameters),
         unchecked=recording.unchecked,
@@ -87,13 +83,11 @@ def assemble(
 _Described = tuple[InputKind, str, int]
 
 
-def _describe_inputs(
-    recording: Recording, inputs: StepInputs, leaf_paths: Sequence[tuple[Any, ...]], constant_names: Mapping[str, str]
-) -> list[_Described]:
+def _describe_inputs(recording: Recording, inputs: StepInputs, constant_names: Mapping[str, str]) -> list[_Described]:
     """Kind, name and leaf index of every placeholder, in order."""
     described: list[_Described] = [(InputKind.PARAMETER, name, -1) for name in inputs.tensors.parameters]
     described += [(InputKind.BUFFER, name, -1) for name in inputs.tensors.buffers]
-    for index, (path, leaf) in enumerate(zip(leaf_paths, inputs.leaves, strict=True)):
+    for index, (path, leaf) in enumerate(zip(inputs.paths, inputs.leaves, strict=True)):
         if isinstance(leaf, torch.Tensor):
             described.append((InputKind.BATCH, f"batch{pytree.keystr(path)}", index))
     described.append((InputKind.SEED, "seed", -1))

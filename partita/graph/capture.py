@@ -10,14 +10,14 @@ import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from partita.errors import CaptureError
-from partita.graph import checks, torch_adapter
+from partita.graph import torch_adapter
 from partita.graph.assemble import assemble
 from partita.graph.counters import watched_numbers
 from partita.graph.graph import Graph
 from partita.graph.recording import Recording, StepInputs, functionalize, lift_constants, record
 from partita.graph.repeat import depends_on_state
 from partita.graph.simplify import simplify
-from partita.graph.standins import Substitution, model_tensors
+from partita.graph.standins import Substitution
 from partita.graph.strides import address_entries
 
 
@@ -60,17 +60,7 @@ def capture(
         >>> graph = capture(model, lambda model, batch: model(batch[0]).square().mean(), batch)  # doctest: +SKIP
         >>> print(graph.module.code, graph.flops)  # doctest: +SKIP
     """
-    checks.check_model(model)
-    checks.check_callable(loss_fn)
-    paths, spec = pytree.tree_flatten_with_path(batch)
-    checks.check_batch(paths)
-    inputs = StepInputs(
-        tensors=model_tensors(model),
-        leaves=[leaf for _, leaf in paths],
-        spec=spec,
-        device=None if device is None else torch.device(device),
-        wide_gradients=wide_gradients,
-    )
+    inputs = StepInputs.of(model, loss_fn, batch, device=device, wide_gradients=wide_gradients)
     with torch_adapter.new_fake_mode(), Substitution(model) as substitution:
         first = record(model, loss_fn, inputs, substitution)
         _check_repeats(model, loss_fn, inputs, substitution, first)
@@ -79,7 +69,7 @@ def capture(
         address_entries(functional.module.graph, functional.labels)
         simplify(functional.module.graph)
         names = {name: substitution.name_of(tensor) or name for name, tensor in functional.constants.items()}
-    return assemble(functional, inputs, [path for path, _ in paths], names)
+    return assemble(functional, inputs, names)
 
 
 def _loss_dtype(recording: Recording) -> torch.dtype:

@@ -26,8 +26,8 @@ from partita.errors import CaptureError, PartitaError
 from partita.graph import checks, torch_adapter
 from partita.graph.custom_ops import replacement
 from partita.graph.flops import work_of
-from partita.graph.recording import StepInputs, stand_ins, tracing_flags
-from partita.graph.standins import Substitution, model_tensors, watched_generators
+from partita.graph.recording import StepInputs, put_stand_ins, tracing_flags
+from partita.graph.standins import Substitution, watched_generators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +69,7 @@ def outline(model: nn.Module, loss_fn: Callable[[Any, Any], Any], batch: Any) ->
         >>> found.trained, found.kept_bytes, found.batch_size
         ((8, 2), 168, 8)
     """
-    checks.check_model(model)
-    checks.check_callable(loss_fn)
-    paths, spec = pytree.tree_flatten_with_path(batch)
-    checks.check_batch(paths)
-    leaves = [leaf for _, leaf in paths]
-    inputs = StepInputs(tensors=model_tensors(model), leaves=leaves, spec=spec, device=None)
+    inputs = StepInputs.of(model, loss_fn, batch)
     with torch_adapter.new_fake_mode(), Substitution(model) as substitution, watched_generators([]), tracing_flags():
         try:
             watch, trained = _watched(model, loss_fn, inputs, substitution)
@@ -88,11 +83,11 @@ def outline(model: nn.Module, loss_fn: Callable[[Any, Any], Any], batch: Any) ->
             ) from error
     return Outline(
         works=tuple(watch.works),
-        kept_bytes=sum(_num_bytes(tensor) for tensor in inputs.originals()),
+        kept_bytes=sum(tensor.nbytes for tensor in inputs.originals()),
         peak_bytes=watch.peak_bytes,
         trained=tuple(tensor.numel() for tensor in trained),
-        trained_bytes=sum(_num_bytes(tensor) for tensor in trained),
-        batch_size=checks.shared_batch_size([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]),
+        trained_bytes=sum(tensor.nbytes for tensor in trained),
+        batch_size=inputs.batch_size,
     )
 
 
@@ -101,14 +96,13 @@ def _watched(
 ) -> tuple[_Watch, list[torch.Tensor]]:
     """What was seen of a step, and the parameters that got a gradient."""
     *values, _ = inputs.fakes()
-    standins, batch = stand_ins(inputs, values)
-    substitution.put({id(original): new for original, new in standins.values()})
-    trainable = [new for _, new in standins.values() if new.requires_grad]
-    watch = _Watch([*(new for _, new in standins.values()), *pytree.tree_leaves(batch)])
+    standins, batch = put_stand_ins(inputs, values, substitution)
+    given = [new for _, new in standins.values()]
+    watch = _Watch([*given, *pytree.tree_leaves(batch)])
     with watch:
         loss = checks.check_loss(loss_fn(model, batch))
         loss.backward()
-    return watch, [tensor for tensor in trainable if tensor.grad is not None]
+    return watch, [tensor for tensor in given if tensor.requires_grad and tensor.grad is not None]
 
 
 class _Watch(TorchDispatchMode):
@@ -120,7 +114,6 @@ class _Watch(TorchDispatchMode):
         self.peak_bytes = 0
         self._live_bytes = 0
         self._sizes: dict[int, int] = {}  # of storages that live, by their address
-        self._watched: dict[int, weakref.ref[Any]] = {}
         for leaf in given:
             if isinstance(leaf, torch.Tensor):
                 self._sizes[leaf.untyped_storage()._cdata] = 0
@@ -145,12 +138,7 @@ class _Watch(TorchDispatchMode):
         self._sizes[address] = storage.nbytes()
         self._live_bytes += storage.nbytes()
         self.peak_bytes = max(self.peak_bytes, self._live_bytes)
-        self._watched[address] = weakref.ref(storage, lambda _: self._let_go(address))
+        weakref.finalize(storage, self._let_go, address)
 
     def _let_go(self, address: int) -> None:
-        self._live_bytes -= self._sizes.pop(address, 0)
-        self._watched.pop(address, None)
-
-
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+        self._live_bytes -= self._sizes.pop(address)

@@ -22,7 +22,7 @@ from partita.errors import CaptureError, PartitaError
 from partita.graph import checks, torch_adapter
 from partita.graph.graph import Phase
 from partita.graph.labels import UNKNOWN, Label, Labels, Relabel, last_node, source_of_error
-from partita.graph.standins import ModelTensors, Substitution, watched_generators
+from partita.graph.standins import ModelTensors, Substitution, model_tensors, watched_generators
 from partita.graph.validation import Answers, UndecidedError, answered
 
 
@@ -56,6 +56,7 @@ class StepInputs:
 
     Attributes:
         tensors: parameters and buffers of the model.
+        paths: pytree path of every leaf of the batch.
         leaves: all leaves of the batch.
         spec: their tree structure.
         device: where fake tensors live; None: where the real ones are (those on "meta": on the CPU).
@@ -63,14 +64,50 @@ class StepInputs:
     """
 
     tensors: ModelTensors
+    paths: Sequence[tuple[Any, ...]]
     leaves: Sequence[Any]
     spec: pytree.TreeSpec
     device: torch.device | None
     wide_gradients: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Any],
+        batch: Any,
+        *,
+        device: torch.device | str | None = None,
+        wide_gradients: bool = False,
+    ) -> StepInputs:
+        """Those of a model and a batch.
+
+        Raises:
+            InputError: the model, the loss function or the batch cannot be used as given.
+        """
+        checks.check_model(model)
+        checks.check_callable(loss_fn)
+        paths, spec = pytree.tree_flatten_with_path(batch)
+        checks.check_batch(paths)
+        return cls(
+            tensors=model_tensors(model),
+            paths=[path for path, _ in paths],
+            leaves=[leaf for _, leaf in paths],
+            spec=spec,
+            device=None if device is None else torch.device(device),
+            wide_gradients=wide_gradients,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Extent of dim 0 that the tensors of the batch share (0: none has one)."""
+        return checks.shared_batch_size(self._batch())
+
+    def _batch(self) -> list[torch.Tensor]:
+        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+
     def originals(self) -> list[torch.Tensor]:
-        batch = [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
-        return [*self.tensors.parameters.values(), *self.tensors.buffers.values(), *batch]
+        return [*self.tensors.parameters.values(), *self.tensors.buffers.values(), *self._batch()]
 
     def fakes(self) -> list[torch.Tensor]:
         """Tensors without storage, one for each of the originals, and the seed."""
@@ -163,8 +200,7 @@ class _Step:
 
     def _loss_and_gradients(self, fakes: list[torch.Tensor], labels: Labels) -> list[torch.Tensor]:
         *values, seed = fakes
-        standins, batch = stand_ins(self.inputs, values)
-        self.substitution.put({id(original): new for original, new in standins.values()})
+        standins, batch = put_stand_ins(self.inputs, values, self.substitution)
         with labels.modules():
             loss = checks.check_loss(self.loss_fn(self.model, batch))
         trainable = {name: new for name, (_, new) in standins.items() if new.requires_grad}
@@ -196,10 +232,11 @@ class _Step:
                 )
 
 
-def stand_ins(
-    inputs: StepInputs, values: Sequence[torch.Tensor]
+def put_stand_ins(
+    inputs: StepInputs, values: Sequence[torch.Tensor], substitution: Substitution
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], Any]:
-    """Name -> (original, stand-in) of the model's tensors, and the batch, from one of `values` for each original.
+    """Name -> (original, stand-in) of the model's tensors, which the model has from now on, and the batch, made from
+    one of `values` for each original.
 
     Trainable parameters become new leaves. The rest are copies, so that in-place updates never touch an input.
     """
@@ -211,6 +248,7 @@ def stand_ins(
         for hook in torch_adapter.gradient_hooks(original) if _trains(original) else ():
             new.register_hook(hook)
         found[name] = original, new
+    substitution.put({id(original): new for original, new in found.values()})
     tensors = iter(
         value.clone().requires_grad_(original.requires_grad)
         for original, value in zip(originals[len(names) :], values[len(names) :], strict=True)

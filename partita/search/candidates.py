@@ -141,14 +141,15 @@ class Aims:
         return score_at(candidate.points, samples, maximize=self.maximize, bound=self.bound).score
 
     def relied_on(self, candidate: Candidate, budget: Budget, now_s: float) -> float:
-        """The same, made worse by `CAUTION` deviations, but not worse than what the candidate scores already,
-        since its best weights are kept. A few points may promise anything; a long curve is to be relied on."""
+        """A candidate's predicted score at the deadline, made worse by `CAUTION` deviations, but not worse than what it
+        scores already, since its best weights are kept. A few points may promise anything; a long curve is to be relied
+        on."""
         found = self.predicted(candidate, budget, now_s)
         reached = candidate.points[-1].score if candidate.best_score is None else candidate.best_score
         return self.sign * min(self.sign * reached, self.sign * found.score + CAUTION * found.deviation)
 
     def turned(self, candidate: Candidate, score: float) -> Values:
-        """The same, so that lower is better."""
+        """A candidate's objectives, as by `values`, so that lower is better."""
         signs = [-1.0 if direction == "maximize" else 1.0 for direction in self.directions]
         return tuple(sign * value for sign, value in zip(signs, self.values(candidate, score), strict=True))
 

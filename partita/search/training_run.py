@@ -141,11 +141,8 @@ class TrainingRun:
         """The same by plans, before it is trained for so long; None: it is known, or would take too much of that, or no
         plan is to be used in the end."""
         outline_s = self._price.outline_s
-        if not (
-            self._price.is_rough and is_priced(granted_s, outline_s) and is_planned(self._order.final_s, outline_s)
-        ):
-            return None
-        return self._priced_by_plans()
+        pays = is_priced(granted_s, outline_s) and is_planned(self._order.final_s, outline_s)
+        return self._priced_by_plans() if self._price.is_rough and pays else None
 
     def _priced_by_plans(self) -> Price:
         order, outline_s = self._order, self._price.outline_s

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -29,7 +30,7 @@ def main(order: Order, link: Connection, lifeline: Connection) -> None:
     offer_to_be_killed(OFFER)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the search decides what an interruption means
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    _take_cores(order.cores)
+    take_cores(order.cores)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError, EOFError):  # nobody is left to tell
         try:
             _run(order, link)
@@ -42,7 +43,8 @@ def main(order: Order, link: Connection, lifeline: Connection) -> None:
     link.close()
 
 
-def _take_cores(cores: tuple[int, ...]) -> None:
+def take_cores(cores: Sequence[int]) -> None:
+    """This process, and torch in it, computes on these cores alone."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))

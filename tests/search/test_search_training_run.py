@@ -22,13 +22,7 @@ from partita.search.messages import Go, Judged, Order, Priced, Stop
 from partita.search.pricing import Limits, Price
 from partita.search.resources import resources
 from partita.search.task import Task, default_loss, default_score, suggested_adamw
-from partita.search.training_run import (
-    DECAY_SHARE,
-    RejectedError,
-    TrainingRun,
-    decay,
-    fastest_threads,
-)
+from partita.search.training_run import DECAY_SHARE, RejectedError, TrainingRun, decay, fastest_threads
 from partita.search.trial_process import _explore
 from partita.search.trials import SearchTrial
 from partita.training.parallelize import parallelize
