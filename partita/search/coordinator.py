@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 from partita.cluster import Cluster
 from partita.errors import SearchError
 from partita.search.candidates import Candidate
 from partita.search.course import DELIVERED, Course
+from partita.search.deadline import FACTOR
 from partita.search.messages import (
     Ended,
     Failed,
@@ -43,6 +45,10 @@ TOLD_TIMES = 10  # lines about the final training
 STOP_LIMIT_S, STOP_SHARE = 3.0, 0.05  # of the final training, for a trial to judge and save its candidate
 TICK_S = 0.1
 NOTED_EVERY_S = 1.0  # points of a curve are kept at most so often, and at the end of each rung
+
+
+# "final": the chosen candidate's training until the deadline; "runner-up": that of another one on cores that it leaves.
+Role = Literal["explorer", "final", "runner-up"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +81,23 @@ class _Running:
     candidate: int
     process: TrialProcess
     cores: tuple[int, ...]
-    is_final: bool
+    role: Role
     started_s: float
     due_s: float  # it must have told something by then
+    idle_cores: tuple[int, ...] = ()  # of its own, those that its plan leaves to others
     is_stopping: bool = False
     beaten_s: float = field(default_factory=time.time)
     heard_s: float = field(default_factory=time.time)
     told_s: float = 0.0
     noted_s: float = 0.0
+
+    @property
+    def is_final(self) -> bool:
+        return self.role == "final"
+
+    @property
+    def explores(self) -> bool:
+        return self.role == "explorer"
 
 
 class Coordinator:
@@ -119,8 +134,8 @@ class Coordinator:
         return self._course.delivered()
 
     def _is_over(self) -> bool:
-        now_s, final = time.time(), self._course.final
-        if final is not None and self._course.candidates[final].why == DELIVERED:
+        now_s = time.time()
+        if self._is_delivered and not self._running:
             return True
         if now_s >= self._budget.deadline_s - self._budget.margin_s / 2:
             return True
@@ -130,17 +145,19 @@ class Coordinator:
         is_through = would_be_late and self._course.is_explored(now_s, num_running=0)
         return is_through or self._course.is_exhausted(now_s, num_running=0)
 
+    @property
+    def _is_delivered(self) -> bool:
+        """Whether the final training has come to its end."""
+        final = self._course.final
+        return final is not None and self._course.candidates[final].why == DELIVERED
+
     # Starting --------------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
         """Starts what should run now and does not."""
         now_s, course = time.time(), self._course
         if course.is_explored(now_s, num_running=len(self._running)):
-            for one in self._running:
-                if not one.is_final and not one.is_stopping:
-                    self._stop(one)
-            if not self._running:
-                self._start_final(now_s)
+            self._fill_finally(now_s)
             return
         num_slots = self._settings.num_slots or self._budget.num_slots(len(self._settings.cores), now_s)
         while len(self._running) < num_slots:
@@ -153,6 +170,20 @@ class Coordinator:
                 self._start(trial, trial, cores)
             else:
                 break
+
+    def _fill_finally(self, now_s: float) -> None:
+        """Once exploring is over: ends it, and starts the final training and that of runners-up."""
+        exploring = [one for one in self._running if one.explores]
+        for one in exploring:
+            if not one.is_stopping:
+                self._stop(one)
+        if exploring:
+            return
+        final = next((one for one in self._running if one.is_final), None)
+        if final is not None:
+            self._start_runner_up(final, now_s)
+        elif not self._is_delivered:
+            self._start_final(now_s)
 
     def _free_cores(self, num_slots: int) -> tuple[int, ...]:
         """The cores of a new trial: its share of all, of those that nobody has if there are any."""
@@ -168,14 +199,31 @@ class Coordinator:
         if candidate.number != self._course.final:
             self._course.choose(candidate, now_s)
             self._tell(f"candidate {candidate.number} is trained until the deadline: {values_of(candidate)}")
-        self._start(self._study.continued(candidate), candidate.number, self._settings.cores, is_final=True)
+        self._start(self._study.continued(candidate), candidate.number, self._settings.cores, "final")
 
-    def _start(self, trial: int, number: int, cores: tuple[int, ...], *, is_final: bool = False) -> None:
+    def _start_runner_up(self, final: _Running, now_s: float) -> None:
+        """Trains another candidate on cores that are left idle, since one thread is fastest for a small network: what
+        is promised by a short curve is not sure, and the best of several is delivered."""
+        taken = {core for one in self._running if one is not final for core in one.cores}
+        idle = [core for core in final.idle_cores if core not in taken]
+        most = self._settings.num_slots or len(self._settings.cores)
+        if not idle or len(self._running) >= most or self._budget.last_s - now_s < self._budget.final_s / FACTOR:
+            return
+        candidate = self._course.runner_up(now_s)
+        if candidate is None:
+            return
+        cores = tuple(idle[: max(1, candidate.num_cores)])
+        told = ", ".join(map(str, cores))
+        self._tell(f"candidate {candidate.number} is trained beside it on core {told}: {values_of(candidate)}")
+        self._start(self._study.continued(candidate), candidate.number, cores, "runner-up")
+
+    def _start(self, trial: int, number: int, cores: tuple[int, ...], role: Role = "explorer") -> None:
         before = self._course.candidates.get(number)
         candidate = before or Candidate(number=number, failures=self._study.failures(number))
         candidate = self._course.candidates[number] = dataclasses.replace(candidate, state="running", why="")
         self._study.note(trial, candidate)
-        begin_s, settings = self._course.final_begin_s or 0.0, self._settings
+        now_s, settings = time.time(), self._settings
+        begin_s = {"explorer": None, "final": self._course.final_begin_s, "runner-up": now_s}[role]
         order = Order(
             task_file=str(settings.task_file),
             folder=str(self._course.folder_of(number)),
@@ -188,17 +236,16 @@ class Coordinator:
             target=settings.target,
             limits=settings.limits,
             final_s=self._budget.final_s,
-            final=(begin_s, self._budget.last_s) if is_final else None,
+            final=None if begin_s is None else (begin_s, self._budget.last_s),
             price=self._known_price(before, len(cores)),
         )
-        now_s = time.time()
         self._running.append(
             _Running(
                 number=trial,
                 candidate=number,
                 process=self._server.trial(order),
                 cores=cores,
-                is_final=is_final,
+                role=role,
                 started_s=now_s,
                 due_s=now_s + self._start_limit_s(),
             )
@@ -224,7 +271,7 @@ class Coordinator:
         """Lets a candidate train until its next rung, or the end."""
         now_s = time.time()
         until_s, granted_s = float("inf"), self._budget.last_s - now_s
-        if not one.is_final:
+        if one.explores:
             until_s = self._course.next_until_s(candidate, self._startup_s())
             granted_s = max(0.0, until_s - candidate.train_s)
         one.due_s = now_s + self._start_limit_s()
@@ -304,6 +351,7 @@ class Coordinator:
             candidate = dataclasses.replace(
                 candidate, samples_per_s=message.samples_per_s, step_time_s=message.step_time_s
             )
+        one.idle_cores = message.idle_cores
         if one.is_final:
             self._tell_of_final(one, candidate)
         self._course.candidates[candidate.number] = candidate
@@ -336,7 +384,7 @@ class Coordinator:
         if one.is_final:
             self._end(one, dataclasses.replace(candidate, state="waiting", why=DELIVERED))
             return
-        is_saved = message.saved and bool(candidate.points)
+        is_saved = (message.saved or not one.explores) and bool(candidate.points)
         self._end(one, dataclasses.replace(candidate, state="waiting" if is_saved else "gone", is_saved=is_saved))
         now_s = time.time()
         self._course.forget_worst(now_s)
@@ -414,7 +462,7 @@ class Coordinator:
     def _finish(self, one: _Running, candidate: Candidate) -> None:
         self._course.candidates[candidate.number] = candidate
         score = self._course.expected(candidate, time.time())
-        if one.is_final and candidate.best_score is not None:
+        if not one.explores and candidate.best_score is not None:
             score = candidate.best_score
         self._study.finish(one.number, candidate, score=score)
 

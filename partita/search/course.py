@@ -7,6 +7,7 @@ and some candidate waits, the best one is trained until the end.
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
@@ -149,8 +150,16 @@ class Course:
         chosen = None if self.final is None else self.candidates[self.final]
         if chosen is not None and chosen.state == "waiting" and self._final_failures < MOST_FINAL_FAILURES:
             return chosen
-        others = [one for one in self.all if one.number != self.final]
-        return best_of(others, self.aims, self.budget, now_s)
+        return self._best_waiting(now_s)
+
+    def runner_up(self, now_s: float) -> Candidate | None:
+        """Whom cores are for that the final training leaves idle: the best other one that waits."""
+        return self._best_waiting(now_s, most_failures=self._retries)
+
+    def _best_waiting(self, now_s: float, *, most_failures: float = math.inf) -> Candidate | None:
+        """The best candidate that waits, but for that of the final training."""
+        others = [one for one in self.all if one.number != self.final and one.state == "waiting"]
+        return best_of([one for one in others if one.failures <= most_failures], self.aims, self.budget, now_s)
 
     def choose(self, candidate: Candidate, now_s: float) -> None:
         """The final training is this candidate's; it began when the first one's did."""

@@ -3,7 +3,8 @@
     start ------------------ exploring ----------------- explore_end ---- final training ---- last -- deadline
           candidates side by side, promoted in rungs of time          the best one, wide        margin
 
-Of the time until `last`, the last `final_share` belongs to the final training: one candidate is continued on all cores.
+Of the time until `last`, the last `final_share` belongs to the final training: one candidate is continued on all cores,
+and others beside it on those that its plan leaves idle.
 Successive halving gives each of its rungs the same time, the last one to a single candidate; as exploring here has
 about as much to gain from many short rungs as from a long last one, the default is a bit less than half. `margin`
 is kept for handing over the result.

@@ -97,7 +97,8 @@ class Priced:
 @dataclass(frozen=True, kw_only=True)
 class Judged:
     """A point of the learning curve. `samples_per_s` and `step_time_s` are those of the last while of training;
-    `best_score` is that of the candidate's best weights, which lie in its folder."""
+    `best_score` is that of the candidate's best weights, which lie in its folder; `idle_cores` are those of the trial's
+    cores that its plan, once it is adopted, leaves to others (in the final training)."""
 
     point: Point
     samples_per_s: float
@@ -105,6 +106,7 @@ class Judged:
     plan: str
     num_cores: int
     best_score: float
+    idle_cores: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ import contextlib
 import copy
 import dataclasses
 import math
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ LOOKS_EVERY_S = 0.02  # for a message
 MOST_MARKS = 10_000
 THREAD_TURNS = 3
 LONG_STEP_S = 0.3
+LEAST_GAIN = 1.2  # of all threads over one, to be worth the cores
 NUM_WARM = 3  # steps after which the speed says something
 PLAINLY = "trained by plain PyTorch until planning pays"
 
@@ -120,6 +122,7 @@ class TrainingRun:
         self._saved_at_s, self._saving_s = time.monotonic(), 0.0
         self._marks: list[tuple[float, float, int]] = []  # train_s, samples and steps since `begin`, for speeds
         self._best_score = kept_score(Path(order.folder))
+        self._has_left_cores = False
 
     def price(self) -> Price:
         """What is predicted of the candidate before it trains: what is known already, or roughly where that will do.
@@ -293,7 +296,25 @@ class TrainingRun:
             plan=title(self._running.plan),
             num_cores=len(self._order.cores),
             best_score=self._best_score,
+            idle_cores=self._idle_cores(),
         )
+
+    def _idle_cores(self) -> tuple[int, ...]:
+        """Those of the trial's cores that its plan does not use: none before it is adopted, or while exploring, where
+        a candidate's cores are its own. From then on this process keeps off them."""
+        plan, cores = self._running.plan, self._order.cores
+        if (
+            self._order.final is None
+            or not self._running.is_settled
+            or any(one.gpu is not None for one in plan.workers)
+        ):
+            return ()
+        used = {core for one in plan.workers for core in one.cores[: plan.threads_per_worker]}
+        idle = tuple(core for core in cores if core not in used)
+        if idle and not self._has_left_cores:
+            self._has_left_cores = True
+            take_cores([core for core in cores if core in used])
+        return idle
 
     @property
     def ending_s(self) -> float:
@@ -318,8 +339,8 @@ class TrainingRun:
 
 
 def fastest_threads(model: nn.Module, loss_fn: LossFn, batch: Any, num_cores: int) -> int:
-    """One thread or as many as there are cores: small steps are faster with one. Measured in steps of a copy, unless
-    one takes so long that it is no small one."""
+    """One thread or as many as there are cores: small steps are faster with one, or hardly slower, which leaves cores
+    to another candidate. Measured in steps of a copy, unless one takes so long that it is no small one."""
     if num_cores == 1:
         return 1
     twin, times_s = copy.deepcopy(model), {1: math.inf, num_cores: math.inf}
@@ -332,7 +353,16 @@ def fastest_threads(model: nn.Module, loss_fn: LossFn, batch: Any, num_cores: in
                 times_s[count] = min(times_s[count], time.perf_counter() - start_s)
             if times_s[count] > LONG_STEP_S:
                 return num_cores
-    return min(times_s, key=lambda count: times_s[count])
+    return num_cores if times_s[1] > LEAST_GAIN * times_s[num_cores] else 1
+
+
+def take_cores(cores: Sequence[int]) -> None:
+    """All threads of this process, and torch in it, compute on these cores alone."""
+    if hasattr(os, "sched_setaffinity"):
+        for thread in map(int, os.listdir("/proc/self/task")):
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.sched_setaffinity(thread, cores)
+    torch.set_num_threads(len(cores))
 
 
 def better(score: float, than: float, *, maximize: bool) -> bool:

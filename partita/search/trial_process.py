@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -18,7 +17,7 @@ from partita.errors import InputError
 from partita.search.lifeline import end_with, offer_to_be_killed
 from partita.search.messages import Ended, Failed, Go, Order, Priced, Ready, Rejected, RungEnd, Stop, Suggest
 from partita.search.task import Task
-from partita.search.training_run import RejectedError, TrainingRun
+from partita.search.training_run import RejectedError, TrainingRun, take_cores
 from partita.search.trials import SearchTrial
 
 OFFER = 500  # of `offer_to_be_killed`: a trial is tried again, so it goes before the search
@@ -41,13 +40,6 @@ def main(order: Order, link: Connection, lifeline: Connection) -> None:
         except BaseException:
             link.send(Failed(error=traceback.format_exc()))
     link.close()
-
-
-def take_cores(cores: Sequence[int]) -> None:
-    """This process, and torch in it, computes on these cores alone."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)
-    torch.set_num_threads(len(cores))
 
 
 def _run(order: Order, link: Connection) -> None:

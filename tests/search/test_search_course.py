@@ -84,6 +84,17 @@ def test_the_final_training_is_for_the_best_and_for_another_after_failures(tmp_p
     assert now.delivered() == worse
 
 
+def test_idle_cores_are_for_the_best_of_those_who_wait(tmp_path) -> None:
+    now = course(tmp_path)
+    best = add(now, 0.7)
+    now.choose(best, 60)
+    assert now.runner_up(61) is None
+    worst, second, running = add(now, 0.4), add(now, 0.6), add(now, 0.65, state="running")
+    assert now.runner_up(61) == second and running.number != best.number
+    now.candidates[second.number] = dataclasses.replace(second, failures=99)
+    assert now.runner_up(61) == worst, "whose processes die again and again is not tried once more"
+
+
 def test_a_few_points_that_promise_much_are_not_relied_on(tmp_path) -> None:
     """Two points on a steep line promise more than a long curve has reached, and are worth nothing."""
     now = course(tmp_path)

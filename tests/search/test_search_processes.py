@@ -121,6 +121,24 @@ def test_a_killed_trial_is_tried_again_and_harms_no_other(task, tmp_path, pace_s
     assert sum(state == "COMPLETE" for state, _ in found) >= 2 and result.score > 0.5
 
 
+@pytest.mark.skipif(len(partita.Cluster.detect().processes[0].cores) < 2, reason="needs a second core")
+def test_cores_that_the_final_training_leaves_idle_train_the_next_best(task, tmp_path, pace_s) -> None:
+    told: list[str] = []
+    result = partita.search(
+        task.build,
+        task.data,
+        deadline=10 + 5 * pace_s,
+        folder=tmp_path / "s",
+        batch_size=50,
+        max_trials=3,
+        listener=told.append,
+    )
+    beside = [line for line in told if "is trained beside it on core" in line]
+    assert beside, "so small a network is fastest on one thread"
+    assert result.score == max(one.best_score for one in result.trials if one.best_score is not None)
+    assert "RUNNING" not in states(tmp_path / "s")
+
+
 @pytest.mark.slow
 def test_a_killed_search_goes_on_with_what_it_had_and_meets_the_same_deadline(tmp_path, pace_s) -> None:
     folder, deadline_s = tmp_path / "s", 15 + 8 * pace_s
