@@ -11,7 +11,9 @@ is kept for handing over the result.
 
 Rungs are times: rung k is `FACTOR`^k times the first one, of training alone. The first is `FACTOR`^-`MOST_RUNGS` of the
 final training, but at least `STARTUPS` times what a trial takes to begin, because less would be spent on beginnings.
-The last one is at most a `FACTOR`th of the final training, which is the rung after it.
+The last one is at most `LAST_RUNG_SHARE` of the final training. Of 22 candidates (as in `allocation`) the one that was
+chosen by 52 s on two cores had a loss 0.05 lower after 35 s more with a first rung of 1.3 s than with 0.43 s, which lets
+twice as few through that learn slowly at first, and 0.03 lower than with 3 s, which tries fewer.
 
 Sources: successive halving Jamieson and Talwalkar 2016, section 3; rungs and factor Li et al. 2020 (ASHA), section 3.
 """
@@ -27,7 +29,8 @@ from partita.arguments import told
 from partita.errors import InputError
 
 FACTOR = 3
-MOST_RUNGS = 4
+MOST_RUNGS = 3
+LAST_RUNG_SHARE = 0.5
 STARTUPS = 2.0
 LEAST_RUNG_S = 0.2
 MARGIN_SHARE, LEAST_MARGIN_S, MOST_MARGIN_S = 0.02, 0.3, 5.0
@@ -106,9 +109,9 @@ class Budget:
         return min(wanted_s, max(LEAST_RUNG_S, (self.explore_end_s - self.start_s) / FACTOR))
 
     def last_rung(self, first_rung_s: float) -> int:
-        """The rung beyond which a candidate goes on in the final training only: that is the next one, or longer."""
-        rungs = math.log(max(1.0, self.final_s / first_rung_s), FACTOR)
-        return max(0, math.floor(rungs + 1e-6) - 1)
+        """The rung beyond which a candidate goes on in the final training only."""
+        rungs = math.log(max(1.0, LAST_RUNG_SHARE * self.final_s / first_rung_s), FACTOR)
+        return math.floor(rungs)
 
     def num_slots(self, num_cores: int, now_s: float) -> int:
         """How many trials run side by side: one a core in the first half of exploring, then fewer and wider ones, down

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from partita import InputError
-from partita.search.deadline import FACTOR, MOST_RUNGS, STARTUPS, Budget, instant_of, rung_s
+from partita.search.deadline import FACTOR, LAST_RUNG_SHARE, MOST_RUNGS, STARTUPS, Budget, instant_of, rung_s
 
 NOW_S = 1_700_000_000.0
 
@@ -49,7 +49,7 @@ def test_instants_are_in_order(total_s: float, share: float) -> None:
 def test_rungs_are_long_enough_for_what_beginning_takes_and_short_enough_to_have_some() -> None:
     long = Budget(start_s=0, deadline_s=10_000, final_share=0.4)
     assert long.first_rung_s(0.5) == pytest.approx(long.final_s / FACTOR**MOST_RUNGS)
-    assert long.first_rung_s(60) == STARTUPS * 60
+    assert long.first_rung_s(100) == STARTUPS * 100
     short = Budget(start_s=0, deadline_s=10, final_share=0.4)
     assert short.first_rung_s(0.5) == STARTUPS * 0.5
     assert short.first_rung_s(60) <= short.explore_end_s / FACTOR + 1e-9
@@ -66,9 +66,9 @@ def test_fewer_and_wider_trials_towards_the_end() -> None:
 
 
 @pytest.mark.parametrize("first_rung_s", [0.5, 1.0, 2.9, 11.0, 50.0])
-def test_the_final_training_is_the_rung_after_the_last_one_or_longer(first_rung_s: float) -> None:
+def test_the_last_rung_is_at_most_half_of_the_final_training(first_rung_s: float) -> None:
     budget = Budget(start_s=0.0, deadline_s=100.0, final_share=0.4)
-    last = budget.last_rung(first_rung_s)
-    assert last == 0 or rung_s(first_rung_s, last + 1) <= budget.final_s * (1 + 1e-6)
-    assert rung_s(first_rung_s, last + 2) > budget.final_s
+    most_s, last = LAST_RUNG_SHARE * budget.final_s, budget.last_rung(first_rung_s)
+    assert last == 0 or rung_s(first_rung_s, last) <= most_s
+    assert rung_s(first_rung_s, last + 1) > most_s
     assert budget.last_rung(budget.final_s / FACTOR**4) == 3
