@@ -54,6 +54,7 @@ class ProcessTransport:
         arrivals: of the processes before exchanges outside of steps.
         gate: how connections of partita's own are made; None: there are none, gloo does everything.
         owns_default: whether partita has initialised `torch.distributed`, and so ends it.
+        timeout_s: limit of one exchange outside of steps over connections of partita's own.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class ProcessTransport:
         *,
         gate: Gate | None,
         owns_default: bool,
+        timeout_s: float = 120.0,
     ) -> None:
         self.rank = rank
         self.num_processes = num_processes
@@ -75,7 +77,19 @@ class ProcessTransport:
         self._owns_default = owns_default
         self._sessions: list[ProcessSession] = []  # that may still have groups
         self._num_sessions = 0
+        self._timeout_s = timeout_s
+        self._mesh: Mesh | None = None
+        self._has_mesh = gate is None  # or none can be had
         self._closed = False
+
+    def mesh(self) -> Mesh | None:
+        """Connections of partita's own among all processes, for exchanges outside of steps; None: there are none.
+        The first call opens them, on all processes."""
+        if not self._has_mesh:
+            assert self.gate is not None
+            everyone = tuple(range(self.num_processes))
+            self._mesh, self._has_mesh = _opened(self.gate, _OUTSIDE, 1, everyone, self._timeout_s), True
+        return self._mesh
 
     def session(self) -> ProcessSession:
         self._num_sessions += 1
@@ -121,7 +135,7 @@ class ProcessTransport:
             raise PeerLostError(f"{self.liveness.lost}; process rank {self.rank} wanted to begin {what}")
         self.liveness.activity = what
         works_alone = self.liveness.works_alone
-        self.liveness.listen(_OUTSIDE, lambda _: None)  # a process that ends now is missed
+        self.liveness.listen(_OUTSIDE, self._wake)  # a process that ends now is missed
         try:
             if patient:
                 self._arrivals.wait()
@@ -143,12 +157,19 @@ class ProcessTransport:
         self.note(f"work of its own after {what}")
         self.liveness.works_alone = works_alone
 
+    def _wake(self, _: StepError) -> None:
+        """Nobody waits for a process that is lost."""
+        if self._mesh is not None:
+            self._mesh.interrupt()
+
     def close(self) -> None:
         """Say goodbye to the other processes, then end the process groups. Runs by itself at the interpreter's end."""
         if self._closed:
             return
         self._closed = True
         self.liveness.close()
+        if self._mesh is not None:
+            self._mesh.close()
         if self.gate is not None:
             self.gate.close()
         for session in self._sessions:
@@ -205,17 +226,9 @@ class ProcessSession:
         gate = self.transport.gate
         if gate is None:
             return None
-        made = gate.mesh(self.number, self._num_lines, processes, timeout_s)
-        if isinstance(made, Mesh):
-            self._meshes.append(made)
-            return made
-        warnings.warn(
-            f"sums between processes go through gloo, which is slower, because {made}. Name the network interface that "
-            "all hosts reach each other by in GLOO_SOCKET_IFNAME, and let its TCP ports through the firewall.",
-            TransportWarning,
-            stacklevel=3,
-        )
-        return None
+        made = _opened(gate, self.number, self._num_lines, processes, timeout_s)
+        self._meshes += [] if made is None else [made]
+        return made
 
     def mail(self, timeout_s: float) -> ProcessMail:
         return ProcessMail(self, self._group(tuple(range(self.transport.num_processes)), timeout_s), timeout_s)
@@ -282,6 +295,20 @@ class ProcessSession:
                 f"process rank {self.transport.rank} lost its connection during {what} ({text}), and no "
                 f"process has said why"
             ) from error
+
+
+def _opened(gate: Gate, session: int, line: int, processes: tuple[int, ...], timeout_s: float) -> Mesh | None:
+    """A mesh among these processes, all of which call this; None, with a warning, where they cannot connect."""
+    made = gate.mesh(session, line, processes, timeout_s)
+    if isinstance(made, Mesh):
+        return made
+    warnings.warn(
+        f"sums between processes go through gloo, which is slower, because {made}. Name the network interface that "
+        "all hosts reach each other by in GLOO_SOCKET_IFNAME, and let its TCP ports through the firewall.",
+        TransportWarning,
+        stacklevel=4,
+    )
+    return None
 
 
 class _Group:
@@ -460,7 +487,9 @@ def connect(*, timeout_s: float = 120.0) -> ProcessTransport:
     liveness = Liveness(part("transport"), rank, num_processes, store_rank=store_rank)
     gate = _gate(part("sockets"), rank)
     arrivals = Arrivals(part("arrivals"), liveness, num_processes, timeout_s)
-    transport = ProcessTransport(rank, num_processes, liveness, arrivals, gate=gate, owns_default=not initialised)
+    transport = ProcessTransport(
+        rank, num_processes, liveness, arrivals, gate=gate, owns_default=not initialised, timeout_s=timeout_s
+    )
     close_at_end(transport, Order.CONNECTIONS)
     transport.open_group(timeout_s)
     _CONNECTED.append(transport)

@@ -47,6 +47,7 @@ _YES = "yes"
 _HELLO_TIME_S = 5.0  # whoever has not said who he is by then is a stranger
 _MOST_CALLERS = 512  # that have not said it yet; the others go, first come first
 _POLL_TIME_S = 0.005  # between looks at the store while others open their connections
+_MOST_AHEAD = 32  # values that whoever tells them may be ahead of the others
 Views = deque[memoryview]
 
 
@@ -70,6 +71,7 @@ class Mesh:
         self._ranks = sorted([*peers, rank])
         self._place = self._ranks.index(rank)
         self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._num_told = 0
         for peer in self._peers.values():
             peer.setblocking(False)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -145,6 +147,26 @@ class Mesh:
                     self._wait(out, into, deadline_s)
         except OSError as error:
             raise BrokenLineError(f"the connection broke: {error}") from error
+
+    def tell(self, value: Tensor, source: int) -> None:
+        """Overwrite a contiguous CPU tensor on all processes by that of `source`, which goes on once it is sent, but
+        waits for all to have come along now and then.
+
+        Raises:
+            BrokenLineError: as `all_reduce`.
+        """
+        place, others = self._ranks[self._place], list(self._peers)
+        content, answer = bytes_of(value), memoryview(bytearray(1))
+        self._num_told += 1
+        is_answered = self._num_told % _MOST_AHEAD == 0
+        if place == source:
+            self.move({rank: [content] for rank in others}, {})
+            if is_answered:
+                self.move({}, {rank: [memoryview(bytearray(1))] for rank in others})
+        else:
+            self.move({}, {source: [content]})
+            if is_answered:
+                self.move({source: [answer]}, {})
 
     def _send(self, rank: int, views: Views) -> bool:
         """Send what can be sent at once; whether anything was."""

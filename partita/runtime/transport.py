@@ -105,6 +105,11 @@ class Transport(Protocol):
         """The process group for exchanges outside of steps; None means torch's default group."""
         ...
 
+    def mesh(self) -> Any:
+        """Connections of partita's own among all processes, for exchanges outside of steps, with a method
+        `tell(value, source)`; None: there are none, `group` does everything. All processes call this."""
+        ...
+
     def note(self, activity: str) -> None:
         """What this process is in; the others read it if they wait for it in vain."""
         ...

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from partita.search.allocation import Standing, Values
-from partita.search.curves import Forecast, Point, forecast, score_at
+from partita.search.curves import Forecast, Point, forecast, is_past_best, score_at
 from partita.search.deadline import Budget, rung_s
 
 # Of choices among three candidates of 7 s of training each (the best of twelve, as in `allocation`), the loss after
@@ -140,6 +140,10 @@ class Aims:
         samples = min(last, candidate.samples_after(train_s))
         return score_at(candidate.points, samples, maximize=self.maximize, bound=self.bound).score
 
+    def is_past_best(self, candidate: Candidate) -> bool:
+        """Whether training a candidate on is of no use."""
+        return is_past_best(candidate.points, maximize=self.maximize)
+
     def relied_on(self, candidate: Candidate, budget: Budget, now_s: float) -> float:
         """A candidate's predicted score at the deadline, made worse by `CAUTION` deviations, but not worse than what it
         scores already, since its best weights are kept. A few points may promise anything; a long curve is to be relied
@@ -165,17 +169,23 @@ def standings(
             number=one.number,
             rung=one.rung,
             at=tuple(aims.turned(one, aims.after(instant_s, one, budget, now_s)) for instant_s in instants_s),
-            is_waiting=one.state == "waiting",
+            is_waiting=one.state == "waiting" and not aims.is_past_best(one),
         )
 
     judged = (one for one in candidates if one.points and one.rung >= 0)
     return [standing(one) for one in judged if one.state in ("running", "waiting", "gone")]
 
 
+def can_go_on(candidate: Candidate, aims: Aims) -> bool:
+    """Whether a candidate waits with a checkpoint, and may become better yet."""
+    waits = candidate.state == "waiting" and candidate.is_saved and bool(candidate.points)
+    return waits and not aims.is_past_best(candidate)
+
+
 def best_of(candidates: Sequence[Candidate], aims: Aims, budget: Budget, now_s: float) -> Candidate | None:
-    """The one that is to be trained until the deadline: the best by what can be relied on, of those that have a
-    checkpoint and have come to the highest rung. Of many short curves, the one that promises most promises too much."""
-    usable = [one for one in candidates if one.points and one.is_saved and one.state in ("running", "waiting")]
+    """The one that is to be trained until the deadline: the best by what can be relied on, of those that can be trained
+    on and have come to the highest rung. Of many short curves, the one that promises most promises too much."""
+    usable = [one for one in candidates if can_go_on(one, aims)]
     highest = max((one.rung for one in usable), default=0)
     there = [one for one in usable if one.rung == highest]
     return min(there, key=lambda one: aims.sign * aims.relied_on(one, budget, now_s), default=None)

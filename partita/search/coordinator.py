@@ -86,6 +86,7 @@ class _Running:
     due_s: float  # it must have told something by then
     idle_cores: tuple[int, ...] = ()  # of its own, those that its plan leaves to others
     is_stopping: bool = False
+    is_given_up: bool = False  # it stops because it is past its best
     beaten_s: float = field(default_factory=time.time)
     heard_s: float = field(default_factory=time.time)
     told_s: float = 0.0
@@ -159,7 +160,7 @@ class Coordinator:
         if course.is_explored(now_s, num_running=len(self._running)):
             self._fill_finally(now_s)
             return
-        num_slots = self._settings.num_slots or self._budget.num_slots(len(self._settings.cores), now_s)
+        num_slots = self._num_slots(now_s)
         while len(self._running) < num_slots:
             promoted = course.promoted(now_s)
             cores = self._free_cores(num_slots)
@@ -170,6 +171,12 @@ class Coordinator:
                 self._start(trial, trial, cores)
             else:
                 break
+
+    def _num_slots(self, now_s: float) -> int:
+        """Trials side by side while exploring; as many as there are cores where it goes on beyond its time."""
+        num_cores = len(self._settings.cores)
+        usual = num_cores if now_s > self._budget.explore_end_s else self._budget.num_slots(num_cores, now_s)
+        return self._settings.num_slots or usual
 
     def _fill_finally(self, now_s: float) -> None:
         """Once exploring is over: ends it, and starts the final training and that of runners-up."""
@@ -355,6 +362,10 @@ class Coordinator:
         if one.is_final:
             self._tell_of_final(one, candidate)
         self._course.candidates[candidate.number] = candidate
+        if not one.explores and not one.is_stopping and self._course.aims.is_past_best(candidate):
+            self._tell(f"candidate {candidate.number} is past its best score of {candidate.best_score:.4g}")
+            one.is_given_up = True
+            self._stop(one)
         if one.is_final or time.time() - one.noted_s > NOTED_EVERY_S:
             one.noted_s = time.time()
             self._keep(one, candidate)
@@ -381,7 +392,9 @@ class Coordinator:
             self._go(one, candidate)
 
     def _ended(self, one: _Running, candidate: Candidate, message: Ended) -> None:
-        if one.is_final:
+        if one.is_final and one.is_given_up:
+            self._course.give_up_final()
+        elif one.is_final:
             self._end(one, dataclasses.replace(candidate, state="waiting", why=DELIVERED))
             return
         is_saved = (message.saved or not one.explores) and bool(candidate.points)
@@ -443,6 +456,8 @@ class Coordinator:
         is_saved = bool(candidate.points) and self._course.has_checkpoint(candidate)
         candidate = dataclasses.replace(candidate, params=params, is_saved=is_saved)
         if one.is_stopping:  # it was to end anyway
+            if one.is_final and one.is_given_up:
+                self._course.give_up_final()
             self._finish(one, dataclasses.replace(candidate, state="waiting" if is_saved else "gone"))
             return
         reason = reason or ended or "its process has ended without a word"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from partita.errors import SearchError
 from partita.search.allocation import Standing, goes_on, next_promoted, ordered
-from partita.search.candidates import Aims, Candidate, best_of, standings
+from partita.search.candidates import Aims, Candidate, best_of, can_go_on, standings
 from partita.search.deadline import FACTOR, Budget, rung_s
 from partita.search.study import STARTUP_TRIALS, Study
 from partita.search.weights import kept_score
@@ -73,10 +73,11 @@ class Course:
 
     def is_explored(self, now_s: float, *, num_running: int) -> bool:
         """Whether exploring is over: by its time or because as many candidates as were wanted are through, once there
-        is one to go on with."""
+        is one to go on with. Where data are few, all that were found may be past their best: then it goes on."""
         if self.final is not None:
             return True
-        if not any(one.is_saved for one in self.all):
+        alive = [one for one in self.all if one.is_saved and one.state in ("running", "waiting")]
+        if all(self.aims.is_past_best(one) for one in alive):
             return False
         if now_s >= self.budget.explore_end_s:
             return True
@@ -85,6 +86,9 @@ class Course:
     def has_waiting(self) -> bool:
         """Whether some candidate could be trained on."""
         return any(one.state == "waiting" for one in self.all)
+
+    def _can_go_on(self) -> bool:
+        return any(can_go_on(one, self.aims) for one in self.all)
 
     def _is_full(self) -> bool:
         """Whether as many candidates were proposed as were wanted; those that are tried again count once."""
@@ -103,8 +107,10 @@ class Course:
         """Whether a new candidate could still be judged while exploring lasts; or there is none at all."""
         if self._is_full():
             return False
-        needed_s = (self.first_rung_s or 0.0) + startup_s
-        return now_s + needed_s < self.budget.explore_end_s or not (num_running or self.has_waiting())
+        judged_s = now_s + (self.first_rung_s or 0.0) + startup_s
+        if self.has_waiting() and not self._can_go_on():
+            return judged_s < self.budget.last_s
+        return judged_s < self.budget.explore_end_s or not (num_running or self.has_waiting())
 
     def proposed(self) -> int:
         """A new trial. Proposals learn from others once enough of these were promoted: what is best after a second of
@@ -129,6 +135,8 @@ class Course:
 
     def goes_on(self, candidate: Candidate, now_s: float) -> bool:
         """Whether one that was just judged at a rung trains on at once."""
+        if self.aims.is_past_best(candidate):
+            return False
         return candidate.rung >= 0 and goes_on(candidate.number, self.standings(now_s), self._last_rung)
 
     @property
@@ -137,7 +145,7 @@ class Course:
 
     def forget_worst(self, now_s: float) -> None:
         """Removes checkpoints of those that wait with the least prospect."""
-        waiting = [one for one in self.standings(now_s) if one.is_waiting]
+        waiting = [one for one in self.standings(now_s) if self.candidates[one.number].state == "waiting"]
         for place in ordered([one.at[-1] for one in waiting])[MOST_KEPT:]:
             number = waiting[place].number
             shutil.rmtree(self.folder_of(number), ignore_errors=True)
@@ -148,7 +156,7 @@ class Course:
     def finalist(self, now_s: float) -> Candidate | None:
         """Whom the final training is for: the one that has begun it, or the best that waits."""
         chosen = None if self.final is None else self.candidates[self.final]
-        if chosen is not None and chosen.state == "waiting" and self._final_failures < MOST_FINAL_FAILURES:
+        if chosen is not None and can_go_on(chosen, self.aims) and self._final_failures < MOST_FINAL_FAILURES:
             return chosen
         return self._best_waiting(now_s)
 
@@ -157,9 +165,9 @@ class Course:
         return self._best_waiting(now_s, most_failures=self._retries)
 
     def _best_waiting(self, now_s: float, *, most_failures: float = math.inf) -> Candidate | None:
-        """The best candidate that waits, but for that of the final training."""
-        others = [one for one in self.all if one.number != self.final and one.state == "waiting"]
-        return best_of([one for one in others if one.failures <= most_failures], self.aims, self.budget, now_s)
+        """The best candidate that can be trained on, but for that of the final training."""
+        others = [one for one in self.all if one.number != self.final and one.failures <= most_failures]
+        return best_of(others, self.aims, self.budget, now_s)
 
     def choose(self, candidate: Candidate, now_s: float) -> None:
         """The final training is this candidate's; it began when the first one's did."""
@@ -168,6 +176,12 @@ class Course:
         if self.final_begin_s is None:
             self.final_begin_s = now_s
             self.study.write("final_begin_s", now_s)
+
+    def give_up_final(self) -> None:
+        """The chosen candidate is past its best: another one is chosen, or exploring goes on."""
+        self.final, self.final_begin_s = None, None
+        self.study.write("final", None)
+        self.study.write("final_begin_s", None)
 
     def final_failed(self) -> None:
         """A process of the final training has died, or its training diverged."""
@@ -204,7 +218,7 @@ class Course:
             return False
         if self.is_explored(now_s, num_running=0):
             return self.finalist(now_s) is None
-        return not self.has_waiting() and not self.may_propose(now_s, startup_s=0.0, num_running=0)
+        return not self._can_go_on() and not self.may_propose(now_s, startup_s=0.0, num_running=0)
 
     def delivered(self) -> Candidate:
         """The candidate to deliver, now that nothing more is trained: that whose weights score best, which is seldom

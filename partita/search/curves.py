@@ -19,6 +19,11 @@ characters; with points from a twentieth on they were 0.4 to 0.45, and larger th
 
 What a decaying learning rate adds in the end is not predicted, for no candidate.
 
+No power law rises again, but where data are few scores do: from some moment on the network learns them by heart.
+`is_past_best` tells of a curve whether training on is of no use. Scores are noisy, so that a best one alone says
+nothing: as many samples again as had led to it, and at least `LEAST_AFTER` points, must have been worse by a good part
+of all that was gained until then.
+
 Sources: the form is "pow3" of Viering and Loog, "The shape of learning curves", 2022, section 4, and Hestness et al.
 2017; averaging over forms instead of choosing one Domhan et al. 2015, section 3, here over exponents on a grid and
 without sampling.
@@ -36,6 +41,7 @@ PRIOR_EXPONENT, PRIOR_WIDTH = 0.5, 0.8  # the width in logarithms
 OLDEST = 1 / 4  # of the last point's samples
 LEAST_NOISE = 0.03  # of the range of the points: scores are never exact, and curves no power laws
 DOUBT = 2.0  # real curves are so many times as far off as their fits say
+PAST, LEAST_AFTER, WORSE = 2.0, 3, 0.2  # of the best point's samples; points; of the gain until then, in the mean
 
 
 class Point(NamedTuple):
@@ -71,7 +77,7 @@ def forecast(points: Sequence[Point], at_samples: float, *, maximize: bool, boun
     x = np.array([point.samples for point in points], dtype=np.float64)
     y = sign * np.array([point.score for point in points], dtype=np.float64)
     recent = x >= OLDEST * x[-1]
-    x, y = x[recent], np.minimum.accumulate(y[recent])
+    x, y = x[recent], np.minimum.accumulate(y)[recent]
     if len(x) == 1:
         return Forecast(float(sign * y[0]), float("inf"))
     spread = float(np.ptp(y))
@@ -86,6 +92,22 @@ def forecast(points: Sequence[Point], at_samples: float, *, maximize: bool, boun
     found = float(y[-1]) + spread * mean
     found = found if bound is None else max(found, sign * bound)
     return Forecast(sign * found, DOUBT * spread * float(np.sqrt(variance)))
+
+
+def is_past_best(points: Sequence[Point], *, maximize: bool) -> bool:
+    """Whether the scores have become worse for good, so that a training that goes on will not find better ones.
+
+    Example:
+        >>> curve = [Point(n, n / 100, abs(n - 300) / 1000) for n in range(100, 800, 100)]
+        >>> is_past_best(curve[:5], maximize=False), is_past_best(curve, maximize=False)
+        (False, True)
+    """
+    y = (-1.0 if maximize else 1.0) * np.array([point.score for point in points])
+    best = int(np.argmin(y)) if len(y) else 0
+    after = y[best + 1 :]
+    if len(after) < LEAST_AFTER or points[-1].samples < PAST * points[best].samples:
+        return False
+    return bool(after.mean() - y[best] > WORSE * (y[: best + 1].max() - y[best]))
 
 
 def score_at(points: Sequence[Point], at_samples: float, *, maximize: bool, bound: float | None = None) -> Forecast:

@@ -86,7 +86,7 @@ class BlockRunner:
             with alone, on_threads(self.num_threads):
                 told = self._compute(batch, update, accumulate_only, continues, finite_only)
         if self.transport is not None:
-            Team(self.transport).spread([told], patient=compiles)
+            Team(self.transport).tell(told, patient=compiles)
         loss, norm = told.tolist()
         knows_norm = self._clip_norm is not None or self._scale is not None
         return Outcome(

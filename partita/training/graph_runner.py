@@ -229,7 +229,7 @@ class GraphRunner:
         """What the process that computes has found, on all."""
         start_s = time.perf_counter()
         told = torch.tensor([outcome.loss, outcome.norm or 0.0, outcome.norm is not None], dtype=torch.float64)
-        Team(transport).spread([told], source=self._first)
+        Team(transport).tell(told, source=self._first)
         if self._engine is None:
             outcome.loss, norm, knows_norm = told.tolist()
             outcome.norm = norm if knows_norm else None

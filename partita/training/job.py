@@ -125,6 +125,23 @@ class Team:
         what = f"the broadcast of tensors of rank {source}"
         self._guard(lambda: _broadcast(tensors, source, self._group), what, patient=patient)
 
+    def tell(self, value: torch.Tensor, *, source: int = 0, patient: bool = False) -> None:
+        """As `spread`, for a few numbers on the CPU that are told in every step: `source` hardly waits for the
+        others."""
+        if self.is_alone:
+            return
+        assert self._transport is not None
+        transport = self._transport
+
+        def call() -> None:
+            mesh = transport.mesh()
+            if mesh is None:
+                _broadcast([value], source, self._group)
+            else:
+                mesh.tell(value, source)
+
+        self._guard(call, f"what rank {source} tells of a step", patient=patient)
+
     def spread_random_state(self) -> None:
         """torch's default generator continues as that of rank 0 on every process."""
         if not self.is_alone:

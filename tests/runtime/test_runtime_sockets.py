@@ -80,6 +80,41 @@ def test_a_sum_is_right_and_bit_identical_on_all(num_processes: int, num_element
     end(made)
 
 
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_what_is_told_arrives_in_order_and_its_source_is_never_far_ahead(num_processes: int) -> None:
+    made, most, num_heard, lead = meshes(num_processes), sockets._MOST_AHEAD, [0] * num_processes, 0
+
+    def tells() -> None:
+        nonlocal lead
+        for step in range(3 * most + 5):
+            made[1].tell(torch.tensor([step, -step], dtype=torch.float64), 1)
+            lead = max(lead, step + 1 - min(n for rank, n in enumerate(num_heard) if rank != 1))
+
+    def hears(rank: int) -> list[list[float]]:
+        found = []
+        for _ in range(3 * most + 5):
+            value = torch.zeros(2, dtype=torch.float64)
+            made[rank].tell(value, 1)
+            found.append(value.tolist())
+            num_heard[rank] += 1
+            time.sleep(0.001)
+        return found
+
+    calls = [tells if rank == 1 else (lambda rank=rank: hears(rank)) for rank in range(num_processes)]
+    results = together(calls)
+    assert all(results[r] == [[k, -k] for k in range(3 * most + 5)] for r in range(num_processes) if r != 1), results
+    assert most // 2 < lead <= most + 1, "it does not wait for each, but for all now and then"
+    end(made)
+
+
+def test_who_waits_to_be_told_is_woken_when_the_source_goes() -> None:
+    made = meshes(2)
+    made[0].interrupt()
+    value = torch.zeros(1)
+    assert isinstance(together([lambda: made[1].tell(value, 0)])[0], BrokenLineError)
+    end(made)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.int64, torch.uint8])
 def test_sums_of_other_dtypes(dtype: torch.dtype) -> None:
     made = meshes(2)

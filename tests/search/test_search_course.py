@@ -106,6 +106,33 @@ def test_a_few_points_that_promise_much_are_not_relied_on(tmp_path) -> None:
     assert now.finalist(60) == known
 
 
+def past_best(now: Course, candidate: Candidate) -> Candidate:
+    """The same one, after it has become worse for long."""
+    last = candidate.points[-1]
+    more = [Point(last.samples * k, last.train_s * k, last.score - 0.3) for k in (2, 3, 4)]
+    found = dataclasses.replace(candidate, points=(*candidate.points, *more), best_score=last.score)
+    now.candidates[candidate.number] = found
+    return found
+
+
+def test_who_is_past_its_best_is_not_trained_on_but_delivered(tmp_path) -> None:
+    now = course(tmp_path)
+    spent = past_best(now, add(now, 0.9))
+    assert now.promoted(10) is None and now.finalist(60) is None
+    assert not now.is_explored(60, num_running=0), "there is nothing to train until the deadline"
+    assert now.may_propose(60, startup_s=1, num_running=1) and not now.is_exhausted(60, num_running=0)
+    assert not now.may_propose(97, startup_s=1, num_running=0) and now.is_exhausted(97, num_running=0)
+    assert now.delivered() == spent
+    other = add(now, 0.5)
+    assert now.is_explored(60, num_running=0) and now.finalist(60) == other
+    assert not now.may_propose(60, startup_s=1, num_running=0)
+    now.choose(other, 60)
+    now.give_up_final()
+    past_best(now, other)
+    assert not now.is_explored(70, num_running=0)
+    assert course(tmp_path).final is None and now.delivered() == spent
+
+
 def test_what_a_candidate_scores_already_counts_however_unsure_its_future_is(tmp_path) -> None:
     now = course(tmp_path)
     add(now, 0.8, num_points=9)

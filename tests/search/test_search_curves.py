@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partita.search.curves import Point, forecast, score_at
+from partita.search.curves import Forecast, Point, forecast, is_past_best, score_at
 
 SAMPLES = np.geomspace(100, 2000, 9)
 
@@ -95,7 +95,7 @@ def test_no_forecast_is_better_than_the_bound() -> None:
 def test_first_steps_are_left_out() -> None:
     """Before a quarter of the samples, training follows other laws."""
     points = power_law(0.3, 20.0, 0.5)
-    strange = [Point(1, 0.01, 50.0), Point(4, 0.04, -7.0), *points]
+    strange = [Point(1, 0.01, 50.0), Point(4, 0.04, 70.0), *points]
     assert forecast(strange, 20_000, maximize=False) == forecast(points, 20_000, maximize=False)
 
 
@@ -104,3 +104,25 @@ def test_score_at_interpolates_what_was_measured() -> None:
     assert score_at(points, 100, maximize=True).score == pytest.approx(0.4)
     assert score_at(points, 1, maximize=True).score == 0.2
     assert score_at(points, 1e5, maximize=True) == forecast(points, 1e5, maximize=True)
+
+
+def test_a_curve_that_rises_for_good_is_past_its_best() -> None:
+    falls = [Point(n, n / 100, 1.0 + (n / 100) ** -0.5) for n in range(100, 1100, 100)]
+    assert not is_past_best(falls, maximize=False) and not is_past_best(falls[:1], maximize=False)
+    rises = [Point(n, n / 100, 1.0 + abs(math.log(n / 300))) for n in range(100, 1100, 100)]
+    assert [is_past_best(rises[:k], maximize=False) for k in range(1, 11)] == [False] * 5 + [True] * 5
+    turned = [Point(*point[:2], -point.score) for point in rises]
+    assert is_past_best(turned, maximize=True)
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=50, deadline=None)
+def test_noise_on_a_plateau_is_no_reason_to_give_up(seed: int) -> None:
+    noise = np.random.default_rng(seed).uniform(0.0, 0.02, 30)
+    noisy = [Point(100.0 * k, float(k), 0.9 - 0.3 / k + noise[k]) for k in range(1, 30)]
+    assert not any(is_past_best(noisy[:k], maximize=True) for k in range(1, 30))
+
+
+def test_the_best_score_counts_however_long_ago_it_was() -> None:
+    rises = [Point(n, n / 100, 1.0 + abs(math.log(n / 300))) for n in range(100, 3000, 100)]
+    assert forecast(rises, 6000, maximize=False) == Forecast(1.0, 0.0)
