@@ -139,6 +139,25 @@ def test_cores_that_the_final_training_leaves_idle_train_the_next_best(task, tmp
     assert "RUNNING" not in states(tmp_path / "s")
 
 
+def test_few_data_are_not_learnt_by_heart_until_the_deadline(task, tmp_path, pace_s) -> None:
+    result = partita.search(
+        task.regressor,
+        task.few,
+        deadline=10 + 8 * pace_s,
+        folder=tmp_path / "s",
+        loss_fn=task.squared,
+        optimizer=task.fast_adam,
+        batch_size=24,
+    )
+    judged = [one for one in result.trials if one.points]
+    spent = [one for one in judged if result.aims.is_past_best(one)]
+    assert spent, "a network of 64 and more neurons learns 24 points by heart within a second"
+    assert result.score == min(one.best_score for one in judged if one.best_score is not None)
+    left_s = result.budget.last_s - result.budget.explore_end_s
+    assert all(one.train_s < left_s for one in judged), "nobody has the time of the final training"
+    assert "RUNNING" not in states(tmp_path / "s")
+
+
 @pytest.mark.slow
 def test_a_killed_search_goes_on_with_what_it_had_and_meets_the_same_deadline(tmp_path, pace_s) -> None:
     folder, deadline_s = tmp_path / "s", 15 + 8 * pace_s
