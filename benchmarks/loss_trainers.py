@@ -127,6 +127,7 @@ def _formulas(step: Any, method: Any, model: Any, num: int) -> Row:
     """Bytes a step, and of the step with the most, by the method's own formulas."""
     import partita
     from benchmarks.method_entries import formula, parts_of_model, sums_of
+    from partita.training.replica_balance import told_bytes
     from partita.training.sync.method import Peers
 
     rank, every = int(os.environ["RANK"]), getattr(method, "every", 1)
@@ -134,7 +135,8 @@ def _formulas(step: Any, method: Any, model: Any, num: int) -> Row:
     sums = sums_of(step, model) if together else [parts_of_model(model)]
     mean = formula(method, sums, num, rank, every)
     if isinstance(method, partita.sync.StreamingDiLoCo):
-        return {"formula": mean, "peak_formula": method.peak_bytes(sums[0], Peers(tuple(range(num)), rank))}
+        peak = method.peak_bytes(sums[0], Peers(tuple(range(num)), rank))
+        return {"formula": mean, "peak_formula": peak + told_bytes(num)}
     return {"formula": mean, "peak_formula": mean * every}
 
 

@@ -104,11 +104,12 @@ def sums_of(step: Any, model: Any) -> list[Any]:
 
 def formula(method: Any, sums: Sequence[Any], num: int, rank: int, steps: int) -> float:
     """The bytes that the method's own formula gives a step, the sum of the loss (`LOSS_BYTES` to each other process)
-    included; methods that exchange now and then count their whole turns."""
+    or what replicas tell of their speed included; methods that exchange now and then count their whole turns."""
+    from partita.training.replica_balance import told_bytes, told_every
     from partita.training.sync.method import Peers
 
     sent = sum(method.sent_bytes(parts, Peers(tuple(range(num)), rank)) for parts in sums)
     if isinstance(method, partita.sync.GradientMethod):
         return float(sent + LOSS_BYTES * (num - 1))
     every = getattr(method, "every", 1)
-    return float(sent * (steps // every) * every / steps)
+    return sent * (steps // every) * every / steps + told_bytes(num) / told_every(method.meets_every)

@@ -26,7 +26,18 @@ from partita.units import proportional, split_evenly
 
 MIN_STEPS = 20  # from one meeting at which speeds are told to the next
 NUM_MEASURED = 9  # steps before it whose median counts
+NUM_TOLD = 3  # numbers of each replica, of 8 bytes
 _NOT_YET, _READY, _IMPOSSIBLE = 0.0, 1.0, -1.0
+
+
+def told_bytes(num_replicas: int) -> int:
+    """What a replica sends when speeds are told: the numbers of all to all others (`Line.all_reduce` of so few)."""
+    return 8 * NUM_TOLD * num_replicas * (num_replicas - 1)
+
+
+def told_every(meets_every: int) -> int:
+    """Steps from one telling to the next, of replicas that meet so often."""
+    return meets_every * -(-MIN_STEPS // meets_every)
 
 
 class ReplicaBalance:
@@ -61,7 +72,7 @@ class ReplicaBalance:
     ) -> None:
         self._rank, self._num, self._cluster, self._errand = rank, num_replicas, cluster, errand
         self._prepare, self._is_prepared, self._expected_s = prepare, is_prepared, expected_s
-        self._every = meets_every * -(-MIN_STEPS // meets_every)
+        self._every = told_every(meets_every)
         self._moves = moves
         dealer = Dealer(num_rows, least=1)
         dealer.start(num_replicas)
@@ -114,7 +125,7 @@ class ReplicaBalance:
         known = is_settled and bool(self._rows_s)
         cost_s = self._cost_s or self._expected_s()
         own = [statistics.median(self._rows_s) if known else 0.0, self._readiness, cost_s]
-        told = torch.zeros(self._num, len(own), dtype=torch.float64)
+        told = torch.zeros(self._num, NUM_TOLD, dtype=torch.float64)
         told[self._rank] = torch.tensor(own, dtype=torch.float64)
 
         def add(line: Line) -> list[torch.Tensor]:
