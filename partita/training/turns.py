@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 NUM_TURNS = 3
 TURN_TIME_S = 0.1  # short steps: as many as fill it
 MIN_STEPS = 2  # measured in a turn; the one before them, after another candidate's, is not
-MAX_STEPS = 20
+MAX_STEPS = 60
 HOPELESS_RATIO = 1.25  # slower than this after a round: no more turns
 DISTURBED_RATIO = 2.0  # the same while it is not calm: a compiler may take up to half of a core
 TIE_SHARE = 0.02  # a plan must be faster than a simpler one by this share to be preferred to it: less is noise
