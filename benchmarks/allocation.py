@@ -1,0 +1,262 @@
+"""Who should train on? Ways to deal out a search's time, tried on learning curves that were measured once.
+
+    python -m benchmarks.allocation --collect 32 --json benchmarks/results/allocation.json    # an hour, on two cores
+    python -m benchmarks.allocation --json benchmarks/results/allocation.json                  # minutes
+
+Five searches for real differ by more than any two ways to search. Here a search is simulated: candidates come in a
+random order and follow the curves that they had when they were trained alone (`benchmarks.joint_task`, each on one
+core, in seconds of that core, so that other work does not count), and rungs, predictions and the final choice are those
+of `partita.search`. Each way meets the same orders. `loss` is that of the chosen network after the final training on
+one core, of characters that nobody has chosen by; `best` the least that any of the candidates could have reached.
+
+What is not simulated: the decay of the rate, plans for more than one core, proposals that learn.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import math
+import multiprocessing
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import partita  # before torch: it makes waiting threads sleep instead of spin
+import numpy as np
+import optuna
+
+from benchmarks.common import Report, Row, option_parser, show
+from benchmarks.joint_peers import Training
+from benchmarks.joint_task import loss_fn, suggest, test_loss
+from partita.search.allocation import Standing, goes_on, next_promoted
+from partita.search.candidates import CAUTION
+from partita.search.curves import Point, forecast, score_at
+from partita.search.deadline import FACTOR, LAST_RUNG_SHARE, rung_s
+from partita.search.training_run import BETWEEN_JUDGED, take_cores
+
+CURVES = Path(__file__).with_name("data") / "candidate_curves.json"
+LONGEST_S, FIRST_S, BETWEEN = 48.0, 0.2, 1.3  # a candidate is judged at so many seconds, and at so many times as many
+EXPLORED_S, FINAL_S, STARTUP_S, NUM_CORES = 52.0, 35.0, 0.5, 2  # of `benchmarks.joint_search`
+COLUMNS = ("way", "first_rung_s", "patient", "finalists", "loss", "deviation", "candidates", "best")
+
+
+# Curves ---------------------------------------------------------------------------------------------------------------
+
+
+def trained(number: int, core: int, seed: int) -> Row:
+    """The curve of a random candidate: [samples, seconds, judged loss, tested loss] each."""
+    take_cores([core])
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1000 * seed + number))
+    training = Training(suggest(study.ask()), number)
+    points: list[list[float]] = []
+    at_s, train_s, samples = FIRST_S, 0.0, 0
+    while train_s < LONGEST_S:
+        begin_s = time.process_time()
+        while train_s + time.process_time() - begin_s < at_s:
+            batch = training.batch()
+            samples += len(batch[0])
+            training.optimizer.zero_grad()
+            loss_fn(training.model, batch).backward()
+            training.optimizer.step()
+        train_s += time.process_time() - begin_s
+        at_s = max(at_s * BETWEEN, train_s)
+        judged = training.judge()
+        points.append([samples, round(train_s, 3), round(judged, 5), round(test_loss(training.model), 5)])
+        training.model.train()
+        if not math.isfinite(judged):
+            break
+    return {"number": number, "candidate": str(training.config), "points": points}
+
+
+def collect(num: int, seed: int) -> list[Row]:
+    """Curves of so many candidates, one on each core at a time."""
+    cores = sorted(partita.Cluster.detect().processes[0].cores)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(len(cores), maxtasksperchild=1) as pool:
+        begun = [pool.apply_async(trained, (number, cores[number % len(cores)], seed)) for number in range(num)]
+        return [one.get() for one in begun]
+
+
+class Curve:
+    """What a candidate would score after any time."""
+
+    def __init__(self, points: Sequence[Sequence[float]]) -> None:
+        columns = np.array(points, dtype=np.float64).T
+        self._samples, self._train_s, self._judged, self._tested = columns
+
+    def _at(self, values: np.ndarray, train_s: float) -> float:
+        return float(np.interp(math.log(max(train_s, 1e-3)), np.log(self._train_s), values))
+
+    def tested(self, train_s: float) -> float:
+        return self._at(self._tested, train_s)
+
+    def best(self, train_s: float) -> float:
+        """The best judged loss until then."""
+        return self._at(np.minimum.accumulate(self._judged), train_s)
+
+    def samples(self, train_s: float) -> float:
+        return float(np.interp(train_s, [0.0, *self._train_s], [0.0, *self._samples]))
+
+    def seen(self, train_s: float) -> list[Point]:
+        """The points that a search has of it by then."""
+        times = [train_s]
+        while times[-1] / BETWEEN_JUDGED > max(0.15, train_s / 64):
+            times.append(times[-1] / BETWEEN_JUDGED)
+        return [Point(self.samples(at), at, self._at(self._judged, at)) for at in reversed(times)]
+
+
+# Searches -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Candidate:
+    curve: Curve
+    train_s: float = 0.0
+    rung: int = -1
+    at: list[tuple[float]] = field(default_factory=list)
+    is_waiting: bool = False
+    skips: int = 0  # rungs that it goes past before it is judged first
+
+    @property
+    def next_rung(self) -> int:
+        return self.rung + 1 + self.skips
+
+    def predicted(self, until_s: float, points: Sequence[Point]) -> float:
+        if until_s <= self.train_s:
+            return score_at(points, self.curve.samples(until_s), maximize=False).score
+        more = (until_s - self.train_s) * points[-1].samples / self.train_s
+        return forecast(points, points[-1].samples + more, maximize=False).score
+
+    def judge(self, first_s: float, most_s: float) -> None:
+        """It has reached its next rung; at most so much training is to come."""
+        self.rung, self.skips = self.next_rung, 0
+        points = self.curve.seen(self.train_s)
+        instants_s = [min(rung_s(first_s, rung + 1), self.train_s + most_s) for rung in range(self.rung + 1)]
+        self.at = [(self.predicted(instant_s, points),) for instant_s in instants_s]
+
+    def relied_on(self) -> float:
+        points = self.curve.seen(self.train_s)
+        more = FINAL_S * points[-1].samples / self.train_s
+        found = forecast(points, points[-1].samples + more, maximize=False)
+        return min(self.curve.best(self.train_s), found.score + CAUTION * found.deviation)
+
+
+class Search:
+    """Successive halving over rungs of time on all cores, as `partita.search` does it; `loss` is what it comes to.
+
+    Args:
+        patient: of so many candidates one is judged at the second rung first (0: none).
+    """
+
+    def __init__(self, curves: Sequence[Curve], first_rung_s: float, patient: int = 0) -> None:
+        self._coming = list(curves)
+        self._patient = patient
+        self._first_s = first_rung_s
+        self._last = math.floor(math.log(max(1.0, LAST_RUNG_SHARE * FINAL_S / first_rung_s), FACTOR))
+        self.candidates: list[_Candidate] = []
+        self._ends: list[tuple[float, int, int | None]] = [(0.0, core, None) for core in range(NUM_CORES)]
+        while self._ends:
+            self._end(*heapq.heappop(self._ends))
+
+    def _standings(self) -> list[Standing]:
+        return [
+            Standing(number=number, rung=one.rung, at=tuple(one.at), is_waiting=one.is_waiting)
+            for number, one in enumerate(self.candidates)
+            if one.rung >= 0
+        ]
+
+    def _end(self, now_s: float, core: int, number: int | None) -> None:
+        """A core has come to the end of a rung, or to that of exploring."""
+        if number is not None:
+            candidate = self.candidates[number]
+            if candidate.train_s >= rung_s(self._first_s, candidate.next_rung) - 1e-6:
+                candidate.judge(self._first_s, EXPLORED_S - now_s + FINAL_S)
+                if goes_on(number, self._standings(), self._last) and self._train(now_s, core, number):
+                    return
+            candidate.is_waiting = True
+        if now_s >= EXPLORED_S:
+            return
+        promoted = next_promoted(self._standings(), self._last)
+        if promoted is not None:
+            self.candidates[promoted].is_waiting = not self._train(now_s + STARTUP_S, core, promoted)
+        elif self._coming and now_s + STARTUP_S + self._first_s < EXPLORED_S:
+            is_patient = self._patient and len(self.candidates) % self._patient == self._patient - 1
+            self.candidates.append(_Candidate(self._coming.pop(), skips=1 if is_patient else 0))
+            self._train(now_s + STARTUP_S, core, len(self.candidates) - 1)
+
+    def _train(self, now_s: float, core: int, number: int) -> bool:
+        """Trains it until its next rung, or the end; whether there is time left."""
+        candidate = self.candidates[number]
+        end_s = min(EXPLORED_S, now_s + rung_s(self._first_s, candidate.next_rung) - candidate.train_s)
+        if end_s <= now_s:
+            return False
+        candidate.train_s += end_s - now_s
+        heapq.heappush(self._ends, (end_s, core, number))
+        return True
+
+    def loss(self, num_finalists: int) -> float:
+        judged = [one for one in self.candidates if one.rung >= 0]
+        ranked = sorted(judged, key=lambda one: (-one.rung, one.relied_on()))[:num_finalists]
+        best = min(ranked, key=lambda one: one.curve.best(one.train_s + FINAL_S))
+        return best.curve.tested(best.train_s + FINAL_S)
+
+
+def at_random(curves: Sequence[Curve], num: int) -> float:
+    """So many candidates, each for the same time; the best one goes on."""
+    each_s = EXPLORED_S * NUM_CORES / num - STARTUP_S
+    chosen = min(curves[-num:], key=lambda one: one.best(each_s))
+    return chosen.tested(each_s + FINAL_S)
+
+
+def rows_of(curves: Sequence[Curve], num_orders: int) -> list[Row]:
+    orders = [random.Random(seed).sample(curves, len(curves)) for seed in range(num_orders)]
+    best = min(one.tested(LONGEST_S) for one in curves)
+    rows: list[Row] = []
+
+    def add(way: str, losses: Sequence[float], **more: Any) -> None:
+        spread = statistics.pstdev(losses)
+        rows.append({"way": way, **more, "loss": statistics.fmean(losses), "deviation": spread, "best": best})
+
+    for num in (4, 8, 12):
+        add("random", [at_random(order, num) for order in orders], candidates=num)
+    for rungs, patient in itertools.product((4, 3, 2, 1), (0, 2, 3)):
+        first_s = FINAL_S / FACTOR**rungs
+        searches = [Search(order, first_s, patient) for order in orders]
+        tried = statistics.fmean(sum(one.rung >= 0 for one in search.candidates) for search in searches)
+        for finalists in (1, 2):
+            losses = [search.loss(finalists) for search in searches]
+            facts = {"first_rung_s": round(first_s, 2), "patient": patient, "finalists": finalists}
+            add("halving", losses, **facts, candidates=round(tried, 1))
+    return rows
+
+
+def main() -> int:
+    parser = option_parser("Ways to deal out a search's time, on learning curves that were measured once.")
+    parser.add_argument("--collect", type=int, default=0, metavar="N", help="curves of N candidates first")
+    parser.add_argument("--seed", type=int, default=0, help="of the candidates that are collected")
+    parser.add_argument("--curves", type=Path, default=CURVES, metavar="FILE")
+    parser.add_argument("--orders", type=int, default=100)
+    options = parser.parse_args()
+    if options.collect:
+        options.curves.write_text(json.dumps(collect(options.collect, options.seed)), encoding="utf-8")
+    known = json.loads(options.curves.read_text(encoding="utf-8"))
+    curves = [Curve(one["points"]) for one in known if one["points"][-1][1] >= LONGEST_S]
+    report = Report("allocation", {"orders": options.orders, "curves": len(curves)}, options.json)
+    for row in rows_of(curves, options.orders):
+        report.add(row)
+    least = min(report.rows, key=lambda row: float(row["loss"]))
+    report.finish({name: least.get(name) for name in COLUMNS}, [])
+    show(report, COLUMNS)
+    return report.exit_code(options.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
