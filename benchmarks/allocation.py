@@ -28,10 +28,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import partita  # before torch: it makes waiting threads sleep instead of spin
 import numpy as np
 import optuna
 
+import partita  # before torch: it makes waiting threads sleep instead of spin
 from benchmarks.common import Report, Row, option_parser, show
 from benchmarks.joint_peers import Training
 from benchmarks.joint_task import loss_fn, suggest, test_loss
