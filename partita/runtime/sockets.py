@@ -155,18 +155,16 @@ class Mesh:
         Raises:
             BrokenLineError: as `all_reduce`.
         """
-        place, others = self._ranks[self._place], list(self._peers)
-        content, answer = bytes_of(value), memoryview(bytearray(1))
         self._num_told += 1
         is_answered = self._num_told % _MOST_AHEAD == 0
-        if place == source:
-            self.move({rank: [content] for rank in others}, {})
+        if self._ranks[self._place] == source:
+            self.move({rank: [bytes_of(value)] for rank in self._peers}, {})
             if is_answered:
-                self.move({}, {rank: [memoryview(bytearray(1))] for rank in others})
+                self.move({}, {rank: [memoryview(bytearray(1))] for rank in self._peers})
         else:
-            self.move({}, {source: [content]})
+            self.move({}, {source: [bytes_of(value)]})
             if is_answered:
-                self.move({source: [answer]}, {})
+                self.move({source: [memoryview(bytearray(1))]}, {})
 
     def _send(self, rank: int, views: Views) -> bool:
         """Send what can be sent at once; whether anything was."""
