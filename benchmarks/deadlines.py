@@ -102,7 +102,7 @@ def _trials(folder: Path, state: str) -> set[int]:
     """Numbers of trials in a state, as the database has them."""
     if not (folder / "study.db").exists():
         return set()
-    with closing(sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True)) as connection:
+    with closing(sqlite3.connect(f"file:{folder / 'study.db'}?mode=rw", uri=True)) as connection:
         try:
             return {number for (number,) in connection.execute("SELECT number FROM trials WHERE state = ?", (state,))}
         except sqlite3.OperationalError:  # its tables are being made

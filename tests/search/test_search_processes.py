@@ -41,8 +41,8 @@ def task(monkeypatch) -> Any:
 
 
 def trials(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """State and attributes of all trials, read by somebody else."""
-    with sqlite3.connect(f"file:{folder / 'study.db'}?mode=ro", uri=True) as connection:
+    """State and attributes of all trials, read by somebody else (who may have to roll back what a killed one began)."""
+    with sqlite3.connect(f"file:{folder / 'study.db'}?mode=rw", uri=True) as connection:
         found = connection.execute("SELECT trial_id, state FROM trials ORDER BY number").fetchall()
         read = "SELECT key, value_json FROM trial_user_attributes WHERE trial_id = ?"
         return [(state, {k: json.loads(v) for k, v in connection.execute(read, (number,))}) for number, state in found]
