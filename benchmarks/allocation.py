@@ -33,17 +33,18 @@ import optuna
 
 import partita  # before torch: it makes waiting threads sleep instead of spin
 from benchmarks.common import Report, Row, option_parser, show
-from benchmarks.joint_peers import Training
-from benchmarks.joint_task import loss_fn, suggest, test_loss
+from benchmarks.joint_peers import FINAL_SHARE, Training
+from benchmarks.joint_task import suggest, test_loss
 from partita.search.allocation import Standing, goes_on, next_promoted
 from partita.search.candidates import CAUTION
 from partita.search.curves import Point, forecast, score_at
-from partita.search.deadline import FACTOR, LAST_RUNG_SHARE, rung_s
+from partita.search.deadline import FACTOR, Budget, rung_s
 from partita.search.training_run import BETWEEN_JUDGED, take_cores
 
 CURVES = Path(__file__).with_name("data") / "candidate_curves.json"
 LONGEST_S, FIRST_S, BETWEEN = 48.0, 0.2, 1.3  # a candidate is judged at so many seconds, and at so many times as many
-EXPLORED_S, FINAL_S, STARTUP_S, NUM_CORES = 52.0, 35.0, 0.5, 2  # of `benchmarks.joint_search`
+BUDGET = Budget(start_s=0.0, deadline_s=90.0, final_share=FINAL_SHARE)  # of `benchmarks.joint_search`
+EXPLORED_S, FINAL_S, STARTUP_S, NUM_CORES = BUDGET.explore_end_s, BUDGET.final_s, 0.5, 2
 COLUMNS = ("way", "first_rung_s", "patient", "finalists", "loss", "deviation", "candidates", "best")
 
 
@@ -61,11 +62,8 @@ def trained(number: int, core: int, seed: int) -> Row:
     while train_s < LONGEST_S:
         begin_s = time.process_time()
         while train_s + time.process_time() - begin_s < at_s:
-            batch = training.batch()
-            samples += len(batch[0])
-            training.optimizer.zero_grad()
-            loss_fn(training.model, batch).backward()
-            training.optimizer.step()
+            training.train(1, math.inf)  # a step
+            samples += training.config.batch_size
         train_s += time.process_time() - begin_s
         at_s = max(at_s * BETWEEN, train_s)
         judged = training.judge()
@@ -160,7 +158,7 @@ class Search:
         self._coming = list(curves)
         self._patient = patient
         self._first_s = first_rung_s
-        self._last = math.floor(math.log(max(1.0, LAST_RUNG_SHARE * FINAL_S / first_rung_s), FACTOR))
+        self._last = BUDGET.last_rung(first_rung_s)
         self.candidates: list[_Candidate] = []
         self._ends: list[tuple[float, int, int | None]] = [(0.0, core, None) for core in range(NUM_CORES)]
         while self._ends:

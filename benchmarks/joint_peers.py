@@ -26,8 +26,7 @@ import optuna
 from benchmarks.common import Row
 from benchmarks.joint_task import Config, adam, data, loss_fn, network, suggest, test_loss
 from benchmarks.processes import Message
-from partita.search.training_run import decay
-from partita.search.trial_process import take_cores
+from partita.search.training_run import decay, take_cores
 
 EPOCH_ROWS = 1000
 MOST_EPOCHS, FACTOR = 27, 3

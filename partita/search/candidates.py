@@ -169,7 +169,7 @@ def standings(
             number=one.number,
             rung=one.rung,
             at=tuple(aims.turned(one, aims.after(instant_s, one, budget, now_s)) for instant_s in instants_s),
-            is_waiting=one.state == "waiting" and not aims.is_past_best(one),
+            is_waiting=can_go_on(one, aims),
         )
 
     judged = (one for one in candidates if one.points and one.rung >= 0)

@@ -84,10 +84,11 @@ class Course:
         return not num_running and self._is_full() and self.promoted(now_s) is None
 
     def has_waiting(self) -> bool:
-        """Whether some candidate could be trained on."""
+        """Whether some candidate waits, be it past its best."""
         return any(one.state == "waiting" for one in self.all)
 
     def _can_go_on(self) -> bool:
+        """Whether some candidate could be trained on."""
         return any(can_go_on(one, self.aims) for one in self.all)
 
     def _is_full(self) -> bool:
