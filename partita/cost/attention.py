@@ -162,4 +162,4 @@ def _library_s(node: fx.Node) -> float:
     return time_s
 
 
-CHOICES = Choices("attention", lambda node: is_clear(_library_s(node), in_place_s(node)))
+CHOICES: Choices[fx.Node] = Choices("attention", lambda node: is_clear(_library_s(node), in_place_s(node)))

@@ -6,7 +6,7 @@ import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import fx
@@ -16,30 +16,32 @@ from partita.cluster.hardware import cpu_name
 from partita.cost.measure_ops import on_pinned_threads, op_key
 from partita.units import fingerprint
 
+T = TypeVar("T")  # nodes, mostly
 Make = Callable[[fx.Graph, fx.Node, Mapping[fx.Node, Any]], Any]
 
 
-class Choices:
+class Choices(Generic[T]):
     """By op, shapes, strides and number of threads: whether another kernel takes the place of the op's own.
 
     Args:
         name: of the other kernel.
         measure: runs both for a node, in the calling thread, and tells whether the other one is to be taken.
+        key: what a choice depends on, given a node and the number of threads; it may be made for whatever has a key.
 
     Example:
-        >>> choices = Choices("onednn", lambda node: True)
+        >>> choices: Choices[fx.Node] = Choices("onednn", lambda node: True)
         >>> choices.of(products, num_threads=1) == products
         True
     """
 
-    def __init__(self, name: str, measure: Callable[[fx.Node], bool]) -> None:
-        self._kernel, self._measure = name, measure
+    def __init__(self, name: str, measure: Callable[[T], bool], *, key: Callable[[Any, int], str] = op_key) -> None:
+        self._kernel, self._measure, self._key = name, measure, key
         self._known: dict[str, bool] | None = None  # None: not read yet
         self._lock = threading.Lock()  # held by whoever reads or adds choices
 
-    def of(self, nodes: Iterable[fx.Node], num_threads: int) -> list[fx.Node]:
+    def of(self, nodes: Iterable[T], num_threads: int) -> list[T]:
         """Those of `nodes` for which it is taken on `num_threads` threads; what is not known is measured now."""
-        keyed = [(node, op_key(node, num_threads)) for node in nodes]
+        keyed = [(node, self._key(node, num_threads)) for node in nodes]
         with self._lock:
             known = self._read()
             missing = {key: node for node, key in keyed if key not in known}
@@ -48,7 +50,9 @@ class Choices:
                 self._store(known)
             return [node for node, key in keyed if known[key]]
 
-    def applied(self, module: fx.GraphModule, nodes: Iterable[fx.Node], num_threads: int, make: Make) -> fx.GraphModule:
+    def applied(
+        self: Choices[fx.Node], module: fx.GraphModule, nodes: Iterable[fx.Node], num_threads: int, make: Make
+    ) -> fx.GraphModule:
         """The module with the other kernel in the place of those of `nodes` for which it is taken; the module itself if
         there are none.
 
@@ -72,10 +76,10 @@ class Choices:
         graph.eliminate_dead_code()  # views that nobody reads any more
         return fx.GraphModule(module, graph)
 
-    def settle(self, node: fx.Node, num_threads: int, found: Callable[[], bool]) -> bool:
+    def settle(self, node: T, num_threads: int, found: Callable[[], bool]) -> bool:
         """The choice for a node: `found` by the caller, if it is not known. It is kept by the next `keep`."""
         with self._lock:
-            return self._read().setdefault(op_key(node, num_threads), found())
+            return self._read().setdefault(self._key(node, num_threads), found())
 
     def keep(self) -> None:
         """Has other processes and later ones know what was chosen here."""
@@ -91,7 +95,7 @@ class Choices:
         with self._lock:
             return len(self._read())
 
-    def _measured(self, nodes: dict[str, fx.Node], num_threads: int) -> dict[str, bool]:
+    def _measured(self, nodes: dict[str, T], num_threads: int) -> dict[str, bool]:
         found: dict[str, bool] = {}
 
         def body() -> None:

@@ -125,4 +125,4 @@ def _library_s(node: fx.Node) -> float:
     return time_s
 
 
-CHOICES = Choices("inline", lambda node: is_clear(_library_s(node), in_place_s(node)))
+CHOICES: Choices[fx.Node] = Choices("inline", lambda node: is_clear(_library_s(node), in_place_s(node)))

@@ -127,4 +127,4 @@ def is_clear(own_s: float, other_s: float) -> bool:
     return other_s < CLEARLY_FASTER * own_s
 
 
-CHOICES = Choices("onednn", lambda node: is_clear(*times_s(node)))
+CHOICES: Choices[fx.Node] = Choices("onednn", lambda node: is_clear(*times_s(node)))

@@ -21,6 +21,7 @@ from torch import Generator, Tensor, fx
 
 from partita.cost.attention import with_attention
 from partita.cost.inline import with_inline
+from partita.cost.layouts import with_channels_last
 from partita.cost.variants import with_variants
 from partita.graph.randomness import is_random, with_generator
 from partita.graph.storages import last_uses
@@ -60,7 +61,8 @@ class Code:
 def build(segment: Segment, *, compiled: bool, device: torch.device, num_threads: int) -> Code:
     """Code for a segment, compiled if asked and possible; a failing compiler is a `CompileWarning` with the reason.
 
-    Matrices are multiplied as is faster for them here (`partita.cost.variants`, `partita.cost.inline`)."""
+    Matrices are multiplied, and images lie, as is faster for them here (`partita.cost.variants`, `inline`,
+    `layouts`)."""
     strides = tuple(_stride(node) for node in segment.module.graph.nodes if node.op == "placeholder")
     module = _module(segment, device, num_threads, compiled=False)
     plain = python_code(module.graph, module)
@@ -108,7 +110,7 @@ def _module(segment: Segment, device: torch.device, num_threads: int, *, compile
         return segment.module
     module = segment.module
     if compiled:
-        module = with_inline(with_attention(module, num_threads), num_threads)
+        module = with_inline(with_attention(with_channels_last(module, num_threads), num_threads), num_threads)
     return with_variants(module, num_threads)
 
 
