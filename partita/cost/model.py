@@ -54,6 +54,11 @@ class CostModel(Protocol):
         """Time of a sum of gradients, as of `collective_time_s`, by the method that forms it between processes."""
         ...
 
+    def interruption_s(self, num_bytes: int, place: Place, *, num_processes: int, num_busy: int) -> float:
+        """What a sum of gradients over `num_processes`, made in the background, takes of the time of the worker at
+        `place`: its computing, unless the worker's process has more cores than the `num_busy` that workers use."""
+        ...
+
     @property
     def sent_share(self) -> float:
         """What that method sends of the bytes that the exact sum sends."""

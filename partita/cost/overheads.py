@@ -20,6 +20,8 @@ class Overheads(msgspec.Struct, frozen=True, kw_only=True):
     handover_s: from the start of a `Send` until a waiting `Recv` in the same process has the value.
     sum_bytes_per_s: bytes that the workers together read and write while they sum slices in shared memory; 0: unknown,
         the machine's memory bandwidth counts.
+    courier_s, courier_s_per_byte: that a core computes while a sum between two processes is carried out, whatever its
+        size and for each byte of it; the rest of its time nobody computes.
     """
 
     step_s: dict[int, float] = msgspec.field(default_factory=lambda: {1: 60e-6, 2: 120e-6})
@@ -28,6 +30,15 @@ class Overheads(msgspec.Struct, frozen=True, kw_only=True):
     tensor_s: float = 6e-6
     handover_s: float = 60e-6
     sum_bytes_per_s: float = 0.0
+    courier_s: float = 150e-6
+    courier_s_per_byte: float = 1e-9
+
+    def courier_of(self, num_bytes: float, num_processes: int) -> float:
+        """What a sum of `num_bytes` takes of a core of each process; a ring moves 2 (p-1)/p times its bytes."""
+        if num_processes < 2:
+            return 0.0
+        rounds = 2 * (num_processes - 1)
+        return rounds / 2 * self.courier_s + rounds / num_processes * num_bytes * self.courier_s_per_byte
 
     def step_of(self, num_workers: int) -> float:
         """`step_s` for any number of workers, linear between and beyond what was measured."""

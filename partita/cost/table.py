@@ -35,7 +35,7 @@ from partita.graph.graph import OpInfo
 from partita.sharding.communication import COMMUNICATION_OPS
 from partita.units import fingerprint
 
-FORMAT = "in place"  # of the kept times: those of other kernels mean nothing now
+FORMAT = "couriers"  # of the kept times: those of other kernels mean nothing now
 IN_PLACE = "|in place"  # after the key of an op: its time where compiled code forms it in place
 FUSED_SHARE = 0.4
 UPDATE_TENSOR_S = 12e-6  # what an optimizer takes for each tensor, whatever its size
@@ -182,6 +182,12 @@ class CostTable:
             num_tensors=num_tensors,
             sums=self._sums,
         )
+
+    def interruption_s(self, num_bytes: int, place: Place, *, num_processes: int, num_busy: int) -> float:
+        if place.gpu is not None or num_busy < len(self._cluster.processes[place.process].cores):
+            return 0.0
+        computed_s = num_bytes * self._sums.compute_s_per_byte
+        return computed_s + self.overheads.courier_of(num_bytes * self._sums.sent_share, num_processes)
 
     @property
     def sent_share(self) -> float:

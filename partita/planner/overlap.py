@@ -1,7 +1,7 @@
 """Buckets of gradients that are exchanged between processes in the background of the backward phase: of which size?
 
 With a backward phase of B seconds, an exchange of all gradients of C seconds and a latency of a seconds for each
-bucket, k equal buckets leave
+bucket (what it takes of a worker whose process has no core left for it included), k equal buckets leave
 
     exchange-bound (C > B)    B/k + k a + C          the first bucket has to be made before anything is sent
     compute-bound  (C < B)    B + C/k + a            the last one is sent when all is over
@@ -45,7 +45,8 @@ def bucket_sizes(plan: Plan, step_time_s: float, gradient_bytes: int, cost: Cost
     if exchange_s < LEAST_SHARE * step_time_s:
         return ()
     backward_s = BACKWARD_SHARE * max(step_time_s - exchange_s, 0.0)
-    count = math.sqrt(min(backward_s, exchange_s) / max(latency_s, 1e-9))
+    taken_s = max(_interruption_s(plan, worker, len(group), cost) for worker in group)
+    count = math.sqrt(min(backward_s, exchange_s) / max(latency_s + taken_s, 1e-9))
     most = min(MOST_BUCKETS, gradient_bytes // LEAST_BUCKET_BYTES)
     counts = {min(max(round(factor * count), 2), most) for factor in (0.5, 1.0, 2.0)}
     return tuple(gradient_bytes // number for number in sorted(counts) if number >= 2)
@@ -78,6 +79,12 @@ def best_buckets(
         f"phase, which is predicted to save {format_time(plain_s - best_s)} a step"
     )
     return msgspec.structs.replace(best, reasons=(*best.reasons, reason))
+
+
+def _interruption_s(plan: Plan, worker: Worker, num_processes: int, cost: CostModel) -> float:
+    """What a bucket takes of the worker's time, whatever its size."""
+    num_busy = sum(max(len(other.cores), 1) for other in plan.workers if other.process == worker.process)
+    return cost.interruption_s(0, worker, num_processes=num_processes, num_busy=num_busy)
 
 
 def _one_of_each_process(plan: Plan) -> tuple[Worker, ...]:

@@ -2,20 +2,27 @@
 
 Each program isolates one cost, the others being known: n workers that do nothing; many instructions in a row; a
 meeting to which the last worker comes late, so that the others are parked, as they mostly are in training; the same
-meeting with many tensors, and with large ones; a value handed to a worker that waits for it.
+meeting with many tensors, and with large ones; a value handed to a worker that waits for it. What sums between
+processes compute is the processor time of couriers that carry them out between two ends of a connection of this
+process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import socket
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import msgspec
 import torch
 from torch import Tensor, fx
 
 from partita.cost.overheads import Overheads
+from partita.errors import WaitTimeoutError
 from partita.graph.graph import Phase
 from partita.graph.storages import GraphMemory
 from partita.plan import Plan, Worker
@@ -34,7 +41,11 @@ from partita.program.instructions import (
     TensorSpec,
 )
 from partita.program.timeline import Timeline
+from partita.runtime.background import Courier
 from partita.runtime.engine import Engine, State
+from partita.runtime.failure import Failure
+from partita.runtime.sockets import Mesh
+from partita.runtime.transport import Line
 from partita.units import MIB, split_evenly
 
 NUM_STEPS = 40
@@ -42,6 +53,8 @@ NUM_REPEATS = 20  # of an instruction in one program
 NUM_TENSORS = 32
 LATE_S = 3e-4  # longer than a waiting worker polls before it parks
 LARGE_ELEMENTS = 2 * MIB  # 8 MiB of float32: more than a core's own cache
+COURIER_BYTES = (4, MIB // 4)  # of sums: next to nothing, and one that goes round a ring
+COURIER_LIMIT_S = 10.0
 _LOSS = "n:loss"
 
 
@@ -50,15 +63,15 @@ def measure_overheads(cores: Sequence[int]) -> Overheads:
     one, several = tuple(cores[:1]), tuple(cores)
     empty = {len(place): _step_s(place) for place in {one, several}}
     runs_s = _per_instruction_s(one)
+    alone = Overheads(step_s=empty, instruction_s=runs_s, **_courier())
     if len(several) == 1:
-        return Overheads(step_s=empty, instruction_s=runs_s)
+        return alone
     meeting_s = _meeting_s(several, 1, 1)
     many_s = _meeting_s(several, NUM_TENSORS, 1)
     large_s = _meeting_s(several, 1, LARGE_ELEMENTS)
     moved = (len(several) + 1) * 4 * LARGE_ELEMENTS  # all workers together read every copy and write the sum
-    return Overheads(
-        step_s=empty,
-        instruction_s=runs_s,
+    return msgspec.structs.replace(
+        alone,
         meeting_s=meeting_s,
         tensor_s=max(many_s - meeting_s, 0.0) / (NUM_TENSORS - 1),
         handover_s=_handover_s((several[0], several[-1])),
@@ -125,6 +138,77 @@ def _handover_s(cores: tuple[int, int]) -> float:
         taken = next(event for event in step.events if event.kind == "Recv")
         found.append(max(taken.end_s, sent.end_s) - sent.start_s)
     return statistics.median(found)
+
+
+# Couriers ------------------------------------------------------------------------------------------------------------
+
+
+class _Sum:
+    """A sum that a courier carries out, and the processor time that its thread has used by the end of it."""
+
+    key = "courier"
+
+    def __init__(self, num_bytes: int) -> None:
+        self._value = torch.zeros(max(num_bytes // 4, 1))
+        self.over, self.computed_s = threading.Event(), 0.0
+
+    def carry_out(self, line: Line) -> None:
+        line.all_reduce(self._value)
+        self.computed_s = time.thread_time()
+        self.over.set()
+
+
+class _End(Mesh):
+    """One end of a line of two."""
+
+    def exchange(self, outgoing: object, incoming: object) -> dict[int, list[Tensor]]:
+        raise AssertionError("these couriers only sum")
+
+
+def _courier() -> dict[str, float]:
+    """What a sum computes on one of its two ends: with next to no bytes, and for each byte."""
+    with _two_ends() as couriers:
+        small_s, large_s = (_computed_s(couriers, num_bytes) for num_bytes in COURIER_BYTES)
+    small, large = COURIER_BYTES
+    return {"courier_s": small_s, "courier_s_per_byte": max(large_s - small_s, 0.0) / (large - small)}
+
+
+def _computed_s(couriers: Sequence[Courier], num_bytes: int) -> float:
+    """Of one sum, each started when the one before is over, as by a worker that computes in between."""
+    found: list[float] = []
+    before = [0.0 for _ in couriers]
+    for _ in range(NUM_STEPS):
+        sums = [_Sum(num_bytes) for _ in couriers]
+        for courier, one in zip(couriers, sums, strict=True):
+            courier.submit(one)
+        if not all(one.over.wait(COURIER_LIMIT_S) for one in sums):
+            raise WaitTimeoutError(
+                f"two sockets of this process must exchange {num_bytes} bytes within {COURIER_LIMIT_S:g} s, but they "
+                "do not. See whether its processor is overloaded."
+            )
+        found += [one.computed_s - last for one, last in zip(sums, before, strict=True)]
+        before = [one.computed_s for one in sums]
+    return statistics.median(found[len(couriers) :])  # the first ones count what their threads had done before
+
+
+@contextlib.contextmanager
+def _two_ends() -> Iterator[list[Courier]]:
+    """Couriers of two processes of a line, both in this one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        first = socket.create_connection(listener.getsockname(), COURIER_LIMIT_S)
+        second, _ = listener.accept()
+    ends = [_End({1: first}, 0, COURIER_LIMIT_S), _End({0: second}, 1, COURIER_LIMIT_S)]
+    couriers = [Courier(end, Failure(), "measured") for end in ends]
+    try:
+        yield couriers
+    finally:
+        for end in ends:
+            end.interrupt()
+        for courier in couriers:
+            courier.close()
+            courier.join(COURIER_LIMIT_S)
+        for end in ends:
+            end.close()
 
 
 # Programs ------------------------------------------------------------------------------------------------------------

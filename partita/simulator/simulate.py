@@ -4,8 +4,10 @@ Every worker has a clock. It starts when the process's random draws are made. `R
 takes a link from its source process to its target process for the message's duration and lets the sender go on at once;
 a `Recv` waits for the message; a collective starts when its last member has come. Links between the same two processes
 carry one message at a time, and those among a group of processes one large collective: a sum in the background begins
-when all its members have started it and the one before is over, takes nothing of the workers' time, and its `Await`
-waits for it. The events are those that the runtime records.
+when all its members have started it and the one before is over, and its `Await` waits for it. What such a sum computes
+takes time of the worker where its process has no core left, and is counted at the `Await`: with c seconds of it in d
+seconds of a sum, a worker that has computed t seconds since the sum began is through after max(t + c, d). The events
+are those that the runtime records.
 
 Workers that compute at the same time slow each other, and how long they do so depends on how slow they are: the step
 is simulated with every worker of a machine taken as active, then again with the activity that came out, `NUM_PASSES`
@@ -187,7 +189,11 @@ class _Simulation:
         self.link_free_s: dict[tuple[int, int], float] = defaultdict(float)
         self.group_free_s: dict[tuple[int, ...], float] = defaultdict(float)  # by processes that add up together
         self.begun_s: dict[str, list[float]] = defaultdict(list)  # by key of a sum in the background
+        self.begun: dict[str, AllReduce] = {}
         self.over_s: dict[str, float] = {}
+        self.num_busy: Counter[int] = Counter()  # cores that workers use, by process
+        for worker in plan.workers:
+            self.num_busy[worker.process] += max(len(worker.cores), 1)
         self.bytes_sent = 0
 
     def _draws_s(self, place: Worker) -> float:
@@ -226,7 +232,8 @@ class _Simulation:
                 over_s = self.over_s.get(instruction.key)
                 if over_s is None:
                     return moved
-                clock.finish(clock.now_s, max(clock.now_s, over_s) + self.cost.instruction_time_s())
+                through_s = clock.now_s + self._interruption_s(clock.place, instruction.key)
+                clock.finish(clock.now_s, max(through_s, over_s) + self.cost.instruction_time_s())
             elif isinstance(instruction, Recv):
                 ready_s = self.mail.pop((instruction.peer, clock.program.worker, instruction.key), None)
                 if ready_s is None:
@@ -275,9 +282,20 @@ class _Simulation:
     def _begin(self, clock: _Clock, collective: AllReduce) -> None:
         begun = self.begun_s[collective.key]
         begun.append(clock.now_s)
+        self.begun[collective.key] = collective
         if len(begun) == len(collective.group):
             places = tuple(self.plan.workers[index] for index in collective.group)
             self.over_s[collective.key] = self._exchanged_s(collective, places, max(begun))
+
+    def _interruption_s(self, place: Worker, key: str) -> float:
+        """What a sum in the background has taken of a worker's time."""
+        collective = self.begun[key]
+        return self.cost.interruption_s(
+            whole_bytes(collective),
+            place,
+            num_processes=len({self.plan.workers[index].process for index in collective.group}),
+            num_busy=self.num_busy[place.process],
+        )
 
     def _exchanged_s(self, instruction: Collective, places: tuple[Worker, ...], start_s: float) -> float:
         """When a collective is over whose last member has come at `start_s`. Large ones of the same processes share

@@ -6,8 +6,8 @@ The second factor is a rule of `partita.training.sync.steps`. The first one, of 
 the best plan of the job with sums that cost what the method's cost (its bytes by its formula, its computing as measured
 here); so a method may make a plan worth its while that is too slow with exact sums. Of replicas it is the time of the
 best plan of one process with its part of the rows, and what agreeing costs in the mean of a step. Exchanges go over the
-slowest link between processes; those that are made in the background cost only what is left of them when they are
-waited for.
+slowest link between processes; those that are made in the background cost what is left of them when they are
+waited for, or what they take of a process' cores if workers use all of them.
 
 Exact training has the best exact plan, on one machine or on all; what is slower than that is not chosen.
 """
@@ -125,6 +125,15 @@ class _Lowered:
         return timeline.step_time_s, timeline.bytes_sent
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Alone:
+    """The best plan of one process that trains alone."""
+
+    step_time_s: float
+    plan: str
+    has_idle_cores: bool
+
+
 class _Predictor:
     """Predicts steps, on rank 0."""
 
@@ -169,9 +178,9 @@ class _Predictor:
         step_time_s, sent_bytes, plan = min(priced)
         return self._estimate(method, plan, step_time_s, sent_bytes)
 
-    def _of_one_replica(self) -> tuple[float, str]:
-        """Seconds of a step of one process with its part of the rows, and the plan. Rows follow the processes' speed,
-        so that all take as long as if they were alike."""
+    def _of_one_replica(self) -> _Alone:
+        """A step of one process with its part of the rows. Rows follow the processes' speed, so that all take as long
+        as if they were alike."""
         setup, num = self._setup, self._peers.num
         rows = take_apart(self._batch).rows
         batch = cut_rows(self._batch, rows, 0, split_evenly(rows, num)[0])
@@ -182,17 +191,24 @@ class _Predictor:
         assert plan.prediction is not None
         speeds = [_speed(setup.cluster, process) for process in setup.cluster.processes]
         own = _speed(setup.cluster, setup.cluster.processes[setup.team.rank])
-        return plan.prediction.step_time_s * own * num / sum(speeds), title(plan)
+        num_busy = sum(len(worker.cores) for worker in plan.workers)
+        return _Alone(
+            step_time_s=plan.prediction.step_time_s * own * num / sum(speeds),
+            plan=title(plan),
+            has_idle_cores=num_busy < len(alone.processes[0].cores),
+        )
 
-    def _of_replicas(self, method: Periodic, alone: tuple[float, str]) -> Estimate:
+    def _of_replicas(self, method: Periodic, alone: _Alone) -> Estimate:
         cost, link = periodic_cost(method, self._parts, self._peers), _slowest_link(self._setup.cluster)
-        step_time_s = alone[0] + cost.compute_s
+        step_time_s = alone.step_time_s + cost.compute_s
         exchange_s = 2 * link.latency_s + cost.bytes_at_once / link.bytes_per_s
         per_step = cost.sent_bytes / cost.bytes_at_once  # exchanges
         if isinstance(method, StreamingDiLoCo):
-            exchange_s = max(exchange_s - method.delay * step_time_s, 0.0)
+            overheads = CostTable(self._setup.cluster).overheads
+            taken_s = 0.0 if alone.has_idle_cores else overheads.courier_of(cost.bytes_at_once, self._peers.num)
+            exchange_s = max(exchange_s - method.delay * step_time_s, taken_s)
         step_time_s += exchange_s * per_step
-        return self._estimate(method, f"each process: {alone[1]}", step_time_s, cost.sent_bytes * self._peers.num)
+        return self._estimate(method, f"each process: {alone.plan}", step_time_s, cost.sent_bytes * self._peers.num)
 
     def _estimate(self, method: Method, plan: str, step_time_s: float, sent_bytes: float) -> Estimate:
         factor = steps_factor(method, self._peers.num, self._setup.optimizer)

@@ -23,6 +23,7 @@ from partita.cost.measure_nodes import measure_nodes
 from partita.cost.measure_ops import make_arguments, make_tensor, measure_together, op_key, placeholder_bound
 from partita.cost.overheads import Overheads
 from partita.cost.roofline import rates_of, roofline_s
+from partita.cost.sums import SumCost
 from partita.cost.table import CostTable
 from partita.graph.graph import OpInfo, Phase
 
@@ -202,6 +203,20 @@ def test_overheads_are_measured_once_and_kept() -> None:
     described = CostTable(make_cluster(is_here=False))
     described.measure_overheads(measurer)
     assert described.overheads == Overheads() and len(asked) == 1
+
+
+def test_sums_in_the_background_take_time_where_no_core_is_left() -> None:
+    table = CostTable(make_cluster(), sums=SumCost(sent_share=0.5, compute_s_per_byte=2.0))
+    table.measure_overheads(lambda cores: Overheads(courier_s=10.0, courier_s_per_byte=4.0))
+    num_cores = len(make_cluster().processes[0].cores)
+
+    def taken_s(num_bytes: int, num_processes: int, num_busy: int = num_cores) -> float:
+        return table.interruption_s(num_bytes, Place(), num_processes=num_processes, num_busy=num_busy)
+
+    assert taken_s(100, 2) == 200 + 10 + 50 * 4, "it is computed, and half of it is sent"
+    assert taken_s(100, 4) == 200 + 30 + 1.5 * 50 * 4, "a ring of four has three times as many rounds"
+    assert taken_s(100, 2, num_cores - 1) == 0.0
+    assert Overheads().courier_of(100, 1) == 0.0, "nothing is sent"
 
 
 def test_real_ops_are_measured_and_torch_threads_restored() -> None:

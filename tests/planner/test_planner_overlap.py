@@ -29,8 +29,11 @@ def plan_of(processes: tuple[int, ...], step_time_s: float = 1.0, **options: Any
     )
 
 
-def cost_of(latency_s: float, bytes_per_s: float) -> Any:
-    return SimpleNamespace(gradient_sum_time_s=lambda num_bytes, group: latency_s + num_bytes / bytes_per_s)
+def cost_of(latency_s: float, bytes_per_s: float, taken_s: float = 0.0) -> Any:
+    return SimpleNamespace(
+        gradient_sum_time_s=lambda num_bytes, group: latency_s + num_bytes / bytes_per_s,
+        interruption_s=lambda num_bytes, place, num_processes, num_busy: taken_s,
+    )
 
 
 @given(st.floats(1e-5, 1e-2), st.floats(0.05, 2.0), st.floats(0.1, 1.0))
@@ -63,6 +66,11 @@ def test_no_sizes_where_nothing_can_be_hidden() -> None:
     assert not bucket_sizes(plan_of((0, 1)), 1.0, 0, slow)
     assert not bucket_sizes(plan_of((0, 1)), 1.0, 4_000_000, cost_of(1e-4, 1e9))  # next to no time
     assert not bucket_sizes(plan_of((0, 1)), 1.0, LEAST_BUCKET_BYTES, cost_of(1e-4, 1e5))  # less than two buckets
+
+
+def test_buckets_that_take_time_of_the_workers_are_larger() -> None:
+    free, taken = (bucket_sizes(plan_of((0, 1)), 1.0, 4_000_000, cost_of(1e-3, 1e7, s)) for s in (0.0, 3e-3))
+    assert min(taken) == pytest.approx(2 * min(free), rel=0.1)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.99, 2.0])

@@ -112,6 +112,9 @@ class SimpleCost:
     def gradient_sum_time_s(self, num_bytes: int, group: tuple[Any, ...], *, num_tensors: int = 1) -> float:
         return self.collective_time_s("all_reduce", num_bytes, group, num_tensors=num_tensors)
 
+    def interruption_s(self, num_bytes: int, place: Any, *, num_processes: int, num_busy: int) -> float:
+        return 0.0
+
     @property
     def sent_share(self) -> float:
         return 1.0

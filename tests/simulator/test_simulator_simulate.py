@@ -18,6 +18,7 @@ from partita.plan import Plan, Worker
 from partita.program import ProgramSet, lower
 from partita.program.instructions import (
     AllReduce,
+    Await,
     Free,
     Instruction,
     Program,
@@ -27,6 +28,7 @@ from partita.program.instructions import (
     Segment,
     Send,
     Slice,
+    Start,
     TensorSpec,
     Update,
 )
@@ -45,6 +47,7 @@ class Rates:
     per_active_s: float = 0.0
     fixed_s: float = 0.0
     start_s: float = 0.0
+    interrupted_s: float = 0.0
     refined_uncertainty: float = 0.05
 
     def uncertainty(self, *, compiled: bool) -> float:
@@ -72,6 +75,9 @@ class Rates:
 
     def gradient_sum_time_s(self, num_bytes: int, group: tuple[Place, ...], *, num_tensors: int = 1) -> float:
         return self.collective_time_s("all_reduce", num_bytes, group, num_tensors=num_tensors)
+
+    def interruption_s(self, num_bytes: int, place: Place, *, num_processes: int, num_busy: int) -> float:
+        return self.interrupted_s
 
     @property
     def sent_share(self) -> float:
@@ -152,6 +158,21 @@ def test_a_collective_starts_when_the_last_member_has_come() -> None:
     timeline = simulate(programs, plan, Rates())
     meetings = [event for event in timeline.events if event.kind == "AllReduce"]
     assert [(event.worker, event.start_s, event.end_s) for event in meetings] == [(0, 3.0, 6.0), (1, 5.0, 6.0)]
+
+
+@pytest.mark.parametrize(
+    ("computed_s", "interrupted_s", "through_s"),
+    [(6.0, 0.0, 9.0), (6.0, 0.5, 9.5), (2.5, 0.5, 6.0), (2.5, 1.0, 6.5)],
+    ids=["free", "taken from computing", "hidden in the wait", "more than the wait"],
+)
+def test_a_sum_in_the_background_takes_what_it_computes(
+    computed_s: float, interrupted_s: float, through_s: float
+) -> None:
+    sum_of = AllReduce(("n:a@0",), (VALUE, VALUE, VALUE), (0, 1), "sum")  # three seconds from the start of the last
+    own = (run("3", "n:a@0"), Start(sum_of), run(str(computed_s), "n:b@0"), Await(sum_of))
+    programs, plan = job(own, own, processes=(0, 1))
+    timeline = simulate(programs, plan, Rates(interrupted_s=interrupted_s))
+    assert [event.end_s for event in timeline.events if event.kind == "Await"] == [through_s] * 2
 
 
 def test_optimizer_compilation_and_busy_neighbours_count() -> None:
