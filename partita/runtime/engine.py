@@ -514,6 +514,8 @@ class Connections:
 
     @property
     def bytes_sent(self) -> int:
+        if not self._lines and not self._couriers and self._mail is None:
+            return 0
         lines = sum(line.bytes_sent for line in self._lines.values())
         lines += sum(courier.line.bytes_sent for courier in self._couriers.values())
         return lines + (self._mail.bytes_sent if self._mail is not None else 0)

@@ -34,7 +34,7 @@ from partita.training.torch_adapter import clone_optimizer, has_own_step
 
 Kind = Literal["element", "parameter", "coupled"]
 Layout = Mapping[int, tuple[tuple[Slice, ...], ...]]  # worker -> the slices of each of its updates
-_Key = tuple[int, tuple[Slice, ...]]  # a worker and the slices of one of its updates
+_Key = int  # of a worker's update: hashing hundreds of slices in every step takes as long as updating them
 Pieces = Callable[[torch.Tensor], list[torch.Tensor]]
 
 _KINDS: dict[tuple[object, ...], tuple[Kind, bool]] = {}
@@ -317,12 +317,13 @@ class OptimizerShards:
         self._pieces: dict[_Key, dict[Slice, _Piece]] = {}
         self._shards: dict[_Key, tuple[torch.optim.Optimizer, tuple[int, ...]]] = {}
         self._fused_updates: dict[_Key, FusedUpdate] = {}
-        # By identity: hashing hundreds of slices in every step takes as long as updating them.
-        self._known: dict[tuple[int, int], tuple[Sequence[Slice], _Key]] = {}
-        for key in [(worker, slices) for worker, updates in layout.items() for slices in updates]:
+        own_updates = dict.fromkeys((worker, slices) for worker, updates in layout.items() for slices in updates)
+        self._keys = {update: key for key, update in enumerate(own_updates)}
+        self._known: dict[tuple[int, int], tuple[Sequence[Slice], _Key]] = {}  # by worker and identity
+        for (_, slices), key in self._keys.items():
             held = {
                 place: self._piece(place, groups[id(self._user(place.parameter))])
-                for place in key[1]
+                for place in slices
                 if id(self._user(place.parameter)) in groups
             }
             self._pieces[key] = held
@@ -343,7 +344,9 @@ class OptimizerShards:
         self._num_uniform = self._num_uniform + 1 if uniform else 0
         for shard, numbers in self._shards.values():
             for own, number in zip(shard.param_groups, numbers, strict=True):
-                own.update(options_of(self._optimizer.param_groups[number]))
+                parameters = own["params"]
+                own.update(self._optimizer.param_groups[number])
+                own["params"] = parameters
                 if self._fused:
                     own["fused"] = uniform
 
@@ -384,7 +387,7 @@ class OptimizerShards:
     def _key(self, worker: int, slices: Sequence[Slice]) -> _Key:
         known = self._known.get((worker, id(slices)))
         if known is None or known[0] is not slices:
-            known = self._known[worker, id(slices)] = (slices, (worker, tuple(slices)))
+            known = self._known[worker, id(slices)] = (slices, self._keys.get((worker, tuple(slices)), -1))
         return known[1]
 
     def _update(self, key: _Key, slices: Sequence[Slice], gradients: Sequence[torch.Tensor]) -> None:
