@@ -1,16 +1,16 @@
 """Convolutions of images that lie in memory as "channels last", in compiled segments, where that is faster here.
 
 oneDNN works on blocks of channels: of images that lie channel by channel it reorders each, and the weights, in every
-call; where all channels of a point lie together it need not. A captured step says of every tensor how it lies as
-PyTorch would have it, and the compiler keeps to that where it calls a library; so the graph is rewritten before it is
-compiled:
+call; where all channels of a point lie together it need not. So the compiler turns the images of convolutions. But a
+captured step says how PyTorch would have the inputs of the backward passes lie, and much of what it computes from them;
+so they are turned back and forth. The graph is rewritten before it is compiled:
 
     images and weights go into convolutions, and gradients into their backward passes, as channels last; what is
     computed from them lies so as well; what leaves the segment lies as it did
 
-A tensor that lies so already is not converted, and conversions of others are loops that the compiler fuses with their
-neighbours. Whether all of that pays is measured: the convolutions of both kinds, in turns, and the conversions are
-taken to move their bytes at the pace of memory. Results differ by rounding, as sums are formed in another order.
+What lies so already is not converted, and conversions of others are loops that the compiler fuses with their
+neighbours. Whether all of that pays is measured: the backward passes of both kinds, in turns; images that are turned
+are taken to move at the pace of memory. Results differ by rounding, as sums are formed in another order.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from partita.units import fingerprint
 
 _aten = torch.ops.aten
 FORWARD, BACKWARD = _aten.convolution.default, _aten.convolution_backward.default
-MEASURING_S = 0.5  # for the convolutions of a module; those that there is no time for go unheard
+MEASURING_S = 0.5  # for the backward passes of a module; those that there is no time for go unheard
+TURNED = "turned"  # in `meta` of a backward pass: whether some of its images lay otherwise
 _NUM_IMAGES: Mapping[Any, int] = {FORWARD: 2, BACKWARD: 3}  # first arguments that lie in some layout
 _COPYING: Mapping[Any, Any] = dict.fromkeys((_aten.view.default, _aten._unsafe_view.default), _aten.reshape.default)
 
@@ -45,7 +46,7 @@ def with_channels_last(module: fx.GraphModule, num_threads: int) -> fx.GraphModu
     if not torch.backends.mkldnn.is_available() or not convolutions(module):
         return module
     rewritten = in_channels_last(module)
-    if rewritten is None or not CHOICES.of([rewritten], num_threads):
+    if rewritten is None or not _turned(rewritten) or not CHOICES.of([rewritten], num_threads):
         return module
     return rewritten
 
@@ -110,12 +111,15 @@ class _Rewriting:
             raise _NoWayError
         taken = self._as_before if _reads_memory(node.target) else self._copies.__getitem__
         args, kwargs = fx.map_arg((node.args, node.kwargs), taken)
+        turned = False
         if _is_convolution(node):
             num = _NUM_IMAGES[node.target]
             images: Any = args[:num]
             args = (*(self._as(image, torch.channels_last) for image in images), *args[num:])
+            captured = _images(node)[:2]
+            turned = not all(image.is_contiguous(memory_format=torch.channels_last) for image in captured)
         copy = self._call(node.target, args, kwargs)
-        copy.meta = {**node.meta, "val": copy.meta["val"]}
+        copy.meta = {**node.meta, "val": copy.meta["val"], TURNED: turned and node.target is BACKWARD}
         return copy
 
     def _call(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
@@ -181,18 +185,27 @@ def _pays(rewritten: fx.GraphModule) -> bool:
     """Whether a rewritten module is faster, in this thread."""
     counts: dict[str, int] = {}
     nodes: dict[str, fx.Node] = {}
-    for node in convolutions(rewritten):
+    for node in _turned(rewritten):
         key = op_key(node, 1)
         nodes[key], counts[key] = node, counts.get(key, 0) + 1
     own_s, other_s = 0.0, _conversions_s(rewritten)
     end_s = time.perf_counter() + MEASURING_S
     for key in sorted(nodes, key=lambda key: -counts[key] * _work(nodes[key])):
         times_s = times_of(nodes[key])
-        own_s += counts[key] * times_s[0]
+        # Both images would be turned back for it, and the gradient that comes out once more.
+        own_s += counts[key] * (times_s[0] + sum(map(_turning_s, (*_images(nodes[key])[:2], _images(nodes[key])[1]))))
         other_s += counts[key] * times_s[1]
         if time.perf_counter() > end_s:
             break
     return is_clear(own_s, other_s)
+
+
+def _turned(rewritten: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in convolutions(rewritten) if node.meta.get(TURNED)]
+
+
+def _turning_s(image: Tensor) -> float:
+    return 2 * image.nbytes / DEFAULT_CORE_BYTES_PER_S
 
 
 def times_of(node: fx.Node) -> list[float]:
@@ -208,19 +221,20 @@ def times_of(node: fx.Node) -> list[float]:
 
 
 def _conversions_s(rewritten: fx.GraphModule) -> float:
-    clones = (node for node in rewritten.graph.nodes if node.target is _aten.clone.default)
-    converted = (node for node in clones if node.kwargs.get("memory_format") is not None)
-    return sum(2 * float(node.meta["val"].nbytes) / DEFAULT_CORE_BYTES_PER_S for node in converted)
+    clones = [node for node in rewritten.graph.nodes if node.target is _aten.clone.default]
+    pairs = [(node.meta["val"], node.all_input_nodes[0].meta["val"]) for node in clones]
+    converted = [value for value, source in pairs if value.stride() != source.stride()]
+    return sum(map(_turning_s, converted))
 
 
 def _work(node: fx.Node) -> int:
-    """In proportion to a convolution's multiplications: points of the image that comes out, times weights."""
-    out, weight = (node.meta["val"], _images(node)[1]) if node.target is FORWARD else _images(node)[::2]
-    return int(out.numel() // max(out.shape[1], 1) * weight.numel())
+    """In proportion to a backward pass' multiplications: points of the image that came out, times weights."""
+    gradient, _, weight = _images(node)
+    return int(gradient.numel() // max(gradient.shape[1], 1) * weight.numel())
 
 
 def _key(rewritten: fx.GraphModule, num_threads: int) -> str:
-    keys = sorted(op_key(node, num_threads) for node in convolutions(rewritten))
+    keys = sorted(op_key(node, num_threads) for node in _turned(rewritten))
     return fingerprint([*keys, round(1e6 * _conversions_s(rewritten))])
 
 

@@ -46,7 +46,7 @@ from partita.runtime.torch_adapter import (
 )
 from partita.units import fingerprint
 
-FORMAT = 2  # of the files; another number leaves old ones alone
+FORMAT = 1  # of the files; another number leaves old ones alone
 NICENESS = 2  # two fifths of a core that a step wants as well
 MAX_HELPERS = 4
 END_TIME_S = 2.0

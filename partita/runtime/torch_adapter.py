@@ -142,14 +142,7 @@ def compile_graph(
     products.register_lowerings()
     block_products.register_lowerings()
     graph = fx.GraphModule(module, _without_values(module))
-    # A joint graph says how the inputs of backward passes lie: with another layout in the forward phase only, all of
-    # them would be converted in between (`partita.cost.layouts` changes both).
-    patches = {
-        "cpp_wrapper": True,
-        "cpp.threads": num_threads,
-        "fallback_random": True,
-        "layout_optimization": False,
-    }
+    patches = {"cpp_wrapper": True, "cpp.threads": num_threads, "fallback_random": True}
     with config.patch(patches), without_compiler_warnings(), torch.no_grad():
         # The patches are given a second time because the compiler may work in threads that do not see this one's.
         artifact = inductor.standalone_compile(
