@@ -33,15 +33,15 @@ COLUMNS = ("model", "cache", "import_s", "first_step_s", "cpu_s", "parallelize_s
 # Phase -> functions as the modules that call them know them.
 PHASES = {
     "detect": (("partita.cluster.model", "Cluster.detect"),),
-    "capture": (("partita.training.parallelize", "capture"), ("partita.training.step", "capture")),
+    "capture": (("partita.training.parallelize", "capture"), ("partita.training.setup", "capture")),
     "rules": (("partita.sharding.found", "RuleBook.find"),),
-    "planning": (("partita.training.parallelize", "ranked_plans"),),
+    "planning": (("partita.training.shared_plans", "ranked_plans"),),
     "measuring": (
         ("partita.cost.table", "CostTable.measure"),
         ("partita.cost.table", "CostTable.measure_overheads"),
         ("partita.training.measuring", "PartMeasurer.measure"),
     ),
-    "lowering": (("partita.training.planning", "lower"), ("partita.training.graph_runner", "lower")),
+    "lowering": (("partita.training.optimizers", "lower"), ("partita.training.graph_runner", "lower")),
     "compiling": (("partita.runtime.segments", "_compile"),),
     "stepping": (("partita.training.step", "Step.__call__"),),
 }
