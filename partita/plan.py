@@ -153,6 +153,14 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def num_workers(self) -> int:
         return len(self.workers) or math.prod(self.axes.values())
 
+    @property
+    def used_cores(self) -> Counter[int]:
+        """By process, how many cores its workers use."""
+        used: Counter[int] = Counter()
+        for worker in self.workers:
+            used[worker.process] += max(len(worker.cores), 1)
+        return used
+
     def worker(self, index: int) -> Worker:
         """Worker `index`, listed or not. Raises `PlanError` if there is none."""
         if self.layout is not None:

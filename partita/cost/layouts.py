@@ -16,11 +16,10 @@ are taken to move at the pace of memory. Results differ by rounding, as sums are
 from __future__ import annotations
 
 import functools
-import math
 import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -35,7 +34,6 @@ from partita.units import fingerprint
 _aten = torch.ops.aten
 FORWARD, BACKWARD = _aten.convolution.default, _aten.convolution_backward.default
 MEASURING_S = 0.5  # for the backward passes of a module; those that there is no time for go unheard
-TURNED = "turned"  # in `meta` of a backward pass: whether some of its images lay otherwise
 _NUM_IMAGES: Mapping[Any, int] = {FORWARD: 2, BACKWARD: 3}  # first arguments that lie in some layout
 _COPYING: Mapping[Any, Any] = dict.fromkeys((_aten.view.default, _aten._unsafe_view.default), _aten.reshape.default)
 
@@ -43,10 +41,9 @@ _COPYING: Mapping[Any, Any] = dict.fromkeys((_aten.view.default, _aten._unsafe_v
 def with_channels_last(module: fx.GraphModule, num_threads: int) -> fx.GraphModule:
     """The module, to be compiled for `num_threads` threads, with its convolutions in channels last; the module itself
     if it has none, or they are not faster so. What is not known yet is measured, for `MEASURING_S` or so."""
-    if not torch.backends.mkldnn.is_available() or not convolutions(module):
-        return module
-    rewritten = in_channels_last(module)
-    if rewritten is None or not _turned(rewritten) or not CHOICES.of([rewritten], num_threads):
+    turned = _turned(module) if torch.backends.mkldnn.is_available() else []
+    rewritten = in_channels_last(module) if turned else None
+    if rewritten is None or not CHOICES.of([_Rewritten(rewritten, turned)], num_threads):
         return module
     return rewritten
 
@@ -111,15 +108,12 @@ class _Rewriting:
             raise _NoWayError
         taken = self._as_before if _reads_memory(node.target) else self._copies.__getitem__
         args, kwargs = fx.map_arg((node.args, node.kwargs), taken)
-        turned = False
         if _is_convolution(node):
             num = _NUM_IMAGES[node.target]
             images: Any = args[:num]
             args = (*(self._as(image, torch.channels_last) for image in images), *args[num:])
-            captured = _images(node)[:2]
-            turned = not all(image.is_contiguous(memory_format=torch.channels_last) for image in captured)
         copy = self._call(node.target, args, kwargs)
-        copy.meta = {**node.meta, "val": copy.meta["val"], TURNED: turned and node.target is BACKWARD}
+        copy.meta = {**node.meta, "val": copy.meta["val"]}
         return copy
 
     def _call(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
@@ -151,7 +145,7 @@ class _Rewriting:
             return copy
         strides = old.stride()
         order = sorted(range(old.dim()), key=lambda dim: -strides[dim])
-        if [strides[dim] for dim in order] != _dense_strides([old.shape[dim] for dim in order]):
+        if tuple(strides[dim] for dim in order) != torch.empty([old.shape[dim] for dim in order]).stride():
             raise _NoWayError
         if order == sorted(order):
             return self._as(copy, torch.contiguous_format)
@@ -167,10 +161,6 @@ def _reads_memory(target: Any) -> bool:
     return not name.startswith("aten.") or "as_strided" in name
 
 
-def _dense_strides(shape: Sequence[int]) -> list[int]:
-    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-
-
 def _without_values(value: object) -> object:
     """The like of a tensor in the FakeTensorMode that is on."""
     if not isinstance(value, Tensor):
@@ -181,27 +171,41 @@ def _without_values(value: object) -> object:
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
-def _pays(rewritten: fx.GraphModule) -> bool:
+class _Rewritten(NamedTuple):
+    """A rewritten module, and the backward passes of the captured one whose images lay otherwise."""
+
+    module: fx.GraphModule
+    turned: list[fx.Node]
+
+
+def _pays(rewritten: _Rewritten) -> bool:
     """Whether a rewritten module is faster, in this thread."""
     counts: dict[str, int] = {}
     nodes: dict[str, fx.Node] = {}
-    for node in _turned(rewritten):
+    for node in rewritten.turned:
         key = op_key(node, 1)
         nodes[key], counts[key] = node, counts.get(key, 0) + 1
-    own_s, other_s = 0.0, _conversions_s(rewritten)
+    own_s, other_s = 0.0, _conversions_s(rewritten.module)
     end_s = time.perf_counter() + MEASURING_S
     for key in sorted(nodes, key=lambda key: -counts[key] * _work(nodes[key])):
         times_s = times_of(nodes[key])
-        # Both images would be turned back for it, and the gradient that comes out once more.
-        own_s += counts[key] * (times_s[0] + sum(map(_turning_s, (*_images(nodes[key])[:2], _images(nodes[key])[1]))))
+        gradient, image, _ = _images(nodes[key])
+        # Both would be turned back for it, and the image's gradient that comes out would be turned.
+        own_s += counts[key] * (times_s[0] + _turning_s(gradient) + 2 * _turning_s(image))
         other_s += counts[key] * times_s[1]
         if time.perf_counter() > end_s:
             break
     return is_clear(own_s, other_s)
 
 
-def _turned(rewritten: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in convolutions(rewritten) if node.meta.get(TURNED)]
+def _turned(module: fx.GraphModule) -> list[fx.Node]:
+    """The backward passes whose gradients or images do not lie as channels last."""
+    passes = [node for node in convolutions(module) if node.target is BACKWARD]
+    return [node for node in passes if not all(map(_is_channels_last, _images(node)[:2]))]
+
+
+def _is_channels_last(image: Tensor) -> bool:
+    return image.is_contiguous(memory_format=torch.channels_last)
 
 
 def _turning_s(image: Tensor) -> float:
@@ -233,9 +237,9 @@ def _work(node: fx.Node) -> int:
     return int(gradient.numel() // max(gradient.shape[1], 1) * weight.numel())
 
 
-def _key(rewritten: fx.GraphModule, num_threads: int) -> str:
-    keys = sorted(op_key(node, num_threads) for node in _turned(rewritten))
-    return fingerprint([*keys, round(1e6 * _conversions_s(rewritten))])
+def _key(rewritten: _Rewritten, num_threads: int) -> str:
+    keys = sorted(op_key(node, num_threads) for node in rewritten.turned)
+    return fingerprint([*keys, round(1e6 * _conversions_s(rewritten.module))])
 
 
-CHOICES: Choices[fx.GraphModule] = Choices("channels last", _pays, key=_key)
+CHOICES: Choices[_Rewritten] = Choices("channels last", _pays, key=_key)

@@ -45,7 +45,8 @@ def bucket_sizes(plan: Plan, step_time_s: float, gradient_bytes: int, cost: Cost
     if exchange_s < LEAST_SHARE * step_time_s:
         return ()
     backward_s = BACKWARD_SHARE * max(step_time_s - exchange_s, 0.0)
-    taken_s = max(_interruption_s(plan, worker, len(group), cost) for worker in group)
+    used, num = plan.used_cores, len(group)
+    taken_s = max(cost.interruption_s(0, w, num_processes=num, num_busy=used[w.process]) for w in group)
     count = math.sqrt(min(backward_s, exchange_s) / max(latency_s + taken_s, 1e-9))
     most = min(MOST_BUCKETS, gradient_bytes // LEAST_BUCKET_BYTES)
     counts = {min(max(round(factor * count), 2), most) for factor in (0.5, 1.0, 2.0)}
@@ -79,12 +80,6 @@ def best_buckets(
         f"phase, which is predicted to save {format_time(plain_s - best_s)} a step"
     )
     return msgspec.structs.replace(best, reasons=(*best.reasons, reason))
-
-
-def _interruption_s(plan: Plan, worker: Worker, num_processes: int, cost: CostModel) -> float:
-    """What a bucket takes of the worker's time, whatever its size."""
-    num_busy = sum(max(len(other.cores), 1) for other in plan.workers if other.process == worker.process)
-    return cost.interruption_s(0, worker, num_processes=num_processes, num_busy=num_busy)
 
 
 def _one_of_each_process(plan: Plan) -> tuple[Worker, ...]:

@@ -189,11 +189,8 @@ class _Simulation:
         self.link_free_s: dict[tuple[int, int], float] = defaultdict(float)
         self.group_free_s: dict[tuple[int, ...], float] = defaultdict(float)  # by processes that add up together
         self.begun_s: dict[str, list[float]] = defaultdict(list)  # by key of a sum in the background
-        self.begun: dict[str, AllReduce] = {}
         self.over_s: dict[str, float] = {}
-        self.num_busy: Counter[int] = Counter()  # cores that workers use, by process
-        for worker in plan.workers:
-            self.num_busy[worker.process] += max(len(worker.cores), 1)
+        self.used_cores = plan.used_cores
         self.bytes_sent = 0
 
     def _draws_s(self, place: Worker) -> float:
@@ -232,7 +229,7 @@ class _Simulation:
                 over_s = self.over_s.get(instruction.key)
                 if over_s is None:
                     return moved
-                through_s = clock.now_s + self._interruption_s(clock.place, instruction.key)
+                through_s = clock.now_s + self._interruption_s(clock.place, instruction.collective)
                 clock.finish(clock.now_s, max(through_s, over_s) + self.cost.instruction_time_s())
             elif isinstance(instruction, Recv):
                 ready_s = self.mail.pop((instruction.peer, clock.program.worker, instruction.key), None)
@@ -282,19 +279,17 @@ class _Simulation:
     def _begin(self, clock: _Clock, collective: AllReduce) -> None:
         begun = self.begun_s[collective.key]
         begun.append(clock.now_s)
-        self.begun[collective.key] = collective
         if len(begun) == len(collective.group):
             places = tuple(self.plan.workers[index] for index in collective.group)
             self.over_s[collective.key] = self._exchanged_s(collective, places, max(begun))
 
-    def _interruption_s(self, place: Worker, key: str) -> float:
+    def _interruption_s(self, place: Worker, collective: AllReduce) -> float:
         """What a sum in the background has taken of a worker's time."""
-        collective = self.begun[key]
         return self.cost.interruption_s(
             whole_bytes(collective),
             place,
             num_processes=len({self.plan.workers[index].process for index in collective.group}),
-            num_busy=self.num_busy[place.process],
+            num_busy=self.used_cores[place.process],
         )
 
     def _exchanged_s(self, instruction: Collective, places: tuple[Worker, ...], start_s: float) -> float:

@@ -130,8 +130,14 @@ class _Alone:
     """The best plan of one process that trains alone."""
 
     step_time_s: float
-    plan: str
-    has_idle_cores: bool
+    plan: Plan
+    cost: CostTable
+
+    def interruption_s(self, num_bytes: int, num_processes: int) -> float:
+        """What an exchange in the background takes of its time."""
+        place = self.plan.workers[0]
+        num_busy = self.plan.used_cores[place.process]
+        return self.cost.interruption_s(num_bytes, place, num_processes=num_processes, num_busy=num_busy)
 
 
 class _Predictor:
@@ -187,16 +193,13 @@ class _Predictor:
         alone = own_cluster(setup.cluster, setup.team.rank)
         graph = setup.capture(batch)
         assert isinstance(self._wanted, Constraints)
-        plan = ranked_plans(graph, alone, CostTable(alone), self._wanted, setup.facts, limit=1, refines=False)[0]
+        cost = CostTable(alone)
+        plan = ranked_plans(graph, alone, cost, self._wanted, setup.facts, limit=1, refines=False)[0]
         assert plan.prediction is not None
         speeds = [_speed(setup.cluster, process) for process in setup.cluster.processes]
         own = _speed(setup.cluster, setup.cluster.processes[setup.team.rank])
-        num_busy = sum(len(worker.cores) for worker in plan.workers)
-        return _Alone(
-            step_time_s=plan.prediction.step_time_s * own * num / sum(speeds),
-            plan=title(plan),
-            has_idle_cores=num_busy < len(alone.processes[0].cores),
-        )
+        step_time_s = plan.prediction.step_time_s * own * num / sum(speeds)
+        return _Alone(step_time_s=step_time_s, plan=plan, cost=cost)
 
     def _of_replicas(self, method: Periodic, alone: _Alone) -> Estimate:
         cost, link = periodic_cost(method, self._parts, self._peers), _slowest_link(self._setup.cluster)
@@ -204,11 +207,11 @@ class _Predictor:
         exchange_s = 2 * link.latency_s + cost.bytes_at_once / link.bytes_per_s
         per_step = cost.sent_bytes / cost.bytes_at_once  # exchanges
         if isinstance(method, StreamingDiLoCo):
-            overheads = CostTable(self._setup.cluster).overheads
-            taken_s = 0.0 if alone.has_idle_cores else overheads.courier_of(cost.bytes_at_once, self._peers.num)
+            taken_s = alone.interruption_s(round(cost.bytes_at_once), self._peers.num)
             exchange_s = max(exchange_s - method.delay * step_time_s, taken_s)
         step_time_s += exchange_s * per_step
-        return self._estimate(method, f"each process: {alone.plan}", step_time_s, cost.sent_bytes * self._peers.num)
+        plan = f"each process: {title(alone.plan)}"
+        return self._estimate(method, plan, step_time_s, cost.sent_bytes * self._peers.num)
 
     def _estimate(self, method: Method, plan: str, step_time_s: float, sent_bytes: float) -> Estimate:
         factor = steps_factor(method, self._peers.num, self._setup.optimizer)

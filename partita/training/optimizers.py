@@ -344,9 +344,7 @@ class OptimizerShards:
         self._num_uniform = self._num_uniform + 1 if uniform else 0
         for shard, numbers in self._shards.values():
             for own, number in zip(shard.param_groups, numbers, strict=True):
-                parameters = own["params"]
-                own.update(self._optimizer.param_groups[number])
-                own["params"] = parameters
+                own.update(options_of(self._optimizer.param_groups[number]))
                 if self._fused:
                     own["fused"] = uniform
 
