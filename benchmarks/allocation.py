@@ -202,7 +202,7 @@ class Search:
 
     def loss(self, num_finalists: int) -> float:
         judged = [one for one in self.candidates if one.rung >= 0]
-        ranked = sorted(judged, key=lambda one: (-one.rung, one.relied_on()))[:num_finalists]
+        ranked = sorted(judged, key=_Candidate.relied_on)[:num_finalists]
         best = min(ranked, key=lambda one: one.curve.best(one.train_s + FINAL_S))
         return best.curve.tested(best.train_s + FINAL_S)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import os
 import time
@@ -60,6 +61,7 @@ def run(request: Request) -> SearchResult:
         modules = _modules(request.task)
         is_over = (folder / "best" / FACTS).exists()
         server = None if is_over else Server(modules)  # it imports while the study is opened
+        importlib.import_module("optuna.importance")  # with scikit-learn: a second, which the deadline has not
         task = settled(request.task)
         aims = Aims(objectives=request.objectives, maximize=task.direction == "maximize", bound=bound_of(task))
         name = request.study or folder.name

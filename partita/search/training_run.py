@@ -20,21 +20,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import nn
 
 from partita.cluster import Cluster
 from partita.errors import InputError, NonFiniteLossError
+from partita.plan import Plan
 from partita.planner.describe import title
 from partita.search.curves import Point
-from partita.search.effort import is_compiled, is_planned, is_priced
+from partita.search.effort import Effort, effort_for, is_priced
 from partita.search.messages import Judged, Order
 from partita.search.parts import endless, first_batch, judged_batches, num_rows
 from partita.search.pricing import Price, infeasible, num_parameters, priced, roughly_priced, too_large, too_slow
 from partita.search.task import Task, default_score
 from partita.search.trials import SearchTrial
 from partita.search.weights import kept_score, write_weights
+from partita.training.arguments import Found
 from partita.training.block_runner import on_threads
 from partita.training.parallelize import parallelize
 from partita.training.planning import block_plan
@@ -117,7 +118,7 @@ class TrainingRun:
         self._price = Price(num_parameters=size)
         self._step: Step | None = None
         self._batches: Iterator[Any] = iter(())
-        self._planned: tuple[bool, bool] = (False, False)
+        self._effort = Effort.PLAIN
         self._next_judged_s, self._judged_samples, self._judging_s = 0.0, 0.0, 0.0
         self._saved_at_s, self._saving_s = time.monotonic(), 0.0
         self._marks: list[tuple[float, float, int]] = []  # train_s, samples and steps since `begin`, for speeds
@@ -144,12 +145,12 @@ class TrainingRun:
         """The same by plans, before it is trained for so long; None: it is known, or would take too much of that, or no
         plan is to be used in the end."""
         outline_s = self._price.outline_s
-        pays = is_priced(granted_s, outline_s) and is_planned(self._order.final_s, outline_s)
+        pays = is_priced(granted_s, outline_s) and effort_for(self._order.final_s, outline_s) > Effort.PLAIN
         return self._priced_by_plans() if self._price.is_rough and pays else None
 
     def _priced_by_plans(self) -> Price:
         order, outline_s = self._order, self._price.outline_s
-        everywhere = order.everywhere if is_planned(order.final_s, outline_s) else None
+        everywhere = order.everywhere if effort_for(order.final_s, outline_s) > Effort.PLAIN else None
         price = priced(*self._trained, own=self._here, everywhere=everywhere, target=order.target)
         return self._kept(dataclasses.replace(price, outline_s=outline_s))
 
@@ -168,8 +169,8 @@ class TrainingRun:
         """Makes the training step, under a plan that is found for the trial's cores if it is trained for long enough;
         `resumed`: it goes on from the candidate's checkpoint."""
         self.close()
-        self._planned = self._planned_for(granted_s)
-        self._step = self._made(*self._planned)
+        self._effort = effort_for(granted_s, self._price.outline_s)
+        self._step = self._made()
         if resumed:
             self._step.load(self._order.folder, also={"progress": self._progress})
         self._batches = endless(self._training, self.batch_size, self._step, seed=self._order.seed)
@@ -179,26 +180,26 @@ class TrainingRun:
 
     def continue_for(self, granted_s: float) -> None:
         """Called after `save`: from here on a plan may pay."""
-        if self._planned_for(granted_s) > self._planned:
+        if effort_for(granted_s, self._price.outline_s) > self._effort:
             self.begin(granted_s, resumed=True)
 
-    def _planned_for(self, granted_s: float) -> tuple[bool, bool]:
-        """Whether a plan is looked for, and may be compiled."""
-        outline_s = self._price.outline_s
-        return is_planned(granted_s, outline_s), is_compiled(granted_s, outline_s)
-
-    def _made(self, planned: bool, compiled: bool) -> Step:
-        plain = block_plan(self._here, graph=None, reasons=(PLAINLY,))
-        if not planned and self._device.type == "cpu":
+    def _plan(self) -> Plan | Found:
+        """Plain PyTorch, or how a plan is to be found."""
+        if self._effort > Effort.PLAIN:
+            return "quick" if self._effort == Effort.QUICK else "auto"
+        threads = None
+        if self._device.type == "cpu":
             threads = fastest_threads(self.model, self._task.loss_fn, self._batch, self._here.num_cores)
-            plain = msgspec.structs.replace(plain, threads_per_worker=threads)
+        return block_plan(self._here, graph=None, reasons=(PLAINLY,), num_threads=threads)
+
+    def _made(self) -> Step:
         return parallelize(
             self.model,
             self._optimizer,
             self._task.loss_fn,
             self._batch,
-            plan="auto" if planned else plain,
-            compile="auto" if compiled else False,
+            plan=self._plan(),
+            compile="auto" if self._effort == Effort.COMPILED else False,
             cluster=self._here,
             connections=self._connections,
         )

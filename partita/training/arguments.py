@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from partita.plan import Constraints, Plan
 from partita.training.masters import HALF
 from partita.training.overrides import current_override
 from partita.training.torch_adapter import has_own_step
+
+Found = Literal["auto", "quick"]  # plans that `parallelize` finds itself
 
 
 def check_task(model: Any, loss_fn: Any, cluster: Any) -> None:
@@ -56,15 +58,15 @@ def check_planning(optimizer: Any, constraints: Any) -> None:
         )
 
 
-def wanted_plan(plan: Any) -> Plan | Constraints | Literal["auto"]:
+def wanted_plan(plan: Any) -> Plan | Constraints | Found:
     """The plan that `parallelize` is to run, or what it must be like; an `override` in force replaces what was given.
 
     Raises:
         InputError: it is none of these, or corners that are fixed are only for described clusters.
         PlanError: the runtime does not have what the plan needs.
     """
-    if not isinstance(plan, (Plan, Constraints)) and plan != "auto":
-        raise InputError(f'plan must be "auto", a Plan or Constraints, but got {plan!r}')
+    if not isinstance(plan, (Plan, Constraints)) and plan not in get_args(Found):
+        raise InputError(f'plan must be "auto", "quick", a Plan or Constraints, but got {plan!r}')
     replaced = current_override().plan
     for one in (plan, replaced):
         if isinstance(one, Constraints):
@@ -75,7 +77,7 @@ def wanted_plan(plan: Any) -> Plan | Constraints | Literal["auto"]:
                 f"{', '.join(one.unrunnable)}. Write it for an engine that runs it (partita export), or plan for the "
                 "machines here: partita.plan(model, loss_fn, batch)."
             )
-    found: Plan | Constraints | Literal["auto"] = plan if replaced is None else replaced
+    found: Plan | Constraints | Found = plan if replaced is None else replaced
     return found
 
 

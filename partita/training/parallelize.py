@@ -21,7 +21,7 @@ from partita.cluster import Cluster
 from partita.cluster.job import current_job
 from partita.cluster.measure import measure_network
 from partita.constraints import refuse_described
-from partita.errors import CaptureError, InputError, PlanError
+from partita.errors import CaptureError, InfeasibleError, InputError, PlanError
 from partita.graph import Graph, capture
 from partita.plan import Constraints, Plan
 from partita.runtime.allocator import keep_freed_memory, let_go_of_garbage
@@ -29,6 +29,7 @@ from partita.runtime.segments import CompileWarning
 from partita.runtime.transport import Transport
 from partita.training.adopt import Adoption
 from partita.training.arguments import (
+    Found,
     check_decay,
     check_masters,
     check_norm,
@@ -51,6 +52,7 @@ from partita.training.forms import in_blocks
 from partita.training.graph_runner import named_state
 from partita.training.inputs import BatchLeaves, take_apart
 from partita.training.job import Team
+from partita.training.measuring import StepValues
 from partita.training.membership import Elastic
 from partita.training.observing import observed_plan
 from partita.training.optimizers import check_optimizer, kind_of
@@ -71,6 +73,7 @@ NUM_MEASURED = 4  # graph plans that are run before one is adopted
 # A candidate that needs this many times another one's memory, and so many bytes more (a process without any plan takes
 # as much), must be predicted to be faster by this share: the peak of a job is that of the hungriest plan it has tried.
 HUNGRY_RATIO, HUNGRY_BYTES, HUNGRY_GAIN = 1.25, 256 * 2**20, 0.05
+QUICKLY = 'plan="quick" knows a worker a core with rows of its own, and plain PyTorch'
 MAX_COMPILED_OPS = 3000  # compiling larger graphs takes minutes
 
 
@@ -147,8 +150,12 @@ def _old_objects_left_alone() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Request:
-    plan: Plan | Constraints | Literal["auto"]
+    plan: Plan | Constraints | Found
     compile: bool | Literal["auto"]
+
+    @property
+    def is_quick(self) -> bool:
+        return isinstance(self.plan, str) and self.plan == "quick"
 
     @property
     def wanted(self) -> Plan | Constraints:
@@ -156,6 +163,8 @@ class _Request:
         if isinstance(self.plan, Plan):
             return self.plan if self.compile == "auto" else msgspec.structs.replace(self.plan, compiled=self.compile)
         constraints = self.plan if isinstance(self.plan, Constraints) else Constraints()
+        if self.is_quick and self.compile == "auto":
+            return msgspec.structs.replace(constraints, compiled=False)
         if self.compile != "auto" and constraints.compiled is None:
             constraints = msgspec.structs.replace(constraints, compiled=self.compile)
         return constraints
@@ -167,7 +176,7 @@ def parallelize(
     loss_fn: LossFn,
     batch: Any,
     *,
-    plan: Plan | Constraints | Literal["auto"] = "auto",
+    plan: Plan | Constraints | Found = "auto",
     sync: str | Method = "exact",
     tolerance: Tolerance | None = None,
     compile: bool | Literal["auto"] = "auto",
@@ -193,7 +202,9 @@ def parallelize(
         plan: "auto" runs the best few plans and plain PyTorch in turns during the first steps and adopts the fastest
             (`Step.is_settled`); what is adopted is remembered for the next run. `Constraints` fix corners and take the
             best predicted plan; a `Plan` is used as it is. Without one, the rows of each process follow its measured
-            speed while it trains.
+            speed while it trains. "quick" is "auto" for trainings of less than some minutes: it knows plain PyTorch
+            and a worker a core with rows of its own, which are found in a second or two instead of five to ten and
+            more, and what earlier runs have adopted; where there are GPUs it is the same as "auto".
         sync: how processes are brought together: "exact", so that the mathematics is that of plain PyTorch, or a method
             of `partita.sync` or its name, which sends fewer bytes; "auto" chooses one within the `tolerance`
             (`Step.choice` says why). Inside a process training is always exact.
@@ -279,7 +290,7 @@ def parallelize(
     return step
 
 
-def _cluster_here(cluster: Cluster | None, plan: Plan | Constraints | Literal["auto"], timeout_s: float) -> Cluster:
+def _cluster_here(cluster: Cluster | None, plan: Plan | Constraints | Found, timeout_s: float) -> Cluster:
     """The machines of this job; what lies between them is measured where a plan is to be found."""
     where = cluster if cluster is not None else Cluster.detect(timeout_s=timeout_s)
     if cluster is None and not isinstance(plan, Plan):
@@ -312,7 +323,7 @@ def _agreed(
         costs = agreed_costs(setup.optimizer, parameters, setup.cluster, setup.team, masters=setup.masters)
         setup = dataclasses.replace(setup, costs=costs)
     if method is None:
-        choice = choose(setup, batch, tolerance or "exact", request.wanted, replicas=request.plan == "auto")
+        choice = choose(setup, batch, tolerance or "exact", request.wanted, replicas=isinstance(request.plan, str))
         setup, method = dataclasses.replace(setup, choice=choice), choice.method
         emit(SyncChosen(choice=choice))
     if isinstance(method, GradientMethod) and not isinstance(method, Exact):
@@ -404,12 +415,15 @@ def _decide(setup: StepSetup, batch: Any, leaves: BatchLeaves, request: _Request
         constraints = msgspec.structs.replace(constraints, compiled=False)
     with setup.in_form():
         values = step_values(setup.model, graph, leaves)
-    if plan != "auto":
+    if isinstance(plan, Constraints):
         best = shared_plans(setup, graph, constraints, values)[0]
         return _Decision(plan=best, graph=graph if best.mode == "graph" else None)
     memory = Memory(graph, setup.cluster, constraints, setup.facts, repr(setup.sync))
     recalled = [text.to_json() for text in memory.recall()] if setup.team.rank == 0 else []
     known = [Plan.from_json(text) for text in setup.team.from_first(recalled)]
+    if request.is_quick and not any(process.gpus for process in setup.cluster.processes):
+        finalists = known or _quick_finalists(setup, graph, constraints, values)
+        return _Decision(plan=finalists[0], graph=graph, finalists=tuple(finalists))
     finalists = known or _finalists(shared_plans(setup, graph, constraints, values, refines=False))
     if not known and setup.team.rank == 0:
         with contextlib.suppress(OSError):  # a full or read-only disk: the next run plans again
@@ -493,6 +507,29 @@ def _finalists(candidates: tuple[Plan, ...]) -> list[Plan]:
         compiled += _compiled_twins(plain, compiled)
         compiled += [plan for plan in graphs if plan.compiled and plan not in compiled and _is_of_one(plan, graphs)]
     return [*plain, *compiled, *(plan for plan in candidates if plan.mode == "block")]
+
+
+def _quick_finalists(setup: StepSetup, graph: Graph, constraints: Constraints, values: StepValues) -> list[Plan]:
+    """A worker a core with rows of its own, where there are enough, and plain PyTorch on all cores and on one. Nothing
+    is measured for them, and one plan is lowered."""
+    num_cores = setup.cluster.num_cores
+    counts = sorted({1, len(setup.cluster.processes[0].cores)}, reverse=True)
+    found = [block_plan(setup.cluster, graph=graph, reasons=(QUICKLY,), num_threads=count) for count in counts]
+    if graph.batch_size < num_cores:
+        return found
+    wanted = msgspec.structs.replace(
+        constraints,
+        data=num_cores,
+        tensor=1,
+        pipeline=1,
+        num_workers=num_cores,
+        threads_per_worker=1,
+        num_microbatches=1,
+    )
+    with contextlib.suppress(PlanError, InfeasibleError):
+        graphs = [one for one in shared_plans(setup, graph, wanted, values, refines=False) if one.mode == "graph"]
+        found = [*graphs[:1], *found]
+    return found
 
 
 def _is_of_one(plan: Plan, others: list[Plan]) -> bool:

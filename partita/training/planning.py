@@ -232,8 +232,15 @@ def best_plan(
     return plans[0]
 
 
-def block_plan(cluster: Cluster, *, graph: Graph | None, reasons: tuple[str, ...], compiled: bool = False) -> Plan:
-    """Plain PyTorch with all threads of process 0, as a plan."""
+def block_plan(
+    cluster: Cluster,
+    *,
+    graph: Graph | None,
+    reasons: tuple[str, ...],
+    compiled: bool = False,
+    num_threads: int | None = None,
+) -> Plan:
+    """Plain PyTorch with all threads of process 0, or so many, as a plan."""
     process = cluster.processes[0]
     worker = Worker(index=0, process=0, machine=process.machine, cores=process.cores, stage=0, data=0)
     return Plan(
@@ -242,7 +249,7 @@ def block_plan(cluster: Cluster, *, graph: Graph | None, reasons: tuple[str, ...
         cluster_fingerprint=cluster_fingerprint(cluster),
         axes={"pipeline": 1, "data": 1},
         workers=(worker,),
-        threads_per_worker=len(process.cores),
+        threads_per_worker=num_threads or len(process.cores),
         compiled=compiled,
         reasons=reasons,
     )

@@ -36,6 +36,13 @@ def few() -> tuple[Any, Any]:
     return (x[:24], y[:24]), (x[24:], y[24:])
 
 
+def smooth() -> tuple[Any, Any]:
+    """Points without noise, of which a network learns more and more."""
+    x = torch.randn(2200, 8, generator=torch.Generator().manual_seed(0))
+    y = x[:, :1] * x[:, 1:2]
+    return (x[:2000], y[:2000]), (x[2000:], y[2000:])
+
+
 def regressor(trial: Any) -> nn.Module:
     width = trial.suggest_int("width", 64, 256, log=True)
     return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 1))

@@ -106,6 +106,13 @@ def test_a_few_points_that_promise_much_are_not_relied_on(tmp_path) -> None:
     assert now.finalist(60) == known
 
 
+def test_who_was_promoted_among_few_is_not_preferred_for_it(tmp_path) -> None:
+    now = course(tmp_path)
+    add(now, 0.5, num_points=9, rung=2)
+    better = add(now, 0.8, num_points=4)
+    assert now.finalist(60) == better
+
+
 def past_best(now: Course, candidate: Candidate) -> Candidate:
     """The same one, after it has become worse for long."""
     last = candidate.points[-1]

@@ -96,11 +96,11 @@ def test_a_plan_is_looked_for_where_it_pays_and_changes_nothing(tmp_path, monkey
     weights, wanted = [], []
 
     def recorded(*arguments: Any, **options: Any) -> Any:
-        wanted.append("auto" if options["plan"] == "auto" else options["plan"].mode)
+        wanted.append(options["plan"] if isinstance(options["plan"], str) else options["plan"].mode)
         return parallelize(*arguments, **options)
 
     monkeypatch.setattr(training_run, "parallelize", recorded)
-    for name, granted_s in (("plain", 1.0), ("planned", 60.0)):
+    for name, granted_s in (("plain", 1.0), ("split", 60.0), ("searched", 120.0)):
         told: list[Judged] = []
         run = run_of(order(tmp_path / name))
         run.begin(1.0, resumed=False)
@@ -111,8 +111,9 @@ def test_a_plan_is_looked_for_where_it_pays_and_changes_nothing(tmp_path, monkey
         run.close()
         weights.append(run.model.state_dict())
         assert [one.point.samples for one in told] == [20.0 * k for k in range(1, 9)]
-    assert wanted == ["block", "block", "auto"]
+    assert wanted == ["block", "block", "quick", "block", "auto"]
     torch.testing.assert_close(weights[0], weights[1])
+    torch.testing.assert_close(weights[0], weights[2])
 
 
 def half(trial: SearchTrial) -> Static:
