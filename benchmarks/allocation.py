@@ -37,7 +37,7 @@ from benchmarks.joint_peers import FINAL_SHARE, Training
 from benchmarks.joint_task import suggest, test_loss
 from partita.search.allocation import Standing, goes_on, next_promoted
 from partita.search.candidates import CAUTION
-from partita.search.curves import Point, forecast, score_at
+from partita.search.curves import Point, forecast, gained, handicaps, score_at
 from partita.search.deadline import FACTOR, Budget, rung_s
 from partita.search.training_run import BETWEEN_JUDGED, take_cores
 
@@ -119,7 +119,7 @@ class _Candidate:
     curve: Curve
     train_s: float = 0.0
     rung: int = -1
-    at: list[tuple[float]] = field(default_factory=list)
+    at: list[float] = field(default_factory=list)
     is_waiting: bool = False
     skips: int = 0  # rungs that it goes past before it is judged first
 
@@ -138,7 +138,11 @@ class _Candidate:
         self.rung, self.skips = self.next_rung, 0
         points = self.curve.seen(self.train_s)
         instants_s = [min(rung_s(first_s, rung + 1), self.train_s + most_s) for rung in range(self.rung + 1)]
-        self.at = [(self.predicted(instant_s, points),) for instant_s in instants_s]
+        self.at = [self.predicted(instant_s, points) for instant_s in instants_s]
+
+    def gain(self, train_s: float) -> float:
+        before, until = self.curve.samples(train_s / FACTOR), self.curve.samples(train_s)
+        return gained(self.curve.seen(train_s), before, until, maximize=False)
 
     def relied_on(self) -> float:
         points = self.curve.seen(self.train_s)
@@ -165,8 +169,16 @@ class Search:
             self._end(*heapq.heappop(self._ends))
 
     def _standings(self) -> list[Standing]:
+        judged = [one for one in self.candidates if one.rung >= 0]
+        at: dict[int, list[tuple[float]]] = {id(one): [] for one in judged}
+        for rung in range(max((one.rung for one in judged), default=-1) + 1):
+            there, train_s = [one for one in judged if one.rung >= rung], rung_s(self._first_s, rung)
+            gains, samples = [one.gain(train_s) for one in there], [one.curve.samples(train_s) for one in there]
+            added = handicaps(gains, samples, [1 + FINAL_S / train_s] * len(there))
+            for one, more in zip(there, added, strict=True):
+                at[id(one)].append((one.at[rung] + more,))
         return [
-            Standing(number=number, rung=one.rung, at=tuple(one.at), is_waiting=one.is_waiting)
+            Standing(number=number, rung=one.rung, at=tuple(at[id(one)]), is_waiting=one.is_waiting)
             for number, one in enumerate(self.candidates)
             if one.rung >= 0
         ]
@@ -202,7 +214,13 @@ class Search:
 
     def loss(self, num_finalists: int) -> float:
         judged = [one for one in self.candidates if one.rung >= 0]
-        ranked = sorted(judged, key=_Candidate.relied_on)[:num_finalists]
+        added = handicaps(
+            [one.gain(one.train_s) for one in judged],
+            [one.curve.samples(one.train_s) * (1 + FINAL_S / one.train_s) for one in judged],
+            [1 + FINAL_S / one.train_s for one in judged],
+        )
+        values = {id(one): one.relied_on() + more for one, more in zip(judged, added, strict=True)}
+        ranked = sorted(judged, key=lambda one: values[id(one)])[:num_finalists]
         best = min(ranked, key=lambda one: one.curve.best(one.train_s + FINAL_S))
         return best.curve.tested(best.train_s + FINAL_S)
 

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from partita.search.allocation import Standing, Values
-from partita.search.curves import Forecast, Point, forecast, is_past_best, score_at
-from partita.search.deadline import Budget, rung_s
+from partita.search.curves import Forecast, Point, forecast, gained, handicaps, is_past_best, score_at
+from partita.search.deadline import FACTOR, Budget, rung_s
 
 # Of choices among three candidates of 7 s of training each (the best of twelve, as in `allocation`), the loss after
 # 30 s was 0.027 above that of the best one with a quarter of a deviation, 0.033 with one, and 0.053 with two. Of
@@ -141,6 +141,11 @@ class Aims:
         samples = min(last, candidate.samples_after(train_s))
         return score_at(candidate.points, samples, maximize=self.maximize, bound=self.bound).score
 
+    def gain(self, candidate: Candidate, train_s: float) -> float:
+        """How much better its score became for every e-fold of samples, before it had been trained for `train_s`."""
+        before, until = candidate.samples_after(train_s / FACTOR), candidate.samples_after(train_s)
+        return gained(candidate.points, before, until, maximize=self.maximize)
+
     def is_past_best(self, candidate: Candidate) -> bool:
         """Whether training a candidate on is of no use."""
         return is_past_best(candidate.points, maximize=self.maximize)
@@ -163,18 +168,23 @@ def standings(
     candidates: Iterable[Candidate], aims: Aims, budget: Budget, first_rung_s: float, now_s: float
 ) -> list[Standing]:
     """What allocation needs to know, with predictions of all candidates made at the same moment."""
-
-    def standing(one: Candidate) -> Standing:
-        instants_s = [rung_s(first_rung_s, rung + 1) for rung in range(one.rung + 1)]
-        return Standing(
-            number=one.number,
-            rung=one.rung,
-            at=tuple(aims.turned(one, aims.after(instant_s, one, budget, now_s)) for instant_s in instants_s),
-            is_waiting=can_go_on(one, aims),
+    judged = [one for one in candidates if one.points and one.rung >= 0]
+    judged = [one for one in judged if one.state in ("running", "waiting", "gone")]
+    at: dict[int, list[Values]] = {one.number: [] for one in judged}
+    for rung in range(max((one.rung for one in judged), default=-1) + 1):
+        there, train_s = [one for one in judged if one.rung >= rung], rung_s(first_rung_s, rung)
+        added = handicaps(
+            [aims.gain(one, train_s) for one in there],
+            [one.samples_after(train_s) for one in there],
+            [1 + budget.final_s / train_s] * len(there),
         )
-
-    judged = (one for one in candidates if one.points and one.rung >= 0)
-    return [standing(one) for one in judged if one.state in ("running", "waiting", "gone")]
+        for one, more in zip(there, added, strict=True):
+            score = aims.after(FACTOR * train_s, one, budget, now_s)
+            at[one.number].append(aims.turned(one, score + aims.sign * more))
+    return [
+        Standing(number=one.number, rung=one.rung, at=tuple(at[one.number]), is_waiting=can_go_on(one, aims))
+        for one in judged
+    ]
 
 
 def can_go_on(candidate: Candidate, aims: Aims) -> bool:
@@ -189,4 +199,11 @@ def best_of(candidates: Sequence[Candidate], aims: Aims, budget: Budget, now_s: 
     best choice there is to 1.525. The best of the highest rung comes to 1.536, as two of the 60 searches lose 0.27: who
     was judged early and promoted among few may be alone there."""
     usable = [one for one in candidates if can_go_on(one, aims)]
-    return min(usable, key=lambda one: aims.sign * aims.relied_on(one, budget, now_s), default=None)
+    left_s = max(0.0, budget.last_s - now_s)
+    added = handicaps(
+        [aims.gain(one, one.train_s) for one in usable],
+        [one.samples_at(left_s) for one in usable],
+        [1 + left_s / one.train_s for one in usable],
+    )
+    values = [aims.sign * aims.relied_on(one, budget, now_s) + more for one, more in zip(usable, added, strict=True)]
+    return min(zip(values, usable, strict=True), key=lambda pair: pair[0], default=(0.0, None))[1]

@@ -113,6 +113,18 @@ def test_who_was_promoted_among_few_is_not_preferred_for_it(tmp_path) -> None:
     assert now.finalist(60) == better
 
 
+def test_of_equal_curves_the_one_with_fewer_samples_is_preferred(tmp_path) -> None:
+    """It is at the beginning of what it can learn, and predicted alike."""
+    now = course(tmp_path)
+    quick, slow = add(now, 0.8, rung=1), add(now, 0.8, rung=1)
+    points = tuple(Point(one.samples / 50, one.train_s, one.score) for one in slow.points)
+    slow = now.candidates[slow.number] = dataclasses.replace(slow, points=points, samples_per_s=2.0)
+    assert now.predicted(quick, 60) == pytest.approx(now.predicted(slow, 60))
+    assert now.finalist(60) == slow
+    by_number = {one.number: one for one in now.standings(10)}
+    assert by_number[slow.number].at < by_number[quick.number].at
+
+
 def past_best(now: Course, candidate: Candidate) -> Candidate:
     """The same one, after it has become worse for long."""
     last = candidate.points[-1]

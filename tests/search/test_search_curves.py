@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partita.search.curves import Forecast, Point, forecast, is_past_best, score_at
+from partita.search.curves import Forecast, Point, forecast, gained, handicaps, is_past_best, score_at
 
 SAMPLES = np.geomspace(100, 2000, 9)
 
@@ -126,3 +127,28 @@ def test_noise_on_a_plateau_is_no_reason_to_give_up(seed: int) -> None:
 def test_the_best_score_counts_however_long_ago_it_was() -> None:
     rises = [Point(n, n / 100, 1.0 + abs(math.log(n / 300))) for n in range(100, 3000, 100)]
     assert forecast(rises, 6000, maximize=False) == Forecast(1.0, 0.0)
+
+
+def test_gains_are_for_every_fold_of_samples_and_never_below_zero() -> None:
+    curve = [Point(n, n / 100, 2.0 - 0.3 * math.log(n)) for n in (10, 100, 1000)]
+    risen = [Point(one.samples, one.train_s, -one.score) for one in curve]
+    assert gained(curve, 10, 1000, maximize=False) == pytest.approx(0.3)
+    assert gained(risen, 10, 1000, maximize=True) == pytest.approx(0.3)
+    assert gained(risen, 10, 1000, maximize=False) == 0 and gained(curve, 100, 100, maximize=False) == 0
+
+
+SAMPLES_SEEN = st.lists(st.floats(1, 1e9), min_size=1, max_size=6)
+
+
+@settings(max_examples=50, deadline=None)
+@given(samples=SAMPLES_SEEN, gain=st.floats(0, 10), ahead=st.floats(1, 1000))
+def test_who_has_seen_fewer_samples_is_expected_to_gain_more(samples: list[float], gain: float, ahead: float) -> None:
+    found = handicaps([gain] * len(samples), samples, [ahead] * len(samples))
+    assert sum(found) == pytest.approx(0, abs=1e-6 * (1 + gain))
+    order = sorted(range(len(samples)), key=lambda i: samples[i])
+    assert all(found[a] <= found[b] + 1e-9 for a, b in itertools.pairwise(order))
+    assert handicaps([gain] * len(samples), samples, [1.0] * len(samples)) == [0.0] * len(samples)
+
+
+def test_nobody_has_no_handicaps() -> None:
+    assert handicaps([], [], []) == []
