@@ -194,10 +194,10 @@ def can_go_on(candidate: Candidate, aims: Aims) -> bool:
 
 
 def best_of(candidates: Sequence[Candidate], aims: Aims, budget: Budget, now_s: float) -> Candidate | None:
-    """The one that is to be trained until the deadline: the best by what can be relied on, of those that can be trained
-    on. Simulated on curves of 24 candidates in 60 orders (`benchmarks.allocation`) that comes to a loss of 1.527, the
-    best choice there is to 1.525. The best of the highest rung comes to 1.536, as two of the 60 searches lose 0.27: who
-    was judged early and promoted among few may be alone there."""
+    """The one that is to be trained until the deadline: the best by what can be relied on, with `handicaps`, of those
+    that can be trained on. Simulated on curves of 24 candidates in 60 orders (`benchmarks.allocation`, without
+    handicaps) that comes to a loss of 1.527, the best choice there is to 1.525. The best of the highest rung comes to
+    1.536, as two of the 60 searches lose 0.27: who was judged early and promoted among few may be alone there."""
     usable = [one for one in candidates if can_go_on(one, aims)]
     left_s = max(0.0, budget.last_s - now_s)
     added = handicaps(
