@@ -180,7 +180,7 @@ class Search:
         return [
             Standing(number=number, rung=one.rung, at=tuple(at[id(one)]), is_waiting=one.is_waiting)
             for number, one in enumerate(self.candidates)
-            if one.rung >= 0
+            if id(one) in at
         ]
 
     def _end(self, now_s: float, core: int, number: int | None) -> None:

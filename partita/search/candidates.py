@@ -205,5 +205,5 @@ def best_of(candidates: Sequence[Candidate], aims: Aims, budget: Budget, now_s: 
         [one.samples_at(left_s) for one in usable],
         [1 + left_s / one.train_s for one in usable],
     )
-    values = [aims.sign * aims.relied_on(one, budget, now_s) + more for one, more in zip(usable, added, strict=True)]
-    return min(zip(values, usable, strict=True), key=lambda pair: pair[0], default=(0.0, None))[1]
+    pairs = zip(usable, added, strict=True)
+    return min(pairs, key=lambda pair: aims.sign * aims.relied_on(pair[0], budget, now_s) + pair[1], default=(None,))[0]

@@ -12,8 +12,9 @@ is kept for handing over the result.
 Rungs are times: rung k is `FACTOR`^k times the first one, of training alone. The first is `FACTOR`^-`MOST_RUNGS` of the
 final training, but at least `STARTUPS` times what a trial takes to begin, because less would be spent on beginnings.
 The last one is at most `LAST_RUNG_SHARE` of the final training. Simulated on curves of 24 candidates (53 s on two
-cores, 35 s of final training, `benchmarks.allocation`), first rungs of 0.4 and 1.3 s come to a loss of 1.54, 3.9 s to
-1.58 and 11.7 s to 1.61, as fewer candidates are tried; the best candidate has 1.52, the best of eight random ones 1.64.
+cores, 35 s of final training, `benchmarks.allocation`), first rungs of 0.4 s come to a loss of 1.52, 1.3 s to 1.55,
+3.9 s to 1.57 and 11.7 s to 1.61, as fewer candidates are tried; the best candidate has 1.52, the best of eight random
+ones 1.64.
 
 Sources: successive halving Jamieson and Talwalkar 2016, section 3; rungs and factor Li et al. 2020 (ASHA), section 3.
 """

@@ -38,6 +38,11 @@ def effort_for(training_s: float, outline_s: float) -> Effort:
     return Effort.QUICK if training_s >= max(LEAST_QUICK_S, QUICK_FROM * outline_s) else Effort.PLAIN
 
 
+def is_split(training_s: float, outline_s: float) -> bool:
+    """Whether anything is tried beside plain PyTorch."""
+    return effort_for(training_s, outline_s) > Effort.PLAIN
+
+
 def is_priced(training_s: float, outline_s: float) -> bool:
     """Whether plans are priced for so much training."""
     return training_s >= PRICED_FROM * outline_s

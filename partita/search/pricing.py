@@ -25,7 +25,7 @@ from partita.graph import Graph, capture
 from partita.graph.outline import outline
 from partita.plan import Constraints, Plan, Prediction
 from partita.planner.describe import title
-from partita.search.effort import Effort, effort_for
+from partita.search.effort import is_split
 from partita.training.optimizers import OptimizerFacts
 from partita.training.planning import block_plan, ranked_plans
 from partita.training.runner import LossFn
@@ -138,8 +138,7 @@ def roughly_priced(
     facts = OptimizerFacts.of(optimizer)
     rates = rates_of(own.machines[place.machine], place, launch_s=DISPATCH_S)
     update_s = CostTable(own, read_cache=False).update_time_s(step.trained, facts.name, place)
-    spreads = effort_for(final_s, outline_s) > Effort.PLAIN
-    is_wide = spreads and step.batch_size >= everywhere.num_cores > own.num_cores
+    is_wide = step.batch_size >= everywhere.num_cores > own.num_cores and is_split(final_s, outline_s)
     num_cores = everywhere.num_cores if is_wide else own.num_cores
     return Price(
         num_parameters=num_parameters(model),

@@ -28,7 +28,7 @@ from partita.errors import InputError, NonFiniteLossError
 from partita.plan import Plan
 from partita.planner.describe import title
 from partita.search.curves import Point
-from partita.search.effort import Effort, effort_for, is_priced
+from partita.search.effort import Effort, effort_for, is_priced, is_split
 from partita.search.messages import Judged, Order
 from partita.search.parts import endless, first_batch, judged_batches, num_rows
 from partita.search.pricing import Price, infeasible, num_parameters, priced, roughly_priced, too_large, too_slow
@@ -145,12 +145,12 @@ class TrainingRun:
         """The same by plans, before it is trained for so long; None: it is known, or would take too much of that, or no
         plan is to be used in the end."""
         outline_s = self._price.outline_s
-        pays = is_priced(granted_s, outline_s) and effort_for(self._order.final_s, outline_s) > Effort.PLAIN
+        pays = is_priced(granted_s, outline_s) and is_split(self._order.final_s, outline_s)
         return self._priced_by_plans() if self._price.is_rough and pays else None
 
     def _priced_by_plans(self) -> Price:
         order, outline_s = self._order, self._price.outline_s
-        everywhere = order.everywhere if effort_for(order.final_s, outline_s) > Effort.PLAIN else None
+        everywhere = order.everywhere if is_split(order.final_s, outline_s) else None
         price = priced(*self._trained, own=self._here, everywhere=everywhere, target=order.target)
         return self._kept(dataclasses.replace(price, outline_s=outline_s))
 

@@ -155,7 +155,7 @@ class _Request:
 
     @property
     def is_quick(self) -> bool:
-        return isinstance(self.plan, str) and self.plan == "quick"
+        return self.plan == "quick"
 
     @property
     def wanted(self) -> Plan | Constraints:
@@ -163,10 +163,9 @@ class _Request:
         if isinstance(self.plan, Plan):
             return self.plan if self.compile == "auto" else msgspec.structs.replace(self.plan, compiled=self.compile)
         constraints = self.plan if isinstance(self.plan, Constraints) else Constraints()
-        if self.is_quick and self.compile == "auto":
-            return msgspec.structs.replace(constraints, compiled=False)
-        if self.compile != "auto" and constraints.compiled is None:
-            constraints = msgspec.structs.replace(constraints, compiled=self.compile)
+        compiled = False if self.is_quick and self.compile == "auto" else self.compile
+        if compiled != "auto" and constraints.compiled is None:
+            constraints = msgspec.structs.replace(constraints, compiled=compiled)
         return constraints
 
 
@@ -204,7 +203,7 @@ def parallelize(
             best predicted plan; a `Plan` is used as it is. Without one, the rows of each process follow its measured
             speed while it trains. "quick" is "auto" for trainings of less than some minutes: it knows plain PyTorch
             and a worker a core with rows of its own, which are found in a second or two instead of five to ten and
-            more, and what earlier runs have adopted; where there are GPUs it is the same as "auto".
+            more, and what earlier runs have adopted; where there are GPUs, all plans. It compiles only if told to.
         sync: how processes are brought together: "exact", so that the mathematics is that of plain PyTorch, or a method
             of `partita.sync` or its name, which sends fewer bytes; "auto" chooses one within the `tolerance`
             (`Step.choice` says why). Inside a process training is always exact.
