@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 
 from partita.program.instructions import (
@@ -10,6 +13,7 @@ from partita.program.instructions import (
     AllToAll,
     Await,
     Clip,
+    Free,
     Instruction,
     Recv,
     ReduceScatter,
@@ -20,7 +24,9 @@ from partita.program.instructions import (
     TensorSpec,
     Update,
 )
+from partita.units import MIB
 
+LARGE_BYTES = MIB  # of a gradient: to find out who else holds a smaller one takes longer than to make a new sum
 SQUARE = TensorSpec((1,), torch.float64)  # what `SumSquares` writes
 
 
@@ -75,6 +81,20 @@ def writes(instruction: Instruction, worker: int | None = None) -> tuple[str, ..
     if isinstance(instruction, Clip):
         return instruction.registers
     return ()
+
+
+def overwritable(instructions: Sequence[Instruction]) -> dict[str, tuple[int, ...]]:
+    """By the key of every `ReduceScatter` of gradients, the places of large registers that it is the last to read: it
+    may leave its sums in their memory."""
+    found = {}
+    for instruction, then in itertools.zip_longest(instructions, instructions[1:]):
+        if isinstance(instruction, ReduceScatter) and instruction.slices:
+            freed = then.registers if isinstance(then, Free) else ()
+            pairs = zip(instruction.registers, instruction.specs, strict=True)
+            found[instruction.key] = tuple(
+                place for place, (name, spec) in enumerate(pairs) if name in freed and spec.num_bytes >= LARGE_BYTES
+            )
+    return found
 
 
 def written_specs(instruction: Instruction, worker: int) -> tuple[tuple[str, TensorSpec], ...]:

@@ -34,7 +34,7 @@ from partita.program.instructions import (
     TensorSpec,
     Update,
 )
-from partita.program.uses import reads, writes
+from partita.program.uses import overwritable, reads, writes
 from partita.runtime.background import BackgroundSum, SumFn
 from partita.runtime.collectives import (
     AllGatherOp,
@@ -130,6 +130,7 @@ class Binder:
         self._present: set[str] = set()  # registers that have a value at this point of the program
         self._owned: set[str] = set()  # registers that may be changed in place at this point
         self._exchanged: set[str] = set()  # registers whose strides may not be those of the captured graph
+        self._overwritable = overwritable(program.instructions)
         self._background: dict[str, BackgroundSum] = {}  # by key, between their `Start` and `Await`
         self._sums: dict[int, list[Tensor]] = {}  # gradients of earlier steps that were only accumulated
 
@@ -318,7 +319,8 @@ class Binder:
         if instruction.parts:
             scatter = PiecewiseReduceOp(seat, instruction, self.around.device)
         else:
-            scatter = ReduceScatterOp(seat, cuts_of(instruction), self.around.device)
+            places = self._overwritable.get(instruction.key, ())
+            scatter = ReduceScatterOp(seat, cuts_of(instruction), self.around.device, overwritable=places)
 
         def op(registers: Registers) -> None:
             registers.update(zip(outputs, scatter([registers[name] for name in names]), strict=True))

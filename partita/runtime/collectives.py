@@ -9,6 +9,7 @@ is summed once per process, so all members hold bit-identical results.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from partita.cost.collectives import SMALL_BYTES
 from partita.program.instructions import TensorSpec
 from partita.runtime.local import Meeting
-from partita.runtime.torch_adapter import sums
+from partita.runtime.torch_adapter import add_all, held_by_none_else, sums
 from partita.runtime.transport import Line
 
 
@@ -165,9 +166,15 @@ class Cut:
 
 class ReduceScatterOp:
     """Every position p receives the sums of `cuts[p]`: pieces of flattened tensors flat, but whole ones, where nothing
-    else has to be done, in the shape they have."""
+    else has to be done, in the shape they have.
 
-    def __init__(self, seat: Seat, cuts: Sequence[Sequence[Cut]], device: torch.device) -> None:
+    Of the tensors at the places `overwritable` nobody needs the values afterwards. The sums are left in the leader's,
+    as far as nobody holds them for another reason: else a gradient would be there once more, as its sum.
+    """
+
+    def __init__(
+        self, seat: Seat, cuts: Sequence[Sequence[Cut]], device: torch.device, *, overwritable: Sequence[int] = ()
+    ) -> None:
         self.seat = seat
         self.cuts = cuts
         self.mine = cuts[seat.position]
@@ -176,6 +183,7 @@ class ReduceScatterOp:
         self.flat = all(cut.dim < 0 for cut in self.mine)
         # Everything comes from memory of this process and is to be summed: one call does it, instead of one a tensor.
         self.together = not self.alone and seat.line is None and all(cut.summed for cut in self.mine)
+        self.overwritable = tuple(overwritable) if seat.is_leader and device.type == "cpu" else ()
         self.device = device
 
     def _buffers(self) -> list[Tensor]:
@@ -188,9 +196,11 @@ class ReduceScatterOp:
                 return own
             return [value if cut.is_whole(value) else cut.of(value) for cut, value in zip(self.mine, own, strict=True)]
         seat = self.seat
-        brought = seat.meeting.gather(seat.member, values)
+        taken = held_by_none_else(values, self.overwritable) if self.overwritable and seat.line is None else []
+        told = seat.meeting.gather(seat.member, (values, taken))
+        brought = [own for own, _ in told]
         if self.together:
-            return self._sum_together(brought)
+            return self._sum_together(brought, told[0][1])
         received = self._exchange(brought)
         results = self._buffers()
         for index, (cut, out) in enumerate(zip(self.mine, results, strict=True)):
@@ -206,14 +216,22 @@ class ReduceScatterOp:
         """Whether all values are what the cuts would take of them."""
         return self.flat and list(map(Tensor.numel, own)) == self.lengths and all(map(Tensor.is_contiguous, own))
 
-    def _sum_together(self, brought: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    def _sum_together(self, brought: Sequence[Sequence[Tensor]], taken: Sequence[int]) -> list[Tensor]:
+        """The sums; of the tensors at the places `taken` in the memory of the leader's, where they lie flat."""
         parts: list[list[Tensor]] = [[] for _ in brought]
         for cut in self.mine:
             own = [values[cut.tensor] for values in brought]
             whole = all(map(cut.is_whole, own))  # then summed in its own shape: no views have to be made
             for part, value in zip(parts, own, strict=True):
                 part.append(value if whole else cut.of(value))
-        return sums(parts)
+        if not taken:
+            return sums(parts)
+        into = [cut.tensor in taken and brought[0][cut.tensor].is_contiguous() for cut in self.mine]
+        totals, *others = [list(itertools.compress(part, into)) for part in parts]
+        add_all(totals, others)
+        in_place = iter(totals)
+        anew = iter(sums([[value for value, here in zip(part, into, strict=True) if not here] for part in parts]))
+        return [next(in_place if here else anew) for here in into]
 
     def _exchange(self, brought: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """Other processes' sums for this worker's cuts, per process."""

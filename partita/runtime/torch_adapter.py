@@ -10,6 +10,8 @@
 * `torch._subclasses.FakeTensorMode`: inputs for the compiler that have shapes and strides but no memory.
 * `OpOverload._op`, `._schema`, `._overloadname`, `.tags`: an op's inner callable and its signature.
 * `torch._foreach_add`, `torch._foreach_add_`, `torch._foreach_copy_`: sums and copies of many tensors in one call.
+* `Tensor._use_count`, `Tensor._base`, `torch._C._storage_Use_Count`, `UntypedStorage._cdata`: who else holds a tensor
+  or its memory.
 * `torch._C._len_torch_dispatch_stack`, `torch._C._len_torch_function_stack`: whether calls of ops are intercepted.
 * `torch.distributed.distributed_c10d._get_default_store`: the key-value store of the running job.
 * `torch.distributed.distributed_c10d._world.pg_map`: the process groups that torch has not destroyed.
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 import threading
 import types
 from collections.abc import Callable, Sequence
@@ -207,6 +210,41 @@ def sums(parts: Sequence[list[Tensor]]) -> list[Tensor]:
     for part in parts[2:]:
         torch._foreach_add_(totals, part)
     return totals
+
+
+def add_all(totals: list[Tensor], parts: Sequence[list[Tensor]]) -> None:
+    """``totals[i] += parts[0][i]; totals[i] += parts[1][i]; ...`` for every i, in one call a part."""
+    for part in parts if totals else ():
+        torch._foreach_add_(totals, part)
+
+
+_use_count: Callable[[Tensor], int] = operator.methodcaller("_use_count")
+
+
+def held_by_none_else(values: Sequence[Tensor], places: Sequence[int]) -> list[int]:
+    """Those of the places whose tensor only one dict beside `values` refers to, and whose memory is torch's own and
+    shown by no other tensor: of every kind of reference there are as many as to a new tensor in that situation."""
+    return [place for place in places if _references(values, place) in _FEWEST]
+
+
+def _references(values: Sequence[Tensor], place: int) -> tuple[int, ...]:
+    """How many there are to the tensor from C++, to its object from Python, and to its memory; whether the memory is
+    torch's own (not NumPy's, say); those to the tensor that it is a view of."""
+    value = values[place]
+    storage, base = value.untyped_storage(), value._base
+    num_to_memory: int = torch._C._storage_Use_Count(storage._cdata)
+    found = (_use_count(value), sys.getrefcount(value), num_to_memory, storage.resizable())
+    return found if base is None else (*found, _use_count(base), sys.getrefcount(base))
+
+
+def _references_to_new() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """To a new tensor, and to a view of a new one that nothing else refers to."""
+    registers = {"new": torch.empty(1), "view": torch.empty(1).view(1)}
+    values = [registers[name] for name in registers]
+    return _references(values, 0), _references(values, 1)
+
+
+_FEWEST = _references_to_new()  # how many belong to the calls themselves differs between versions of Python
 
 
 def copy_all(targets: list[Tensor], values: list[Tensor]) -> None:

@@ -33,7 +33,7 @@ from partita.program.instructions import (
     TensorSpec,
     Update,
 )
-from partita.program.uses import SQUARE, is_persistent, written_specs
+from partita.program.uses import SQUARE, is_persistent, overwritable, written_specs
 
 Address = tuple[int, int, str]  # sender, receiver and key of what is handed over
 
@@ -54,6 +54,7 @@ class ProcessMemory:
     def __init__(self) -> None:
         self.sent: dict[Address, Value] = {}  # handed to a worker that has not taken it yet
         self.draws: dict[str, Storage] = {}
+        self.taken: dict[tuple[tuple[int, ...], str], dict[str, Storage]] = {}  # of gradients, by group and key
         self._shared: dict[object, Storage] = {}
         self._changes: list[tuple[float, int]] = []
 
@@ -127,6 +128,7 @@ class WorkerMemory:
         self.program, self.process, self.peak_bytes = program, process, 0
         self._segments, self._process_of, self._update_values = segments, process_of, update_values
         self._largest_slice_bytes = 0
+        self._overwritable = overwritable(program.instructions)
         self._registers: dict[str, Value] = {}
         self._summed: set[str] = set()  # registers with a sum that later results are added to in place
         self._sending: list[Storage] = []  # messages to other processes are kept until the step ends
@@ -301,8 +303,10 @@ class WorkerMemory:
         self._release(storage, end_s)
 
     def _reduce_gradients(self, instruction: ReduceScatter, start_s: float, end_s: float) -> None:
-        """Alone, a worker's slices are views of the gradients; several workers make new ones by sums. A gradient that
-        is not dense is copied for every slice that is cut out of it."""
+        """Alone, a worker's slices are views of the gradients. Several workers leave sums of large gradients in the
+        first one's memory and make new ones of others. A gradient that is not dense is copied for every slice that is
+        cut out of it."""
+        taken = self._taken_by_sums(instruction)
         place = {name: index for index, name in enumerate(instruction.parameters)}
         num_local, copied = self._num_local(instruction.group), []
         one_by_one = _sums_one_by_one(instruction, self.program.worker)
@@ -311,7 +315,9 @@ class WorkerMemory:
             value = self._value(instruction.registers[place[part.parameter]])
             num_bytes = part.num_elements * spec.dtype.itemsize
             self._largest_slice_bytes = max(self._largest_slice_bytes, num_bytes)
-            if len(instruction.group) > 1:
+            if part.parameter in taken and not one_by_one:
+                self._put(f"g:{instruction.first + index}", Value(taken[part.parameter]), end_s)
+            elif len(instruction.group) > 1:
                 copied.append(0 if value.is_dense else spec.num_bytes * num_local)
                 self._put_new(f"g:{instruction.first + index}", num_bytes, start_s, end_s)
             elif value.is_dense:
@@ -319,6 +325,22 @@ class WorkerMemory:
             else:
                 self._put_new(f"g:{instruction.first + index}", spec.num_bytes, start_s, end_s)
         self._while(max(copied, default=0) if one_by_one else sum(copied), start_s, end_s)
+
+    def _taken_by_sums(self, instruction: ReduceScatter) -> dict[str, Storage]:
+        """By parameter, the first worker's gradient where nobody else holds it. The members come one right after the
+        other; who is looked at without the first counts sums of his own."""
+        group = instruction.group
+        if len(group) < 2 or self._num_local(group) < len(group) or instruction.parts:
+            return {}
+        if self.program.worker == group[0]:
+            chosen = {}
+            for place in self._overwritable[instruction.key]:
+                value = self._value(instruction.registers[place])
+                if value.storage is not None and value.is_dense and value.storage.num_holders == 1:
+                    chosen[instruction.parameters[place]] = value.storage
+            self.process.taken[group, instruction.key] = chosen
+        known = self.process.taken.get((group, instruction.key), {})
+        return {name: storage for name, storage in known.items() if storage.num_holders}
 
     def _exchange(self, instruction: ReduceScatter | AllGather | AllToAll, start_s: float, end_s: float) -> None:
         """The result; buffers of messages between processes are the transport's and not counted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -239,6 +240,55 @@ def test_reduce_scatter_by_slices(job: Job, data: st.DataObject) -> None:
         for item, value in zip(slices[position], result, strict=True):
             assert torch.equal(value, whole[item.parameter][item.start : item.end])
     job.check_bytes(instruction)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 4), st.sets(st.integers(0, 3)), st.sets(st.integers(0, 3)), st.data())
+def test_sums_of_gradients_in_place(count: int, unneeded: set[int], shown: set[int], data: st.DataObject) -> None:
+    """In the memory of the first one's tensors that nothing reads afterwards, unless something else shows them. The
+    sums are the same, in the same order of additions, and so are all other tensors."""
+    shapes = [(3, 2), (5,), (4, 3), (2,)]
+    whole = data.draw(st.booleans())  # each parameter to one worker, or cut at any place
+    slices: list[list[Slice]] = [[] for _ in range(count)]
+    for index, shape in enumerate(shapes):
+        size = math.prod(shape)
+        cut = 0 if whole else data.draw(st.integers(0, size))
+        owners = data.draw(st.tuples(st.integers(0, count - 1), st.integers(0, count - 1)))
+        for owner, start, end in zip(owners, (0, cut), (cut, size), strict=True):
+            slices[owner] += [Slice(str(index), start, end)] if start < end else []
+    made = [[torch.randn(shape) for shape in shapes] for _ in range(count)]
+    made[0][2] = made[0][2].t().contiguous().t()  # not flat: cannot take a sum
+    before = [[value.clone() for value in mine] for mine in made]
+    registers = [{f"n:{index}": value for index, value in enumerate(mine)} for mine in made]
+    views = [made[0][index][:1] for index in shown]
+    del made
+    names = tuple(registers[0])
+    specs = tuple(TensorSpec(shape, torch.float32) for shape in shapes)
+    cuts = cuts_of(
+        ReduceScatter(
+            names, specs, tuple(range(count)), "k", parameters=("0", "1", "2", "3"), slices=tuple(map(tuple, slices))
+        )
+    )
+
+    def body(position: int, seat: Seat) -> list[Tensor]:
+        scatter, own = ReduceScatterOp(seat, cuts, CPU, overwritable=sorted(unneeded)), registers[position]
+        return scatter([own[name] for name in names])
+
+    results = Job((0,) * count).run(body)
+    memory = [value.untyped_storage().data_ptr() for value in registers[0].values()]
+    for mine, result in zip(slices, results, strict=True):
+        for item, value in zip(mine, result, strict=True):
+            index = int(item.parameter)
+            expected = before[0][index]
+            for other in before[1:]:
+                expected = expected + other[index]
+            assert torch.equal(value.reshape(-1), expected.reshape(-1)[item.start : item.end])
+            in_place = value.untyped_storage().data_ptr() == memory[index]
+            assert in_place == (index in unneeded - shown and index != 2)
+    for position, own in enumerate(registers):
+        for index, (value, was) in enumerate(zip(own.values(), before[position], strict=True)):
+            assert torch.equal(value, was) == (position > 0 or index not in unneeded - shown or index == 2)
+    assert len(views) == len(shown)
 
 
 @settings(max_examples=20, deadline=None)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -40,6 +41,37 @@ def test_names_exist() -> None:
     assert callable(distributed_c10d._get_default_store)
     with FakeTensorMode(shape_env=ShapeEnv()):
         assert torch.empty_strided((2, 3), (1, 2)).stride() == (1, 2)
+
+
+def held(values: dict[str, torch.Tensor]) -> list[str]:
+    names = list(values)
+    return [
+        names[place] for place in torch_adapter.held_by_none_else([values[name] for name in names], range(len(names)))
+    ]
+
+
+def test_who_else_holds_a_tensor_is_known() -> None:
+    """By name, by a view, by a list, as an alias without a name, by its storage's owner elsewhere."""
+    named, seen, listed = torch.ones(4), torch.ones(4), torch.ones(4)
+    view, listing, array = seen[1:], [listed], np.ones(4)
+    registers = {
+        "own": torch.ones(4),
+        "own part of a larger one": torch.ones(8)[2:6],
+        "result": torch.ones(4) + 1,
+        "named": named,
+        "seen": seen,
+        "listed": listed,
+        "of numpy": torch.from_numpy(array),
+        "twice": named,
+    }
+    shown = {"as numpy": torch.ones(4)}
+    shows = shown["as numpy"].numpy()
+    saving = torch.ones(4, requires_grad=True)
+    shown["saved for backward"] = torch.ones(4)
+    graph = (saving * shown["saved for backward"]).sum()
+    assert held(registers) == ["own", "own part of a larger one", "result"]
+    assert held(shown) == []
+    assert view.numel() + listing[0].numel() + shows.size + graph.numel() == 12  # all are alive until here
 
 
 def test_ops_tell_their_names() -> None:

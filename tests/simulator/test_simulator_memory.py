@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 sys.path.insert(0, str(Path(__file__).parent.parent / "program"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "graph"))
 from live_storages import LiveStorages
-from program_cases import CASES, captured, make_plan
+from program_cases import CASES, Case, captured, make_plan
 
 from partita.graph.graph import Graph, InputKind, Phase
 from partita.graph.storages import GraphMemory
@@ -43,12 +43,14 @@ from partita.runtime.failure import Waiter
 from partita.runtime.worker import WorkerThread
 from partita.simulator import memory_bytes, shared_bytes
 from partita.simulator.memory import JobMemory
+from partita.units import MIB
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration", "ignore:enable_nested_tensor")
 
 KIB = 1024
 BIG = TensorSpec((KIB // 4,), torch.float32)  # 1 KiB
 HUGE = TensorSpec((64 * KIB // 4,), torch.float32)  # above what every member sums itself
+LARGE = TensorSpec((MIB // 4,), torch.float32)  # its sum over workers may take its place
 
 
 def segment(key: str, memory: GraphMemory, inputs: Sequence[TensorSpec] = (), output: TensorSpec = BIG) -> Segment:
@@ -65,6 +67,8 @@ SEGMENTS = {
         segment("view", GraphMemory(0, (), (-1,), (True,), (True,)), (BIG,)),
         segment("take strided", GraphMemory(KIB, (KIB,), (0,), (True,), (False,)), (BIG,)),
         segment("two views of one", GraphMemory(4 * KIB, (4 * KIB,), (0, 0), (True, True))),
+        segment("make large", GraphMemory(MIB, (MIB,), (0,), (True,)), output=LARGE),
+        segment("view of large", GraphMemory(0, (), (-1,), (True,), (True,)), (LARGE,), output=LARGE),
         segment("make huge", GraphMemory(64 * KIB, (64 * KIB,), (0,), (True,)), output=HUGE),
     )
 }
@@ -186,6 +190,33 @@ def test_sums_are_shared_unless_they_are_small(made: str, spec: TensorSpec, new:
     items = [run(made, (), ["n:a"]), AllReduce(("n:a",), (spec,), (0, 1), "sum")]
     memory = followed(job(items, items), [(w, i, i + 1) for i in range(2) for w in range(2)])
     assert memory.process_peak_bytes == {0: (2 + new) * spec.num_bytes}
+
+
+def sum_of_gradients(spec: TensorSpec) -> ReduceScatter:
+    half = spec.num_elements // 2
+    slices = ((Slice("w", 0, half),), (Slice("w", half, 2 * half),))
+    return ReduceScatter(("n:w",), (spec,), (0, 1), "sum", parameters=("w",), slices=slices)
+
+
+@pytest.mark.parametrize(
+    ("freed", "made", "new"),
+    [(True, "make large", 0), (False, "make large", 1), (True, "make huge", 1)],
+    ids=["in place", "read later", "too small to ask"],
+)
+def test_sums_are_left_where_nobody_needs_the_gradient(freed: bool, made: str, new: int) -> None:
+    spec = SEGMENTS[made].output_specs[0]
+    items: list[Instruction] = [run(made, (), ["n:w"]), sum_of_gradients(spec)]
+    items += [free("n:w")] if freed else [Update((), 1), free("n:w")]
+    programs = job(items, items)
+    memory = followed(programs, [(w, i, i + 1) for i in range(len(items)) for w in range(2)])
+    assert memory.process_peak_bytes == {0: (2 + new) * spec.num_bytes}
+
+
+def test_a_gradient_that_another_register_shows_is_kept() -> None:
+    both = [run("make large", (), ["n:w"]), run("view of large", ["n:w"], ["n:v"]), sum_of_gradients(LARGE)]
+    programs = job([*both, free("n:w")], [*both, free("n:w")])
+    memory = followed(programs, [(w, i, i + 1) for i in range(4) for w in range(2)])
+    assert memory.process_peak_bytes == {0: 3 * LARGE.num_bytes}
 
 
 def test_peaks_at_different_times_are_not_added() -> None:
@@ -344,8 +375,12 @@ def test_the_runtime_needs_what_is_predicted(name: str, shape: Any, monkeypatch:
 @pytest.mark.parametrize(
     "shape", [{"data": 2}, {"data": 2, "pipeline": 2}, {"pipeline": 2, "microbatches": 3}], ids=str
 )
+@pytest.mark.parametrize("large_bytes", [1, MIB], ids=["sums in place", "new sums"])
 @pytest.mark.parametrize("name", EXACT)
-def test_no_order_needs_more_than_the_bound(name: str, shape: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_order_needs_more_than_the_bound(
+    name: str, large_bytes: int, shape: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("partita.program.uses.LARGE_BYTES", large_bytes)
     if name == "batch_norm" and "microbatches" in shape:
         pytest.skip("couples samples")
     monkeypatch.setattr("partita.graph.storages.workspace_bytes", lambda node: 0)
@@ -357,3 +392,26 @@ def test_no_order_needs_more_than_the_bound(name: str, shape: Any, monkeypatch: 
     bound = memory_bytes(graph, programs)[0] - outliving
     assert in_turns(programs) <= bound
     assert seen_bytes(programs, plan, graph, model, batches[0], monkeypatch) <= bound
+
+
+@pytest.mark.parametrize(("large_bytes", "num_gradients"), [(1, 2), (MIB, 3)], ids=["sums in place", "new sums"])
+def test_sums_of_large_gradients_take_no_memory_of_their_own(
+    large_bytes: int, num_gradients: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two workers has gradients; their sums are left in those of the first one, as predicted to the byte."""
+    take_turns(monkeypatch)
+    monkeypatch.setattr("partita.program.uses.LARGE_BYTES", large_bytes)
+    case = Case(
+        lambda: nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64)),
+        lambda model, batch: nn.functional.mse_loss(model(batch), batch),
+        lambda rows: torch.randn(rows, 64),
+    )
+    model, graph, batches = captured(case, 4)
+    plan = make_plan(graph, data=2)
+    programs = lower(graph, plan)
+    whole = sum(value.nbytes for value in model.parameters())
+    predicted = in_turns(programs)
+    assert num_gradients * whole <= predicted < (num_gradients + 0.5) * whole
+    seen = seen_bytes(programs, plan, graph, model, batches[0], monkeypatch)
+    # Here the first worker lets go of its gradients before the second one makes new sums: half of all sums less.
+    assert seen == predicted if num_gradients == 2 else predicted - 0.51 * whole < seen < predicted
