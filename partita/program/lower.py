@@ -40,7 +40,7 @@ from partita.program.instructions import (
 from partita.program.ownership import UpdateCosts
 from partita.program.schedule import Task, tasks_of_stage
 from partita.program.segments import Level, SegmentStore, cut_task, spec_of
-from partita.program.split import TENSOR, Local, Split, split
+from partita.program.split import TENSOR, Local, Split, forget_splits, split
 from partita.program.stages import StageCuts
 from partita.program.tasks import LocalTasks, build_tasks, with_plain_results
 from partita.program.uses import reads, writes
@@ -86,6 +86,19 @@ def lower(
 # A plan is lowered to be predicted and again to be run, and compiled or not it has the same programs.
 _LOWERED: WeakKeyDictionary[fx.GraphModule, dict[object, ProgramSet]] = WeakKeyDictionary()
 NUM_KEPT = 16
+
+
+def forget(graph: Graph, *, keep_programs: bool = False) -> None:
+    """Lets go of how the graph was cut, and of the programs that plans were lowered to: of a large model these are tens
+    of thousands of nodes. Who runs a program holds it; whoever lowers another plan of the graph later cuts it anew.
+
+    Example:
+        >>> programs = lower(graph, plan)
+        >>> forget(graph)
+    """
+    forget_splits(graph)
+    if not keep_programs:
+        _LOWERED.pop(graph.module, None)
 
 
 @dataclass(frozen=True)

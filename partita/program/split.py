@@ -135,6 +135,12 @@ def _runner_of(graph: Graph) -> FakeRunner:
 _SPLITS: WeakKeyDictionary[fx.GraphModule, dict[object, Split]] = WeakKeyDictionary()
 
 
+def forget_splits(graph: Graph) -> None:
+    """Lets go of the cuts of a graph that plans were lowered by."""
+    _SPLITS.pop(graph.module, None)
+    _RUNNERS.pop(graph.module, None)
+
+
 def split(
     graph: Graph,
     *,

@@ -21,6 +21,7 @@ from partita.graph.graph import Graph
 from partita.plan import Alternative, Plan
 from partita.program import ProgramSet
 from partita.program.timeline import Timeline
+from partita.runtime.allocator import give_back_freed_memory
 from partita.runtime.compiling import Background
 from partita.training.ahead import compile_segments
 from partita.training.block_runner import BlockRunner
@@ -262,6 +263,7 @@ class Adoption:
             candidate.runner = self._make(candidate.plan)
         except Exception as found:  # a candidate that cannot be set up is no candidate; the others go on
             error = f"{type(found).__name__}: {found}"
+        give_back_freed_memory()  # this one's places may not be those that others have left
         errors = [text for text in self._team.gather(error, "the setting up of a candidate plan") if text]
         if not errors:
             return candidate.runner

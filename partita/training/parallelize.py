@@ -24,6 +24,7 @@ from partita.constraints import refuse_described
 from partita.errors import CaptureError, InfeasibleError, InputError, PlanError
 from partita.graph import Graph, capture
 from partita.plan import Constraints, Plan
+from partita.program import forget
 from partita.runtime.allocator import keep_freed_memory, let_go_of_garbage
 from partita.runtime.segments import CompileWarning
 from partita.runtime.transport import Transport
@@ -350,6 +351,8 @@ def _made(setup: StepSetup, batch: Any, request: _Request, start_s: float) -> St
         setup, graph = in_blocks(setup, batch, request.wanted)
         decision = _decide(setup, batch, leaves, request, graph)
         step = _make_step(setup, decision, leaves, start_s)
+    if graph is not None:
+        forget(graph, keep_programs=True)  # those of the candidates
     let_go_of_garbage()  # of planning and measuring
     return step
 

@@ -22,6 +22,7 @@ from partita.errors import (
 )
 from partita.graph import Graph
 from partita.plan import Plan
+from partita.program import forget
 from partita.program.timeline import Timeline
 from partita.runtime.allocator import let_go_of_garbage
 from partita.runtime.large_pages import use_large_pages
@@ -470,6 +471,7 @@ class Step(Saved):
         self._switch(self._first)
         adoption.close(keep=self._first)
         self._keep_only(self._first)  # other batch shapes ran by what was best then
+        forget(adoption.graph)
         let_go_of_garbage()  # of the candidates that were not adopted
         if self._plan.mode == "block":
             self._watch = None  # plain PyTorch follows by itself

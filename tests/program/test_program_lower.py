@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from partita.errors import PlanError
-from partita.program import check, lower
+from partita.program import check, forget, lower
 from partita.program.instructions import Recv, ReduceScatter, Run, Send
 from partita.program.order import check_order
 
@@ -155,3 +157,20 @@ def test_plans_that_do_not_fit_are_refused(options: dict[str, Any], message: str
     _, graph, _ = captured(CASES["mlp"], 8)
     with pytest.raises(PlanError, match=message):
         lower(graph, make_plan(graph, **options))
+
+
+def test_what_is_forgotten_is_made_anew() -> None:
+    """Programs are kept for plans that are lowered again, until they are forgotten; then all that they hold goes."""
+    _, graph, _ = captured(CASES["mlp"], 8)
+    plan = make_plan(graph, data=2)
+    first = lower(graph, plan)
+    forget(graph, keep_programs=True)
+    assert lower(graph, plan) is first
+    held = weakref.ref(next(iter(first.segments.values())).module)
+    forget(graph)
+    again = lower(graph, plan)
+    assert again is not first and again.programs == first.programs
+    del first, again
+    forget(graph)
+    gc.collect()
+    assert held() is None
