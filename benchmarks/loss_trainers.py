@@ -13,6 +13,7 @@ by the clock when to average, so that equal runs differ.
 from __future__ import annotations
 
 import abc
+import ast
 import contextlib
 import os
 from collections.abc import Callable
@@ -63,8 +64,8 @@ class Trainer(abc.ABC):
 
 
 class Partita(Trainer):
-    """A method by its name, with the processes side by side; or "auto exact" and "auto equivalent-loss", which choose
-    both the method and the plan."""
+    """A method by its name, or written out as `repr` tells it, with the processes side by side; or "auto exact" and
+    "auto equivalent-loss", which choose both the method and the plan."""
 
     def __init__(self, task: Task, name: str, seed: int, num: int) -> None:
         import partita
@@ -78,10 +79,14 @@ class Partita(Trainer):
             optimizer = task.optimizer(self._model)
             options: Row = {"sync": "auto", "tolerance": name.removeprefix("auto ")}
         else:
-            entry = entries(task.name)[name]
-            assert entry.make is not None
-            optimizer = task.optimizer(self._model, momentum=entry.momentum, name=entry.optimizer, lr=entry.lr)
-            self._method = entry.make()
+            if name.endswith(")"):
+                optimizer = task.optimizer(self._model)
+                self._method = method_of(name)
+            else:
+                entry = entries(task.name)[name]
+                assert entry.make is not None
+                optimizer = task.optimizer(self._model, momentum=entry.momentum, name=entry.optimizer, lr=entry.lr)
+                self._method = entry.make()
             data = num if isinstance(self._method, partita.sync.GradientMethod) else 1
             options = {"sync": self._method, "plan": _side_by_side(data)}
         self._step = partita.parallelize(self._model, optimizer, loss_of, first, **options)
@@ -117,6 +122,24 @@ class Partita(Trainer):
         self._step.close()
 
 
+def method_of(told: str) -> Any:
+    """The method that `repr` told: names of `partita.sync`, called with settings by name.
+
+    Example:
+        >>> method_of("DiLoCo(every=20, compress=Rounded(to='int4'))").every
+        20
+    """
+    import partita
+
+    def value(node: ast.expr) -> Any:
+        if not isinstance(node, ast.Call):
+            return ast.literal_eval(node)
+        assert isinstance(node.func, ast.Name), f"a method must be told by names of partita.sync, but got {told!r}"
+        return getattr(partita.sync, node.func.id)(**{str(item.arg): value(item.value) for item in node.keywords})
+
+    return value(ast.parse(told, mode="eval").body)
+
+
 def _side_by_side(data: int) -> Any:
     import partita
 
@@ -137,7 +160,8 @@ def _formulas(step: Any, method: Any, model: Any, num: int) -> Row:
     if isinstance(method, partita.sync.StreamingDiLoCo):
         peak = method.peak_bytes(sums[0], Peers(tuple(range(num)), rank))
         return {"formula": mean, "peak_formula": peak + told_bytes(num)}
-    return {"formula": mean, "peak_formula": mean * every}
+    told = 0 if together else told_bytes(num)  # in some synchronisations, so that the mean does not show it
+    return {"formula": mean, "peak_formula": mean * every + told}
 
 
 # Plain PyTorch, and what is around it --------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ or one of partita's ways does not run.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 import tempfile
@@ -230,8 +231,9 @@ def rows_of(field: Field, task: str, ways: Sequence[Way], known: Known, options:
         if isinstance(found, str):
             learnt = Learnt(error=found)
         elif way.chooses:
+            chosen = dataclasses.replace(way, name=found.method)  # asked again, it might choose another one
             learnt = learnt_by(found.method, field.num, task, timed, known) or learn(
-                field, way, task, steps, options.seeds, target
+                field, chosen, task, steps, options.seeds, target
             )
         else:
             learnt = known[field.num, task, way.like or way.name]

@@ -27,8 +27,10 @@ from benchmarks.loss_race import (
     outcome,
     race,
 )
+from benchmarks.loss_trainers import method_of
 from benchmarks.slow_machines import Traffic
 from benchmarks.time_to_loss import STREAMING, WHOLE, fewer_at_peak, judge, learnt_by, misses_of, summarise
+from partita import sync
 
 FALLING = [(step, 10.0 / step) for step in range(1, 21)]
 losses = st.lists(st.floats(0.1, 10.0), min_size=3, max_size=30).map(
@@ -254,3 +256,20 @@ def test_peaks_of_fragments_are_held_against_those_of_the_whole() -> None:
 def test_losses_of_the_timed_training_are_held_against_the_judged_ones() -> None:
     assert loss_error([1.0, 2.0, 3.3], [1.0, 2.0, 3.0]) == pytest.approx(0.1)
     assert loss_error([], [1.0]) == 0.0
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        sync.Exact(),
+        sync.PowerSGD(rank=2),
+        sync.DiLoCo(every=20, compress=sync.Rounded(to="int4")),
+        sync.StreamingDiLoCo(every=50, fragments=4, delay=2),
+        sync.LocalSGD(every=5, compress=sync.TopK(density=0.1)),
+    ],
+    ids=repr,
+)
+def test_a_method_that_was_chosen_is_made_from_what_it_tells(method: object) -> None:
+    assert method_of(repr(method)) == method
+    with pytest.raises(ValueError, match="malformed"):
+        method_of("DiLoCo(every=[open('/etc/passwd')])")
