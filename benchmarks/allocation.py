@@ -5,9 +5,10 @@
 
 Five searches for real differ by more than any two ways to search. Here a search is simulated: candidates come in a
 random order and follow the curves that they had when they were trained alone (`benchmarks.joint_task`, each on one
-core, in seconds of that core, so that other work does not count), and rungs, predictions and the final choice are those
-of `partita.search`. Each way meets the same orders. `loss` is that of the chosen network after the final training on
-one core, of characters that nobody has chosen by; `best` the least that any of the candidates could have reached.
+core, in seconds of that core, so that other work does not count). Rungs, predictions, handicaps and the final choice
+are those of `partita.search` themselves. Each way meets the same orders. `loss` is that of the chosen network after the
+final training on one core, of characters that nobody has chosen by; `best` the least that any of the candidates could
+have reached.
 
 What is not simulated: the decay of the rate, plans for more than one core, proposals that learn.
 """
@@ -24,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,8 @@ from benchmarks.common import Report, Row, option_parser, show
 from benchmarks.joint_peers import FINAL_SHARE, Training
 from benchmarks.joint_task import suggest, test_loss
 from partita.search.allocation import Standing, goes_on, next_promoted
-from partita.search.candidates import CAUTION
-from partita.search.curves import Point, forecast, gained, handicaps, score_at
+from partita.search.candidates import Aims, Candidate, best_of, standings
+from partita.search.curves import Point
 from partita.search.deadline import FACTOR, Budget, rung_s
 from partita.search.training_run import BETWEEN_JUDGED, take_cores
 
@@ -45,7 +46,8 @@ CURVES = Path(__file__).with_name("data") / "candidate_curves.json"
 LONGEST_S, FIRST_S, BETWEEN = 48.0, 0.2, 1.3  # a candidate is judged at so many seconds, and at so many times as many
 BUDGET = Budget(start_s=0.0, deadline_s=90.0, final_share=FINAL_SHARE)  # of `benchmarks.joint_search`
 EXPLORED_S, FINAL_S, STARTUP_S, NUM_CORES = BUDGET.explore_end_s, BUDGET.final_s, 0.5, 2
-COLUMNS = ("way", "first_rung_s", "patient", "finalists", "loss", "deviation", "candidates", "best")
+AIMS = Aims(objectives=("score",), maximize=False)
+COLUMNS = ("way", "first_rung_s", "patient", "loss", "deviation", "candidates", "best")
 
 
 # Curves ---------------------------------------------------------------------------------------------------------------
@@ -115,40 +117,24 @@ class Curve:
 
 
 @dataclass
-class _Candidate:
+class _Trained:
+    """A candidate of the search, and the curve that it follows."""
+
     curve: Curve
+    known: Candidate
     train_s: float = 0.0
-    rung: int = -1
-    at: list[float] = field(default_factory=list)
-    is_waiting: bool = False
     skips: int = 0  # rungs that it goes past before it is judged first
 
     @property
     def next_rung(self) -> int:
-        return self.rung + 1 + self.skips
+        return self.known.rung + 1 + self.skips
 
-    def predicted(self, until_s: float, points: Sequence[Point]) -> float:
-        if until_s <= self.train_s:
-            return score_at(points, self.curve.samples(until_s), maximize=False).score
-        more = (until_s - self.train_s) * points[-1].samples / self.train_s
-        return forecast(points, points[-1].samples + more, maximize=False).score
-
-    def judge(self, first_s: float, most_s: float) -> None:
-        """It has reached its next rung; at most so much training is to come."""
-        self.rung, self.skips = self.next_rung, 0
-        points = self.curve.seen(self.train_s)
-        instants_s = [min(rung_s(first_s, rung + 1), self.train_s + most_s) for rung in range(self.rung + 1)]
-        self.at = [self.predicted(instant_s, points) for instant_s in instants_s]
-
-    def gain(self, train_s: float) -> float:
-        before, until = self.curve.samples(train_s / FACTOR), self.curve.samples(train_s)
-        return gained(self.curve.seen(train_s), before, until, maximize=False)
-
-    def relied_on(self) -> float:
-        points = self.curve.seen(self.train_s)
-        more = FINAL_S * points[-1].samples / self.train_s
-        found = forecast(points, points[-1].samples + more, maximize=False)
-        return min(self.curve.best(self.train_s), found.score + CAUTION * found.deviation)
+    def judge(self) -> None:
+        """It has reached its next rung."""
+        points = tuple(self.curve.seen(self.train_s))
+        rate, best = points[-1].samples / self.train_s, self.curve.best(self.train_s)
+        rung, self.skips = self.next_rung, 0
+        self.known = replace(self.known, rung=rung, points=points, samples_per_s=rate, best_score=best, is_saved=True)
 
 
 class Search:
@@ -163,44 +149,33 @@ class Search:
         self._patient = patient
         self._first_s = first_rung_s
         self._last = BUDGET.last_rung(first_rung_s)
-        self.candidates: list[_Candidate] = []
+        self.candidates: list[_Trained] = []
         self._ends: list[tuple[float, int, int | None]] = [(0.0, core, None) for core in range(NUM_CORES)]
         while self._ends:
             self._end(*heapq.heappop(self._ends))
 
-    def _standings(self) -> list[Standing]:
-        judged = [one for one in self.candidates if one.rung >= 0]
-        at: dict[int, list[tuple[float]]] = {id(one): [] for one in judged}
-        for rung in range(max((one.rung for one in judged), default=-1) + 1):
-            there, train_s = [one for one in judged if one.rung >= rung], rung_s(self._first_s, rung)
-            gains, samples = [one.gain(train_s) for one in there], [one.curve.samples(train_s) for one in there]
-            added = handicaps(gains, samples, [1 + FINAL_S / train_s] * len(there))
-            for one, more in zip(there, added, strict=True):
-                at[id(one)].append((one.at[rung] + more,))
-        return [
-            Standing(number=number, rung=one.rung, at=tuple(at[id(one)]), is_waiting=one.is_waiting)
-            for number, one in enumerate(self.candidates)
-            if id(one) in at
-        ]
+    def _standings(self, now_s: float) -> list[Standing]:
+        return standings([one.known for one in self.candidates], AIMS, BUDGET, self._first_s, now_s)
 
     def _end(self, now_s: float, core: int, number: int | None) -> None:
         """A core has come to the end of a rung, or to that of exploring."""
         if number is not None:
             candidate = self.candidates[number]
             if candidate.train_s >= rung_s(self._first_s, candidate.next_rung) - 1e-6:
-                candidate.judge(self._first_s, EXPLORED_S - now_s + FINAL_S)
-                if goes_on(number, self._standings(), self._last) and self._train(now_s, core, number):
+                candidate.judge()
+                if goes_on(number, self._standings(now_s), self._last) and self._train(now_s, core, number):
                     return
-            candidate.is_waiting = True
+            candidate.known = replace(candidate.known, state="waiting")
         if now_s >= EXPLORED_S:
             return
-        promoted = next_promoted(self._standings(), self._last)
+        promoted = next_promoted(self._standings(now_s), self._last)
         if promoted is not None:
-            self.candidates[promoted].is_waiting = not self._train(now_s + STARTUP_S, core, promoted)
+            self._train(now_s + STARTUP_S, core, promoted)
         elif self._coming and now_s + STARTUP_S + self._first_s < EXPLORED_S:
             is_patient = self._patient and len(self.candidates) % self._patient == self._patient - 1
-            self.candidates.append(_Candidate(self._coming.pop(), skips=1 if is_patient else 0))
-            self._train(now_s + STARTUP_S, core, len(self.candidates) - 1)
+            new, number = Candidate(number=len(self.candidates)), len(self.candidates)
+            self.candidates.append(_Trained(self._coming.pop(), new, skips=1 if is_patient else 0))
+            self._train(now_s + STARTUP_S, core, number)
 
     def _train(self, now_s: float, core: int, number: int) -> bool:
         """Trains it until its next rung, or the end; whether there is time left."""
@@ -209,20 +184,20 @@ class Search:
         if end_s <= now_s:
             return False
         candidate.train_s += end_s - now_s
+        candidate.known = replace(candidate.known, state="running")
         heapq.heappush(self._ends, (end_s, core, number))
         return True
 
-    def loss(self, num_finalists: int) -> float:
-        judged = [one for one in self.candidates if one.rung >= 0]
-        added = handicaps(
-            [one.gain(one.train_s) for one in judged],
-            [one.curve.samples(one.train_s) * (1 + FINAL_S / one.train_s) for one in judged],
-            [1 + FINAL_S / one.train_s for one in judged],
-        )
-        values = {id(one): one.relied_on() + more for one, more in zip(judged, added, strict=True)}
-        ranked = sorted(judged, key=lambda one: values[id(one)])[:num_finalists]
-        best = min(ranked, key=lambda one: one.curve.best(one.train_s + FINAL_S))
-        return best.curve.tested(best.train_s + FINAL_S)
+    @property
+    def num_judged(self) -> int:
+        return sum(one.known.rung >= 0 for one in self.candidates)
+
+    @property
+    def loss(self) -> float:
+        best = best_of([one.known for one in self.candidates], AIMS, BUDGET, EXPLORED_S)
+        assert best is not None, "a candidate must have been judged when exploring ends"
+        chosen = self.candidates[best.number]
+        return chosen.curve.tested(chosen.train_s + FINAL_S)
 
 
 def at_random(curves: Sequence[Curve], num: int) -> float:
@@ -246,11 +221,9 @@ def rows_of(curves: Sequence[Curve], num_orders: int) -> list[Row]:
     for rungs, patient in itertools.product((4, 3, 2, 1), (0, 2, 3)):
         first_s = FINAL_S / FACTOR**rungs
         searches = [Search(order, first_s, patient) for order in orders]
-        tried = statistics.fmean(sum(one.rung >= 0 for one in search.candidates) for search in searches)
-        for finalists in (1, 2):
-            losses = [search.loss(finalists) for search in searches]
-            facts = {"first_rung_s": round(first_s, 2), "patient": patient, "finalists": finalists}
-            add("halving", losses, **facts, candidates=round(tried, 1))
+        tried = statistics.fmean(search.num_judged for search in searches)
+        facts = {"first_rung_s": round(first_s, 2), "patient": patient, "candidates": round(tried, 1)}
+        add("halving", [search.loss for search in searches], **facts)
     return rows
 
 

@@ -11,10 +11,10 @@ is kept for handing over the result.
 
 Rungs are times: rung k is `FACTOR`^k times the first one, of training alone. The first is `FACTOR`^-`MOST_RUNGS` of the
 final training, but at least `STARTUPS` times what a trial takes to begin, because less would be spent on beginnings.
-The last one is at most `LAST_RUNG_SHARE` of the final training. Simulated on curves of 24 candidates (53 s on two
-cores, 35 s of final training, `benchmarks.allocation`), first rungs of 0.4 s come to a loss of 1.52, 1.3 s to 1.55,
-3.9 s to 1.57 and 11.7 s to 1.61, as fewer candidates are tried; the best candidate has 1.52, the best of eight random
-ones 1.64.
+The last one is at most `LAST_RUNG_SHARE` of the final training. Simulated on curves of 56 candidates (53 s on two
+cores, 35 s of final training, 0.5 s to begin, 40 orders, `benchmarks.allocation`), first rungs of 0.25 s come to a loss
+of 1.59, 0.44 s to 1.54, 0.75 s to 1.56, 1.3 s to 1.57, 2.3 s to 1.58 and 3.9 s to 1.60, as fewer candidates are tried;
+with 1 s to begin 0.3 s to 1.59, 0.45 s to 1.56, 1 s to 1.57, 3 s to 1.59; with 36 s in all 0.3 to 0.65 s are best.
 
 Sources: successive halving Jamieson and Talwalkar 2016, section 3; rungs and factor Li et al. 2020 (ASHA), section 3.
 """
@@ -30,9 +30,9 @@ from partita.arguments import told
 from partita.errors import InputError
 
 FACTOR = 3
-MOST_RUNGS = 3
+MOST_RUNGS = 4
 LAST_RUNG_SHARE = 0.5
-STARTUPS = 2.0
+STARTUPS = 1.0
 LEAST_RUNG_S = 0.2
 MARGIN_SHARE, LEAST_MARGIN_S, MOST_MARGIN_S = 0.02, 0.3, 5.0
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
