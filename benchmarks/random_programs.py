@@ -458,11 +458,15 @@ class Author:
             tuple(register for register, _ in gradients), specs, group, self.name("c"), parameters=tuple(chosen),
             slices=slices, replicated=replicated,
         )  # fmt: skip
-        clips = self.rng.random() < 0.8
+        clips, frees_first = self.rng.random() < 0.8, self.rng.random() < 0.5  # then sums may take their place
         for member, mine in zip(group, slices, strict=True):
-            self.instructions[member] += [scatter, *(self._clipping(group, mine, scatter.key) if clips else ())]
+            self.instructions[member].append(scatter)
+            if frees_first:
+                self._free(member, list(scatter.registers))
+            self.instructions[member] += self._clipping(group, mine, scatter.key) if clips else ()
             self.instructions[member].append(Update(mine))
-            self._free(member, list(scatter.registers))
+            if not frees_first:
+                self._free(member, list(scatter.registers))
             if mine:
                 self.instructions[member].append(Free(tuple(f"g:{index}" for index in range(len(mine)))))
         self.done.update(chosen)
