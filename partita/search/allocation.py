@@ -17,8 +17,10 @@ Sources: asynchronous successive halving Li et al. 2020 (ASHA), algorithm 2; lay
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from partita.search.deadline import FACTOR
 
@@ -61,15 +63,28 @@ def ordered(values: Sequence[Values]) -> list[int]:
     >>> ordered([(3.0, 3.0), (1.0, 2.0), (2.0, 1.0)])
     [1, 2, 0]
     """
-    if values and len(values[0]) == 1:
+    if not values or len(values[0]) == 1:
         return sorted(range(len(values)), key=lambda i: values[i])
-    left, found = list(range(len(values))), []
-    while left:
-        layer = [left[i] for i in front([values[i] for i in left])]
+    found: list[int] = []
+    for layer in _layers(np.array(values, dtype=np.float64)):
         distances = _crowding([values[i] for i in layer])
         found += [i for _, i in sorted(zip((-d for d in distances), layer, strict=True))]
-        left = [i for i in left if i not in layer]
     return found
+
+
+def _layers(values_VO: np.ndarray) -> Iterator[list[int]]:
+    """The front, the front of what is left without it, and so on. V vectors of O objectives; searches on large machines
+    have thousands, so pairs are compared all at once."""
+    is_below_VV = np.ones((len(values_VO),) * 2, dtype=bool)
+    for column in values_VO.T:
+        is_below_VV &= column[:, None] <= column
+    dominates_VV = is_below_VV & ~is_below_VV.T
+    num_above, left = dominates_VV.sum(0), np.arange(len(values_VO))
+    while len(left):
+        is_first = num_above[left] == 0
+        yield left[is_first].tolist()
+        num_above -= dominates_VV[left[is_first]].sum(0)
+        left = left[~is_first]
 
 
 def _crowding(values: Sequence[Values]) -> list[float]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,20 @@ from partita.search.deadline import FACTOR, Budget, rung_s
 # choices among all that a search has judged, most of them for a second, it was 0.001, 0.003 and 0.006 (`best_of`).
 CAUTION = 0.5
 State = Literal["running", "waiting", "rejected", "raised", "failed", "gone"]
+
+
+class Reached(NamedTuple):
+    """What a candidate had come to after some time of training, measured or predicted.
+
+    Args:
+        gain: how much better its score had lately become for every e-fold of samples.
+        samples: that it had seen; `later_samples` after `FACTOR` times the training, and its `later_score` then.
+    """
+
+    gain: float
+    samples: float
+    later_samples: float
+    later_score: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +88,12 @@ class Candidate:
     def score(self) -> float | None:
         """The last one."""
         return self.points[-1].score if self.points else None
+
+    @cached_property
+    def reached(self) -> dict[tuple[Aims, float], Reached]:
+        """By aims and training time, what `Aims.reached` has found: a prediction takes 50 us, candidates are compared
+        again whenever one of them stops, and those that wait do not change."""
+        return {}
 
     def samples_at(self, more_s: float) -> float:
         """Samples that it will have seen after so many seconds more on all cores."""
@@ -141,6 +162,16 @@ class Aims:
         samples = min(last, candidate.samples_after(train_s))
         return score_at(candidate.points, samples, maximize=self.maximize, bound=self.bound).score
 
+    def reached(self, candidate: Candidate, train_s: float) -> Reached:
+        """What a candidate had come to after `train_s` seconds of training."""
+        found = candidate.reached.get((self, train_s))
+        if found is None:
+            later = candidate.samples_after(FACTOR * train_s)
+            score = score_at(candidate.points, later, maximize=self.maximize, bound=self.bound).score
+            found = Reached(self.gain(candidate, train_s), candidate.samples_after(train_s), later, score)
+            candidate.reached[self, train_s] = found
+        return found
+
     def gain(self, candidate: Candidate, train_s: float) -> float:
         """How much better its score became for every e-fold of samples, before it had been trained for `train_s`."""
         before, until = candidate.samples_after(train_s / FACTOR), candidate.samples_after(train_s)
@@ -171,15 +202,18 @@ def standings(
     judged = [one for one in candidates if one.points and one.rung >= 0]
     judged = [one for one in judged if one.state in ("running", "waiting", "gone")]
     at: dict[int, list[Values]] = {one.number: [] for one in judged}
+    left_s = max(0.0, budget.last_s - now_s)
     for rung in range(max((one.rung for one in judged), default=-1) + 1):
         there, train_s = [one for one in judged if one.rung >= rung], rung_s(first_rung_s, rung)
+        reached = [aims.reached(one, train_s) for one in there]
         added = handicaps(
-            [aims.gain(one, train_s) for one in there],
-            [one.samples_after(train_s) for one in there],
+            [found.gain for found in reached],
+            [found.samples for found in reached],
             [1 + budget.final_s / train_s] * len(there),
         )
-        for one, more in zip(there, added, strict=True):
-            score = aims.after(FACTOR * train_s, one, budget, now_s)
+        for one, found, more in zip(there, reached, added, strict=True):
+            is_near = one.samples_at(left_s) < found.later_samples  # the deadline comes first
+            score = aims.after(FACTOR * train_s, one, budget, now_s) if is_near else found.later_score
             at[one.number].append(aims.turned(one, score + aims.sign * more))
     return [
         Standing(number=one.number, rung=one.rung, at=tuple(at[one.number]), is_waiting=can_go_on(one, aims))

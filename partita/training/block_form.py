@@ -29,8 +29,7 @@ from partita.graph.block_ops import OPS, block_layer
 from partita.graph.graph import Graph, InputKind
 from partita.program.instructions import Box
 from partita.training.connecting import Block, Connecting
-from partita.training.optimizers import options_of
-from partita.training.torch_adapter import clone_optimizer
+from partita.training.torch_adapter import clone_optimizer, options_of
 
 INDEX = "partita_index"  # name of the buffer that a layer has meanwhile
 

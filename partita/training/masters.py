@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from partita.training.averages import average_updated
-from partita.training.torch_adapter import clone_optimizer
+from partita.training.torch_adapter import clone_optimizer, options_of
 
 ENTRY = "master"  # in the state of a parameter
 HALF = (torch.bfloat16, torch.float16)
@@ -84,7 +84,7 @@ class WholeMasters:
     def step(self, gradients: Mapping[int, Tensor]) -> None:
         """Update the parameters whose gradients are given, by identity."""
         for own, group in zip(self.optimizer.param_groups, self._optimizer.param_groups, strict=True):
-            own.update({name: value for name, value in group.items() if name not in ("params", "param_names")})
+            own.update(options_of(group))
         updated = [self._masters[key] for key in gradients if key in self._masters]
         for weight, master in updated:
             master.grad = gradients[id(weight)].to(master.dtype)

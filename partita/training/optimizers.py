@@ -30,7 +30,7 @@ from partita.training.averages import Average
 from partita.training.fused import FusedUpdate
 from partita.training.masters import ENTRY as MASTER
 from partita.training.masters import HALF, new_master, take_master, widened
-from partita.training.torch_adapter import clone_optimizer, has_own_step
+from partita.training.torch_adapter import clone_optimizer, has_own_step, options_of
 
 Kind = Literal["element", "parameter", "coupled"]
 Layout = Mapping[int, tuple[tuple[Slice, ...], ...]]  # worker -> the slices of each of its updates
@@ -67,11 +67,6 @@ def check_optimizer(optimizer: object, parameters: Mapping[str, torch.nn.Paramet
             f"{foreign[:3]}) and would never be updated. Put all modules that are trained into the one that is given "
             "as model, or give the others an optimizer of their own."
         )
-
-
-def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a parameter group (everything but the parameters)."""
-    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
 
 def kind_of(optimizer: torch.optim.Optimizer) -> Kind:

@@ -24,6 +24,11 @@ PRIVATE_NAMES = (
 )
 
 
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a parameter group (everything but the parameters)."""
+    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
+
+
 def clone_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """An optimizer of the same class and attributes over other parameter groups, without state and step hooks.
 

@@ -22,7 +22,7 @@ from partita.cluster import Cluster
 from partita.program.ownership import UpdateCosts
 from partita.training.job import Team
 from partita.training.masters import HALF
-from partita.training.torch_adapter import clone_optimizer
+from partita.training.torch_adapter import clone_optimizer, options_of
 
 LARGEST = 2**16  # elements of what is measured as it is
 NUM_TIMED, BUDGET_S = 3, 0.2  # updates of a shape, after one that makes the state; no further one after so long
@@ -78,7 +78,7 @@ def update_times_s(
 def _known_time_s(
     optimizer: torch.optim.Optimizer, group: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype
 ) -> float | None:
-    options = {name: value for name, value in group.items() if name not in ("params", "param_names")}
+    options = options_of(group)
     told = sorted((name, repr(value)) for name, value in options.items() if name not in ("lr", "initial_lr"))
     key = (type(optimizer), *told, shape, dtype)
     if key not in _TIMES_S:

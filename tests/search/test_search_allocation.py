@@ -61,6 +61,17 @@ def test_the_order_is_by_layers_of_the_front(values: list[tuple[float, float]]) 
     assert all(not dominates(other, values[i]) for i in front(values) for other in values)
 
 
+@given(VECTORS)
+@settings(max_examples=80, deadline=None)
+def test_layers_are_fronts_of_what_is_left(values: list[tuple[float, float]]) -> None:
+    order = ordered(values)
+    while order:
+        left = [values[i] for i in sorted(order)]
+        layer = {sorted(order)[place] for place in front(left)}
+        assert set(order[: len(layer)]) == layer
+        order = order[len(layer) :]
+
+
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=30))
 @settings(max_examples=50, deadline=None)
 def test_one_objective_is_its_own_order(values: list[float]) -> None:

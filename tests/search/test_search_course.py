@@ -254,6 +254,23 @@ def test_a_rung_is_decided_by_what_is_near(tmp_path) -> None:
     assert now.expected(flat, 20) == pytest.approx(0.6, abs=0.01)
 
 
+@pytest.mark.parametrize("now_s", [20.0, 85.0, 97.9])
+def test_what_is_known_of_candidates_is_as_if_computed_anew(tmp_path, now_s: float) -> None:
+    now = course(tmp_path)
+    for rung, num_points in ((0, 3), (1, 5), (2, 12), (0, 4)):
+        points = tuple(Point(100.0 * t, float(t), 0.8 - 0.3 / t) for t in range(1, num_points + 1))
+        one = add(now, 0.5, rung=rung)
+        now.candidates[one.number] = dataclasses.replace(one, points=points)
+    now.standings(10.0)
+    known = now.standings(now_s)
+    now.candidates = {number: dataclasses.replace(one) for number, one in now.candidates.items()}
+    assert not any(one.reached for one in now.all)
+    assert now.standings(now_s) == known
+    one = now.all[2]
+    now.candidates[one.number] = one.with_point(Point(2e3, 20.0, 0.1))
+    assert now.standings(now_s) != known
+
+
 def test_what_is_compared_is_never_beyond_the_deadline(tmp_path) -> None:
     now = course(tmp_path)
     one = add(now, 0.6)
