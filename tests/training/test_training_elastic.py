@@ -80,7 +80,7 @@ class Job:
         self.last_step = -(-max(steps, default=0) // 5) * 5 + 20
         (self._folder / "end").write_text(str(self.last_step))
         for name in names:
-            self.processes[name].wait(timeout=120)
+            self.processes[name].wait(timeout=300)
             assert self.processes[name].returncode == 0, self._output(name).read_text()[-3000:]
         return [json.loads((self._folder / f"{name}.json").read_text())["weights"] for name in names]
 

@@ -74,7 +74,7 @@ def test_undisturbed_replicas_agree_as_those_of_plain_pytorch(tmp_path: Path) ->
         for name in ("a", "b"):
             job.start(name)
         for name in ("a", "b"):
-            job.processes[name].wait(timeout=90)
+            job.processes[name].wait(timeout=300)
         lines = job.lines("a")
         assert [line["step"] for line in lines] == list(range(1, 2 * EVERY + 1)) and lines[-1]["num"] == 2
         job.last_step = 2 * EVERY

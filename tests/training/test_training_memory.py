@@ -119,7 +119,7 @@ def test_a_launcher_that_starts_the_job_again_needs_nothing_else(tmp_path: Path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(SCRIPT), "crash", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200
+        [*command, str(SCRIPT), "crash", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
