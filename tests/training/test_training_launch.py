@@ -19,7 +19,7 @@ from plain_training import train_plain
 
 SCRIPT = Path(__file__).with_name("launched.py")
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 200
+LIMIT_S = 600
 JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FOREIGN = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "TORCHELASTIC_")
 
