@@ -17,6 +17,7 @@ import auto_job
 from test_training_processes import run_job
 
 import partita
+from benchmarks.loss_curves import mean_of, steps_to, target_of
 from partita.cluster.model import Cluster
 from partita.cost.collectives import collective_time_s
 from partita.cost.overheads import Overheads
@@ -44,6 +45,8 @@ PARTS = [Part("weight", (96, 64)), Part("bias", (96,)), Part("empty", (0, 3))]
 ADAMW = torch.optim.AdamW([torch.zeros(1)])
 SGD = torch.optim.SGD([torch.zeros(1)], lr=0.1)
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "methods.json"
+CURVES = Path(__file__).parents[2] / "benchmarks" / "data" / "loss_curves.json"
+REPLICAS = {"local sgd H=5": LocalSGD(every=5), "diloco H=20": DiLoCo(every=20), "diloco H=50": DiLoCo(every=50)}
 
 
 @pytest.mark.parametrize("name", [name for name, method in BY_NAME.items() if isinstance(method, GradientMethod)])
@@ -113,6 +116,19 @@ def test_the_rule_for_steps_fits_what_was_measured_of_a_decoder() -> None:
         factor = steps_factor(method, 4, ADAMW)
         assert factor is not None
         assert 0.95 < factor / rows[name]["steps_factor"] < 1.1, name
+
+
+@pytest.mark.parametrize("num", [2, 4])
+@pytest.mark.parametrize("task", ["digits", "conv"])
+def test_with_sgd_replicas_need_no_more_steps_than_the_rule_says(task: str, num: int) -> None:
+    curves = {key.rsplit(", ", 2)[0]: value["curves"] for key, value in json.loads(CURVES.read_text()).items()}
+    mean = {name: mean_of(curves[f"{task}, {num} processes, {name}"]) for name in ("exact", *REPLICAS)}
+    needed = {name: steps_to(curve, target_of(mean["exact"])) for name, curve in mean.items()}
+    for name, method in REPLICAS.items():
+        factor, with_adamw, found = steps_factor(method, num, SGD), steps_factor(method, num, ADAMW), needed[name]
+        assert factor is not None and with_adamw is not None and factor < with_adamw
+        assert found is not None and needed["exact"] is not None and found / needed["exact"] <= factor, name
+    assert steps_factor(DiLoCo(every=50), 16, SGD) == pytest.approx(steps_factor(DiLoCo(every=50), 13, ADAMW))
 
 
 def test_methods_of_which_too_little_is_known_have_no_rule() -> None:
