@@ -20,7 +20,7 @@ from partita.units import format_bytes, format_time
 
 Tolerance = Literal["exact", "equivalent-loss"]
 TOLERANCES: tuple[Tolerance, ...] = ("exact", "equivalent-loss")
-EXACT_BONUS = 0.05  # what promises to be faster than exact training by less is not worth its mathematics
+BONUS = 0.05  # what promises to be faster by less than this is not worth being farther from exact training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,8 @@ class Estimate:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Which method was chosen and why; `estimates` are of all that came into question, best first."""
+    """Which method was chosen and why; `estimates` are of all that came into question, the
+    method's first, the others by their time."""
 
     tolerance: Tolerance
     estimates: tuple[Estimate, ...]
@@ -113,21 +114,23 @@ def candidates(
 
 
 def decide(estimates: Sequence[Estimate], tolerance: Tolerance) -> Choice:
-    """The choice among estimates, one of them of exact training: who reaches a loss first, but exact training where
-    the gain is below `EXACT_BONUS`."""
-
-    def rank(one: Estimate) -> tuple[float, bool]:
-        is_exact = isinstance(one.method, Exact)
-        return one.time_to_loss_s * (1 - EXACT_BONUS * is_exact), not is_exact
-
-    ranked = sorted(estimates, key=rank)
-    best = ranked[0]
-    exact_s = next(one.time_to_loss_s for one in ranked if isinstance(one.method, Exact))
+    """The choice among estimates, one of them of exact training: who reaches a loss first; but of those that are at
+    most `BONUS` behind, exact training, or else the one whose processes agree most often."""
+    least_s = min(one.time_to_loss_s for one in estimates)
+    near = [one for one in estimates if one.time_to_loss_s * (1 - BONUS) <= least_s]
+    best = min(near, key=lambda one: (_steps_apart(one.method), one.time_to_loss_s))
+    ranked = [best, *sorted((one for one in estimates if one is not best), key=lambda one: one.time_to_loss_s)]
+    exact_s = next(one.time_to_loss_s for one in estimates if isinstance(one.method, Exact))
     if isinstance(best.method, Exact):
-        reason = f"nothing else is predicted to reach a loss sooner by more than {EXACT_BONUS:.0%}"
+        reason = f"nothing else is predicted to reach a loss sooner by more than {BONUS:.0%}"
     else:
         reason = (
             f"predicted to reach a loss in {best.time_to_loss_s / exact_s:.0%} of the time of exact training: "
             f"{format_time(best.step_time_s)} a step, but {best.steps_factor:.2f} times as many steps"
         )
     return Choice(tolerance=tolerance, estimates=tuple(ranked), reason=reason)
+
+
+def _steps_apart(method: GradientMethod | ReplicaMethod) -> int:
+    """Steps after which processes agree on what exact training would have done; 0: they do it."""
+    return 0 if isinstance(method, Exact) else int(getattr(method, "every", 1))
