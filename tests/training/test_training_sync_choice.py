@@ -136,6 +136,7 @@ def test_methods_of_which_too_little_is_known_have_no_rule() -> None:
         assert steps_factor(method, 2, SGD) is None
     assert steps_factor(PowerSGD(rank=4), 2, ADAMW) is None and steps_factor(PowerSGD(rank=4), 2, SGD) is not None
     assert steps_factor(DiLoCo(every=20, compress=TopK()), 2, SGD) is None
+    assert steps_factor(DiLoCo(every=100), 4, SGD) is None and steps_factor(StreamingDiLoCo(), 4, ADAMW) is None
 
 
 @given(st.integers(1, 1000), st.integers(2, 64))
@@ -210,6 +211,8 @@ def test_two_processes_choose_alike_and_train_by_what_they_chose(tmp_path: Path)
     assert one["slow, exact"]["method"] == one["slow, by default"]["method"] == "Exact()"
     assert one["slow, one plan"]["method"] in ("Rounded(to='int4', error_feedback=None)",), one["slow, one plan"]["why"]
     assert one["slow, one plan"]["losses"] == other["slow, one plan"]["losses"]
-    times = {name: time_s * (1 - BONUS * (name == "Exact()")) for name, time_s in one["slow"]["estimates"]}
-    assert list(times.values()) == sorted(times.values()) and len(times) > 5
+    times = dict(one["slow"]["estimates"])
+    first_s, *others_s = times.values()
+    assert others_s == sorted(others_s) and len(times) > 5
+    assert first_s * (1 - BONUS) <= min(times.values())
     assert one["slow"]["method"] == next(iter(times))

@@ -108,8 +108,8 @@ def candidates(
     ]
     if replicas:
         found += [LocalSGD(every=5, compress=compress) for compress in (Exact(), int4)]
-        found += [DiLoCo(every=every, compress=compress) for every in (10, 20, 50, 100) for compress in (Exact(), int4)]
-        found += [StreamingDiLoCo(every=every, fragments=4, delay=2) for every in (20, 50, 100)]
+        found += [DiLoCo(every=every, compress=compress) for every in (10, 20, 50) for compress in (Exact(), int4)]
+        found += [StreamingDiLoCo(every=every, fragments=4, delay=2) for every in (20, 50)]
     return [method for method in found if steps_factor(method, num_processes, optimizer) is not None]
 
 
