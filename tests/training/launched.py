@@ -15,7 +15,7 @@ from torch import nn
 import partita
 
 NUM_STEPS = 6
-MOST_STEPS = 3000  # a race of a few candidates: three turns of up to 61 steps each, more of them the shorter steps are
+MOST_STEPS = 20_000  # by far more than a race of candidates has: turns of up to 61 steps, more the shorter steps are
 
 
 def build() -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -23,7 +23,7 @@ from partita.training.graph_runner import GraphRunner
 from partita.training.job import Team
 
 HAS_COMPILER = any(shutil.which(name) for name in ("g++", "c++", "clang++"))
-MOST_STEPS = 3000
+MOST_STEPS = 20_000  # by far more than a race of candidates has: turns of up to 61 steps, more the shorter steps are
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 

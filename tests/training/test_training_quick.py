@@ -14,7 +14,7 @@ from partita.training import planning
 from partita.training.events import CandidateMeasured, subscribe
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-MOST_STEPS = 3000
+MOST_STEPS = 20_000  # by far more than a race of candidates has: turns of up to 61 steps, more the shorter steps are
 
 
 @pytest.fixture(autouse=True)

@@ -258,7 +258,7 @@ def test_auto_measures_plain_pytorch_too_and_leaves_the_state_alone(
     assert not optimizer.state
     with step:
         losses = [step(batch).loss for batch in data]
-        for _ in range(1000):
+        for _ in range(20_000):
             if step.is_settled:
                 break
             step(data[0])

@@ -28,7 +28,7 @@ from partita.training.slow import SlowProcessWarning
 ROWS, NUM_BATCHES = 16, 8
 ROW_TIME_S = 0.004  # much more than what else happens on a busy machine
 SLOWNESS = 3.0
-MOST_STEPS = 3000
+MOST_STEPS = 20_000  # by far more than a race of candidates has: turns of up to 61 steps, more the shorter steps are
 COMPILING_STEP_S = 0.02  # a compiler beside the steps needs its time
 PLAN = Constraints(data=2, pipeline=1, num_workers=2, num_microbatches=1, threads_per_worker=1, compiled=False)
 ALONE = Constraints(data=1, pipeline=1, num_microbatches=1, threads_per_worker=1, compiled=False)
